@@ -1,0 +1,157 @@
+"""The compression fields of a SemToken configuration, shared by every model family.
+
+A family's configuration is `class SemTokenXConfig(SemTokenConfigMixin, XConfig)`: the fields below, nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+POSITION_MODES = ("original", "compact")
+SEGMENTATION_MODES = ("boundary", "greedy", "uniform")
+MERGE_MODES = ("mean", "representative")
+
+
+class SemTokenStaticEncoderConfig(PreTrainedConfig):
+    """Encoder of kind `static`: one vector per Llama token, context from the fingerprint window alone."""
+
+    model_type = "semtoken_static"
+
+    vocab_size: int = 32000
+    hidden_size: int = 64
+
+
+def build_encoder_config(value: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
+    """A typed encoder configuration from what `config.json` holds; None is the static encoder."""
+    if isinstance(value, PreTrainedConfig):
+        return value
+    if value is None:
+        return SemTokenStaticEncoderConfig()
+    if not isinstance(value, dict):
+        raise TypeError(f"`encoder_config` must be a dict, a PreTrainedConfig or None, got {type(value).__name__}")
+    fields = dict(value)
+    model_type = fields.pop("model_type", None)
+    if model_type == SemTokenStaticEncoderConfig.model_type:
+        return SemTokenStaticEncoderConfig(**fields)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"`encoder_config['model_type']` must be '{SemTokenStaticEncoderConfig.model_type}' or a model type that "
+            f"Transformers knows (such as 'bert'), got {model_type!r}"
+        )
+    return CONFIG_MAPPING[model_type](**fields)
+
+
+@dataclass(kw_only=True)
+class SemTokenConfigMixin:
+    """How a prompt is compressed. Lengths count tokens; cosines and entropies are of unit-norm fingerprints.
+
+    Args:
+        compression: False makes the model behave exactly like the family's plain model.
+        target_ratio: tokens per slot, >= 1; at most `ceil(n / target_ratio)` slots are kept of an n-token prompt.
+            None: no ratio; then `max_kept_tokens` or `similarity_threshold` decides.
+        max_kept_tokens: absolute budget of slots, beside the ratio (the smaller one counts).
+        similarity_threshold: tau of the paper, in [-1, 1]. None: solved for the budget (greedy mode). With a budget
+            it is where the search starts and is lowered when merging every span is not enough.
+        entropy_threshold: delta of the paper, in [0, 1]: spans above it stay fine when no budget is set.
+        max_span_length: L of the paper: no slot holds more tokens.
+        keep_first: tokens at the start of a row that stay whole.
+        keep_last: tokens before every position that is read that stay whole.
+        min_prompt_length: shorter stretches are left alone.
+        position_mode: "original": a slot carries the position of one of its tokens; "compact": 0..m-1.
+        segmentation_mode: "boundary" cuts between the most dissimilar neighbours; "greedy" is the paper's anchor
+            clustering with its entropy budget; "uniform" makes equal spans without an encoder.
+        merge_mode: "mean" of the span's embeddings, or its "representative" token.
+        encoder_config: configuration of the frozen encoder, on the model's own vocabulary. None: a static encoder.
+        encoder_window: tokens per encoder window (kind `transformer`).
+        encoder_overlap: tokens shared by neighbouring windows, in [0, encoder_window).
+        fingerprint_radius: k of the paper: a fingerprint is the mean of the states within +-k tokens.
+        protected_token_ids: ids that always keep a slot of their own, beside BOS, EOS and padding.
+
+    Raises:
+        ValueError: a field is out of its range; the message names the field and the range.
+    """
+
+    compression: bool = True
+    target_ratio: float | int | None = 2.4
+    max_kept_tokens: int | None = None
+    similarity_threshold: float | int | None = None
+    entropy_threshold: float | int | None = None
+    max_span_length: int = 8
+    keep_first: int = 4
+    keep_last: int = 64
+    min_prompt_length: int = 256
+    position_mode: str = "original"
+    segmentation_mode: str = "boundary"
+    merge_mode: str = "mean"
+    encoder_config: dict | PreTrainedConfig | None = None
+    encoder_window: int = 128
+    encoder_overlap: int = 16
+    fingerprint_radius: int = 2
+    protected_token_ids: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        self.encoder_config = build_encoder_config(self.encoder_config)
+        super().__post_init__(**kwargs)
+        # Checked here and not only by `@strict`, so that the message always names the field and its range.
+        validate_compression_fields(self)
+
+
+def check_ratio(value: Any, name: str = "target_ratio") -> None:
+    """Raise ValueError unless `value` is a finite number >= 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < math.inf:
+        raise ValueError(f"`{name}` must be a finite number >= 1, got {value!r}")
+
+
+def validate_compression_fields(config: Any) -> None:
+    """Raise ValueError, naming the field and its range, if a compression field makes no sense."""
+    if config.target_ratio is not None:
+        check_ratio(config.target_ratio)
+    for name, low, optional in (
+        ("max_kept_tokens", 1, True),
+        ("max_span_length", 1, False),
+        ("keep_first", 0, False),
+        ("keep_last", 0, False),
+        ("min_prompt_length", 0, False),
+        ("encoder_window", 1, False),
+        ("encoder_overlap", 0, False),
+        ("fingerprint_radius", 0, False),
+    ):
+        value = getattr(config, name)
+        if value is None and optional:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"`{name}` must be an integer >= {low}{' or None' * optional}, got {value!r}")
+    for name, low in (("similarity_threshold", -1.0), ("entropy_threshold", 0.0)):
+        value = getattr(config, name)
+        if value is not None and (isinstance(value, bool) or not low <= float(value) <= 1.0):
+            raise ValueError(f"`{name}` must be a number in [{low:g}, 1] or None, got {value!r}")
+    for name, modes in (
+        ("position_mode", POSITION_MODES),
+        ("segmentation_mode", SEGMENTATION_MODES),
+        ("merge_mode", MERGE_MODES),
+    ):
+        if getattr(config, name) not in modes:
+            raise ValueError(f"`{name}` must be one of {list(modes)}, got {getattr(config, name)!r}")
+    if config.encoder_overlap >= config.encoder_window:
+        raise ValueError(
+            f"`encoder_overlap` must be in [0, encoder_window) = [0, {config.encoder_window}), got {config.encoder_overlap}"
+        )
+    longest = getattr(config.encoder_config, "max_position_embeddings", None)
+    if longest is not None and config.encoder_window > longest:
+        raise ValueError(f"`encoder_window` must be at most the encoder's {longest} positions, got {config.encoder_window}")
+    if config.target_ratio is None and config.max_kept_tokens is None:
+        if config.segmentation_mode != "greedy" or config.similarity_threshold is None:
+            raise ValueError(
+                "set `target_ratio` or `max_kept_tokens`, or `similarity_threshold` with segmentation_mode='greedy': "
+                "otherwise nothing decides how far to merge"
+            )
+    ids = config.protected_token_ids
+    if ids is not None and any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise ValueError("`protected_token_ids` must be a list of token ids >= 0 or None")
+
+
+__all__ = ["SemTokenConfigMixin", "SemTokenStaticEncoderConfig"]

@@ -1,0 +1,1 @@
+"""Training on the developer's machine; nothing here ships inside a checkpoint."""
