@@ -64,6 +64,15 @@ class SemanticEncoder(nn.Module):
         super().train(False)
         return self.requires_grad_(False)
 
+    @torch.no_grad()
+    def resize(self, vocab_size: int) -> None:
+        """Follow a resized vocabulary: new ids get the mean of the known states."""
+        old = self.encoder.get_input_embeddings().weight
+        table = old.mean(0, keepdim=True).repeat(vocab_size, 1)
+        kept = min(vocab_size, len(old))
+        table[:kept] = old[:kept]
+        self.encoder.set_input_embeddings(nn.Embedding.from_pretrained(table, freeze=True))
+
     def train(self, mode: bool = True) -> SemanticEncoder:
         return super().train(False)
 

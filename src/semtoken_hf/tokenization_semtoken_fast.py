@@ -1,0 +1,3 @@
+from transformers import PreTrainedTokenizerFast
+class SemTokenFastTokenizer(PreTrainedTokenizerFast):
+    pass
