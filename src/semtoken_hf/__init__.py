@@ -6,6 +6,7 @@ from .cache_semtoken import SemTokenCache
 from .compression import CompressedPrompt
 from .configuration_semtoken_llama import SemTokenLlamaConfig
 from .modeling_semtoken_llama import SemTokenLlamaForCausalLM, SemTokenLlamaModel
+from .standalone_planner import SpanPlanner
 from .tokenization_semtoken_fast import SemTokenFastTokenizer
 
 AutoConfig.register(SemTokenLlamaConfig.model_type, SemTokenLlamaConfig)
@@ -34,5 +35,6 @@ __all__ = [
     "SemTokenLlamaConfig",
     "SemTokenLlamaForCausalLM",
     "SemTokenLlamaModel",
+    "SpanPlanner",
     "convert_checkpoint",
 ]

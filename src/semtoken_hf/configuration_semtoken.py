@@ -45,7 +45,7 @@ def build_encoder_config(value: dict[str, Any] | PreTrainedConfig | None) -> Pre
     return CONFIG_MAPPING[model_type](**fields)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class SemTokenConfigMixin:
     """How a prompt is compressed. Lengths count tokens; cosines and entropies are of unit-norm fingerprints.
 

@@ -37,6 +37,7 @@ class Granularity:
     similarity_threshold: float | None
     entropy_threshold: float | None
     max_span_length: int
+    min_prompt_length: int
     segmentation_mode: str
 
     @property
@@ -45,14 +46,18 @@ class Granularity:
 
 
 def stretch_budgets(lengths: Tensor, granularity: Granularity) -> Tensor:
-    """Slots that each stretch may keep, int64 [S]: ceil(n / ratio), at most `max_kept_tokens`, at least 1."""
+    """Slots that each stretch may keep, int64 [S]: ceil(n / ratio), at most `max_kept_tokens`, at least 1.
+
+    A stretch below `min_prompt_length` is not compressed and may keep all.
+    """
     budget = lengths
     if granularity.target_ratio is not None:
         # float64 and a hair less, so that 24 / 2.4 is 10 and not 11.
         budget = torch.ceil(lengths.double() / granularity.target_ratio - 1e-9).long()
     if granularity.max_kept_tokens is not None:
         budget = budget.clamp(max=granularity.max_kept_tokens)
-    return budget.clamp(min=1).minimum(lengths)
+    budget = budget.clamp(min=1).minimum(lengths)
+    return lengths.where(lengths < granularity.min_prompt_length, budget)
 
 
 def span_entropy(fingerprints: Tensor, spans: Spans) -> Tensor:

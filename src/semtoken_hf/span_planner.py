@@ -60,6 +60,7 @@ def granularity_of(config: Any, target_ratio: float | None) -> Granularity:
         similarity_threshold=config.similarity_threshold,
         entropy_threshold=config.entropy_threshold,
         max_span_length=config.max_span_length,
+        min_prompt_length=config.min_prompt_length,
         segmentation_mode=config.segmentation_mode,
     )
 
