@@ -13,5 +13,5 @@ from transformers import HfArgumentParser
 from semtoken_hf.training.reference import ReferenceConfig, ReferenceTrainer
 
 if __name__ == "__main__":
-    (config,) = HfArgumentParser(ReferenceConfig).parse_args_into_dataclasses()
+    (config,) = HfArgumentParser(ReferenceConfig).parse_args_into_dataclasses()  # type: ignore[arg-type]
     print(ReferenceTrainer(config).train())

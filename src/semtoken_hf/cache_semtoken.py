@@ -71,8 +71,8 @@ class SemTokenCache(DynamicCache):
 
     def memory_bytes(self) -> int:
         """Bytes of the keys and values."""
-        tensors = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        tensors = [getattr(layer, name, None) for layer in self.layers for name in ("keys", "values")]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def reset(self) -> None:
         super().reset()
@@ -96,7 +96,7 @@ class SemTokenCache(DynamicCache):
         self.slot_lengths = self.slot_lengths[:, :-count]
         self.seen_tokens -= count
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self._map_record(lambda lengths: lengths.index_select(0, beam_idx.to(lengths.device)))
 
@@ -113,4 +113,9 @@ class SemTokenCache(DynamicCache):
             self.slot_lengths = function(self.slot_lengths)
 
 
-__all__ = ["SemTokenCache"]
+def tracks_slots(cache: Any) -> bool:
+    """Whether `cache` is a SemTokenCache; by its interface, since remote code may define the class a second time."""
+    return hasattr(cache, "slot_lengths") and hasattr(cache, "record")
+
+
+__all__ = ["SemTokenCache", "tracks_slots"]

@@ -78,11 +78,11 @@ def compress_prompt(
     rank = plan.span_ids.flatten()[layout.token_index[plan.spans.first]]
     width, shortest, is_merged = _slot_columns(plan, config)
     column = width - plan.kept_lengths[row] + rank
-    counted = position_ids is None or (position_mode or config.position_mode) == "compact"
-    if not counted:
+    is_compact = (position_mode or config.position_mode) == "compact"
+    if position_ids is not None and not is_compact:
         position = position_ids.expand_as(input_ids).flatten()[layout.token_index[anchors]]
     else:
-        position = rank if (position_mode or config.position_mode) == "compact" else layout.position[anchors]
+        position = rank if is_compact else layout.position[anchors]
         if position_offset is not None:
             position = position + position_offset[row]
 

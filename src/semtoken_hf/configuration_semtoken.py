@@ -125,10 +125,10 @@ def validate_compression_fields(config: Any) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ValueError(f"`{name}` must be an integer >= {low}{' or None' * optional}, got {value!r}")
-    for name, low in (("similarity_threshold", -1.0), ("entropy_threshold", 0.0)):
+    for name, lowest in (("similarity_threshold", -1.0), ("entropy_threshold", 0.0)):
         value = getattr(config, name)
-        if value is not None and (isinstance(value, bool) or not low <= float(value) <= 1.0):
-            raise ValueError(f"`{name}` must be a number in [{low:g}, 1] or None, got {value!r}")
+        if value is not None and (isinstance(value, bool) or not lowest <= float(value) <= 1.0):
+            raise ValueError(f"`{name}` must be a number in [{lowest:g}, 1] or None, got {value!r}")
     for name, modes in (
         ("position_mode", POSITION_MODES),
         ("segmentation_mode", SEGMENTATION_MODES),
@@ -138,17 +138,20 @@ def validate_compression_fields(config: Any) -> None:
             raise ValueError(f"`{name}` must be one of {list(modes)}, got {getattr(config, name)!r}")
     if config.encoder_overlap >= config.encoder_window:
         raise ValueError(
-            f"`encoder_overlap` must be in [0, encoder_window) = [0, {config.encoder_window}), got {config.encoder_overlap}"
+            f"`encoder_overlap` must be in [0, encoder_window) = [0, {config.encoder_window}), "
+            f"got {config.encoder_overlap}"
         )
     longest = getattr(config.encoder_config, "max_position_embeddings", None)
     if longest is not None and config.encoder_window > longest:
-        raise ValueError(f"`encoder_window` must be at most the encoder's {longest} positions, got {config.encoder_window}")
-    if config.target_ratio is None and config.max_kept_tokens is None:
-        if config.segmentation_mode != "greedy" or config.similarity_threshold is None:
-            raise ValueError(
-                "set `target_ratio` or `max_kept_tokens`, or `similarity_threshold` with segmentation_mode='greedy': "
-                "otherwise nothing decides how far to merge"
-            )
+        raise ValueError(
+            f"`encoder_window` must be at most the encoder's {longest} positions, got {config.encoder_window}"
+        )
+    by_threshold = config.segmentation_mode == "greedy" and config.similarity_threshold is not None
+    if config.target_ratio is None and config.max_kept_tokens is None and not by_threshold:
+        raise ValueError(
+            "set `target_ratio` or `max_kept_tokens`, or `similarity_threshold` with segmentation_mode='greedy': "
+            "otherwise nothing decides how far to merge"
+        )
     ids = config.protected_token_ids
     if ids is not None and any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
         raise ValueError("`protected_token_ids` must be a list of token ids >= 0 or None")

@@ -1,34 +1,23 @@
-"""SemToken on any decoder of Transformers: what a family's base model and its language-modelling head inherit.
+"""SemToken on any decoder of Transformers: what a family's base model inherits.
 
-- The base model compresses before its first layer and hands the layers slots; the rest of its forward is the family's.
-- The head decides what may merge: everything but the positions whose logits or loss are asked for (law 2).
-- Wherever compression does not apply, the call goes to the family's own forward unchanged (law 1).
+- It compresses before the first layer and hands the layers slots; the rest of the forward is the family's.
+- Where nothing merges, the call goes to the family's own forward unchanged (law 1).
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple, logging
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .attention_semtoken import flash_attention_kwargs
-from .cache_semtoken import SemTokenCache
+from .cache_semtoken import SemTokenCache, tracks_slots
 from .compression import CompressedPrompt, compress_prompt
-from .read_positions import kept_slot_states, kept_states, labelled_slot_states, read_mask_of
 from .semantic_encoder import SemanticEncoder
-
-logger = logging.get_logger(__name__)
-
-
-def tracks_slots(cache: Any) -> bool:
-    """Whether `cache` is a SemTokenCache; by its interface, since remote code may define the class a second time."""
-    return hasattr(cache, "slot_lengths") and hasattr(cache, "record")
 
 
 @dataclass
@@ -44,16 +33,19 @@ class SemTokenModelOutputWithPast(BaseModelOutputWithPast):
     compressed_lengths: Tensor | None = None
 
 
-@dataclass
-class SemTokenCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast`; `span_ids` and `compressed_lengths` as in `SemTokenModelOutputWithPast`."""
-
-    span_ids: Tensor | None = None
-    compressed_lengths: Tensor | None = None
-
-
 class SemTokenPreTrainedMixin:
     """Loading and saving: the encoder is part of the checkpoint, frozen and fp32."""
+
+    # What the family's classes bring.
+    config: Any
+    base_model: Any
+    model: Any
+    lm_head: Any
+    loss_function: Any
+    training: bool
+    is_gradient_checkpointing: bool
+    post_init: Any
+    _auto_class: str | None
 
     _keep_in_fp32_modules_strict = ["semantic_encoder"]
 
@@ -144,7 +136,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
     """The base model: the compression stage, then the family's layers."""
 
     def __init__(self, config: Any):
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]
         self.semantic_encoder = SemanticEncoder(config)
         self.post_init()
 
@@ -188,14 +180,16 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
             )
             if prompt.is_merged:
                 return self._forward_slots(prompt, past_key_values, use_cache, prefill_chunk_size, **kwargs)
+        name, columns = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
+        if columns is None:
+            raise ValueError("pass `input_ids` or `inputs_embeds`")
         if tracks_slots(past_key_values):
-            tokens = input_ids if input_ids is not None else inputs_embeds[..., 0]
+            tokens = columns[..., 0] if input_ids is None else columns
             attention_mask, position_ids = _append_plain(
                 past_key_values, tokens, attention_mask, position_ids, self.config.position_mode
             )
-        inputs = {"input_ids": input_ids} if input_ids is not None else {"inputs_embeds": inputs_embeds}
         return self._run_layers(
-            inputs, attention_mask, position_ids, past_key_values, use_cache, prefill_chunk_size, **kwargs
+            name, columns, attention_mask, position_ids, past_key_values, use_cache, prefill_chunk_size, **kwargs
         )
 
     def _forward_slots(
@@ -211,15 +205,14 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
             cache.record(prompt.slot_lengths, tokens, compressed=True, padded=prompt.is_padded)
             mask = cache.attention_mask
         outputs = self._run_layers(
-            {"inputs_embeds": prompt.inputs_embeds}, mask, prompt.position_ids, cache, use_cache, chunk_size, **kwargs
+            "inputs_embeds", prompt.inputs_embeds, mask, prompt.position_ids, cache, use_cache, chunk_size, **kwargs
         )
-        return SemTokenModelOutputWithPast(
-            **outputs, span_ids=prompt.span_ids, compressed_lengths=prompt.kept_lengths
-        )
+        return SemTokenModelOutputWithPast(**outputs, span_ids=prompt.span_ids, compressed_lengths=prompt.kept_lengths)
 
     def _run_layers(
         self,
-        inputs: dict[str, Tensor],
+        name: str,
+        columns: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: Any,
@@ -228,7 +221,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The family's forward, in one go or `chunk_size` columns at a time."""
-        (name, columns), length = next(iter(inputs.items())), next(iter(inputs.values())).shape[1]
+        length = columns.shape[1]
         chunk_size = chunk_size if chunk_size and tracks_slots(cache) else length
         before = cache.physical_length() if tracks_slots(cache) else 0
         states = []
@@ -244,7 +237,9 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
             outputs = super().forward(
                 **{name: columns[:, start:end]},
                 attention_mask=mask,
-                position_ids=position_ids if length == chunk_size or position_ids is None else position_ids[:, start:end],
+                position_ids=position_ids
+                if length == chunk_size or position_ids is None
+                else position_ids[:, start:end],
                 past_key_values=cache,
                 use_cache=use_cache,
                 **{**kwargs, "return_dict": True},
@@ -276,200 +271,4 @@ def _append_plain(
     return (cache.attention_mask if cache.is_compressed else attention_mask), position_ids
 
 
-class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
-    """The language-modelling head and the hooks of `generate`."""
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        compression: bool | None = None,
-        target_ratio: float | None = None,
-        span_ids: Tensor | None = None,
-        protected_mask: Tensor | None = None,
-        prefill_chunk_size: int | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """The family's forward; tokens whose logits or loss nobody asks for may merge.
-
-        Args:
-            labels: int64 [B, T]; -100 is not scored. Logits that no label scores come back as NaN if anything merged.
-            logits_to_keep: as in Transformers: the last k positions, or an index tensor; 0 asks for all.
-            compression: False is exactly the plain model; None takes the configuration's.
-            target_ratio: tokens per slot, >= 1, for this call.
-            span_ids: int [B, T], a plan made beforehand, -1 for padding.
-            protected_mask: [B, T], non-zero for tokens that stay whole.
-            prefill_chunk_size: run the layers over this many slots at a time.
-
-        Returns:
-            logits of the family's shape, [B, T, V] or [B, k, V].
-
-        Raises:
-            ValueError: a mask or `span_ids` has the wrong shape or values, or the ratio is below 1.
-        """
-        plain = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "labels": labels,
-            "use_cache": use_cache,
-            "logits_to_keep": logits_to_keep,
-            **kwargs,
-        }
-        if prefill_chunk_size is not None:
-            plain["prefill_chunk_size"] = prefill_chunk_size
-        if not self._wants_compression(compression, target_ratio) or (input_ids is not None and input_ids.shape[1] < 2):
-            return super().forward(**plain)
-        if (reason := _why_not(input_ids, attention_mask, position_ids, past_key_values, kwargs)) is not None:
-            self._warn_uncompressed(reason)
-            return super().forward(**plain)
-        read = read_mask_of(input_ids, labels, logits_to_keep)
-        if read is None:
-            return super().forward(**plain)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            compression=True,
-            target_ratio=target_ratio,
-            span_ids=_fit_to_call(span_ids, input_ids, past_key_values, "span_ids"),
-            protected_mask=_fit_to_call(protected_mask, input_ids, past_key_values, "protected_mask"),
-            read_mask=read,
-            prefill_chunk_size=prefill_chunk_size,
-            **{**kwargs, "return_dict": True},
-        )
-        return self._head(outputs, labels, logits_to_keep, **kwargs)
-
-    def _head(
-        self, outputs: BaseModelOutputWithPast, labels: Tensor | None, logits_to_keep: int | Tensor, **kwargs: Any
-    ) -> SemTokenCausalLMOutputWithPast:
-        """Logits and loss at the positions that are read."""
-        states, span_ids, loss = outputs.last_hidden_state, outputs.get("span_ids"), None
-        vocab_size = self.config.vocab_size
-        reads_labels = labels is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
-        columns = None
-        if span_ids is not None:
-            first = states.shape[1] - outputs.compressed_lengths
-            columns = (span_ids + first[:, None]).where(span_ids >= 0, -1)
-        if columns is not None and reads_labels:
-            states, targets, index = labelled_slot_states(states, columns, labels)
-            scored = self.lm_head(states)
-            loss = self.loss_function(
-                logits=scored[None], labels=None, shift_labels=targets[None], vocab_size=vocab_size, **kwargs
-            )
-            logits = scored.new_full((labels.numel(), scored.shape[-1]), torch.nan)
-            logits = logits.index_copy(0, index, scored).unflatten(0, labels.shape)
-        else:
-            if columns is None:
-                logits = self.lm_head(kept_states(states, logits_to_keep))
-            else:
-                states, is_padding = kept_slot_states(states, columns, logits_to_keep)
-                logits = self.lm_head(states).masked_fill(is_padding[..., None], torch.nan)
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        return SemTokenCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            span_ids=span_ids,
-            compressed_lengths=outputs.get("compressed_lengths"),
-        )
-
-    def _wants_compression(self, compression: bool | None, target_ratio: float | None) -> bool:
-        wanted = self.config.compression if compression is None else compression
-        ratio = self.config.target_ratio if target_ratio is None else target_ratio
-        return bool(wanted) and not (ratio == 1 and self.config.max_kept_tokens is None)
-
-    def _warn_uncompressed(self, reason: str) -> None:
-        logger.warning_once(f"SemToken does not compress this call and runs the plain model exactly: {reason}")
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any):
-        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if not self._wants_compression(model_kwargs.get("compression"), model_kwargs.get("target_ratio")):
-            return result
-        cache = model_kwargs.get("past_key_values")
-        if tracks_slots(cache) or getattr(cache, "_is_user_defined", False):
-            return result
-        if type(cache) is DynamicCache:
-            model_kwargs["past_key_values"] = SemTokenCache(config=self.config, offloading=cache.offloading)
-            return result
-        kind = "generate(use_cache=False)" if cache is None else f"a {type(cache).__name__}"
-        self._warn_uncompressed(f"{kind} cannot hold merged slots; use the default cache")
-        model_kwargs["compression"] = False
-        return result
-
-    def _prefill(self, input_ids, generation_config, model_kwargs, *args: Any, **kwargs: Any):
-        if generation_config.prefill_chunk_size is None or not tracks_slots(model_kwargs.get("past_key_values")):
-            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        # Chunks of tokens would be planned one by one and cut at places that depend on padding: plan the whole prompt,
-        # then run the layers over chunks of slots.
-        model_kwargs = {**model_kwargs, "prefill_chunk_size": generation_config.prefill_chunk_size}
-        generation_config = copy.copy(generation_config)
-        generation_config.prefill_chunk_size = None
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-
-
-def _why_not(
-    input_ids: Tensor | None,
-    attention_mask: Any,
-    position_ids: Tensor | None,
-    cache: Any,
-    kwargs: dict[str, Any],
-) -> str | None:
-    """Why this call cannot be compressed, or None."""
-    if input_ids is None:
-        return "`inputs_embeds` has no token ids to plan with; pass `input_ids`"
-    if "cache" in kwargs or "block_table" in kwargs:
-        return "paged attention manages its own cache"
-    if attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2:
-        return "a prepared attention mask cannot be shortened; pass a 2D mask"
-    if cache is not None and not tracks_slots(cache):
-        return f"{type(cache).__name__} cannot hold merged slots; pass a SemTokenCache or leave `past_key_values` out"
-    if kwargs.get("shift_labels") is not None:
-        return "`shift_labels` is not supported; pass `labels`"
-    if position_ids is not None and attention_mask is None and bool((position_ids.diff(dim=-1) <= 0).any()):
-        return "`position_ids` that restart mean packed sequences; pass one sequence a row"
-    return None
-
-
-def _fit_to_call(values: Tensor | None, input_ids: Tensor, cache: Any, name: str) -> Tensor | None:
-    """Cut or extend what was given for the prompt to the tokens of this call.
-
-    `generate` hands the same tensor to every call: to the first one, which may hold drafted tokens behind the
-    prompt, and to later ones, which hold new tokens only.
-    """
-    if values is None:
-        return None
-    if not isinstance(values, Tensor) or values.ndim != 2:
-        raise ValueError(f"`{name}` must be a tensor of shape [batch, tokens]")
-    start, tokens, length = cache.get_seq_length() if cache is not None else 0, input_ids.shape[1], values.shape[1]
-    if length == tokens:
-        return values
-    if 0 < start < length == start + tokens:
-        values = values[:, start:]
-        if name == "span_ids":
-            values = (values - values.where(values >= 0, values.max()).amin(1, keepdim=True)).where(values >= 0, -1)
-        return values
-    if start == 0 and length < tokens:
-        extra = torch.arange(1, tokens - length + 1, device=values.device)
-        drafted = values[:, -1:] + extra if name == "span_ids" else torch.zeros_like(values[:, :1] + extra)
-        return torch.cat([values, drafted], dim=1)
-    if 0 < length <= start:
-        return None
-    raise ValueError(f"`{name}` has {length} columns, but this call has {tokens} tokens after {start} in the cache")
-
-
-__all__ = ["SemTokenForCausalLMMixin", "SemTokenModelMixin", "SemTokenModelOutputWithPast"]
+__all__ = ["SemTokenModelMixin", "SemTokenModelOutputWithPast", "SemTokenPreTrainedMixin"]

@@ -3,8 +3,9 @@
 from torch import nn
 from transformers import GenerationMixin, LlamaForCausalLM, LlamaModel
 
+from .causal_lm_semtoken import SemTokenForCausalLMMixin
 from .configuration_semtoken_llama import SemTokenLlamaConfig
-from .modeling_semtoken import SemTokenForCausalLMMixin, SemTokenModelMixin
+from .modeling_semtoken import SemTokenModelMixin
 
 
 class SemTokenLlamaModel(SemTokenModelMixin, LlamaModel):

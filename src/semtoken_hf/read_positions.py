@@ -33,7 +33,9 @@ def read_mask_of(input_ids: Tensor, labels: Tensor | None, logits_to_keep: int |
     if labels is None:
         return None
     if labels.shape != input_ids.shape:
-        raise ValueError(f"`labels` must have the shape {tuple(input_ids.shape)} of input_ids, got {tuple(labels.shape)}")
+        raise ValueError(
+            f"`labels` must have the shape {tuple(input_ids.shape)} of input_ids, got {tuple(labels.shape)}"
+        )
     read[:, :-1] = labels[:, 1:] != IGNORED_LABEL
     return None if bool(read[:, :-1].all()) else read
 
@@ -62,6 +64,7 @@ def kept_slot_states(states: Tensor, columns: Tensor, logits_to_keep: int | Tens
     """
     wanted = kept_states(columns[..., None], logits_to_keep).squeeze(-1)
     if wanted.ndim == 1:
+        assert isinstance(logits_to_keep, Tensor)
         row = logits_to_keep.nonzero()[:, 0]
         return states[row, wanted.clamp(min=0)], wanted < 0
     return torch.take_along_dim(states, wanted.clamp(min=0)[..., None], dim=1), wanted < 0
@@ -85,4 +88,44 @@ def labelled_slot_states(states: Tensor, columns: Tensor, labels: Tensor) -> tup
     return states[row, column.clamp(min=0)], targets, row * labels.shape[1] + position
 
 
-__all__ = ["kept_slot_states", "kept_states", "labelled_slot_states", "read_mask_of"]
+def fit_to_call(values: Tensor | None, name: str, start: int, tokens: int, drafted: int) -> Tensor | None:
+    """Cut or extend what was given for the prompt to the tokens of one call.
+
+    `generate` hands the same tensor to every call: to the first one, which may hold drafted tokens behind the prompt,
+    and to later ones, which hold new tokens only.
+
+    Args:
+        values: `span_ids` or `protected_mask` [B, n], or None.
+        name: which of the two.
+        start: tokens that the cache holds.
+        tokens: tokens of this call.
+        drafted: how many of them, at the end, may be speculative.
+
+    Returns:
+        [B, tokens], or None where the values belong to tokens that the cache holds already.
+
+    Raises:
+        ValueError: the columns match neither this call nor all tokens so far.
+    """
+    if values is None:
+        return None
+    if not isinstance(values, Tensor) or values.ndim != 2:
+        raise ValueError(f"`{name}` must be a tensor of shape [batch, tokens]")
+    length = values.shape[1]
+    if length == tokens:
+        return values
+    if start == 0 and length == tokens - drafted:
+        behind = torch.arange(1, drafted + 1, device=values.device).expand(len(values), -1)
+        return torch.cat([values, values[:, -1:] + behind if name == "span_ids" else torch.zeros_like(behind)], dim=1)
+    if 0 < start < length == start + tokens:
+        values = values[:, start:]
+        if name == "span_ids":
+            first = values.where(values >= 0, values.max()).amin(1, keepdim=True)
+            values = (values - first).where(values >= 0, -1)
+        return values
+    if 0 < length <= start:
+        return None
+    raise ValueError(f"`{name}` has {length} columns, but this call has {tokens} tokens behind {start} in the cache")
+
+
+__all__ = ["fit_to_call", "kept_slot_states", "kept_states", "labelled_slot_states", "read_mask_of"]

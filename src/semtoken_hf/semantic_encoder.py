@@ -50,6 +50,7 @@ class SemanticEncoder(nn.Module):
         encoder_config = config.encoder_config
         encoder_config.vocab_size = config.vocab_size
         self.window, self.overlap = config.encoder_window, config.encoder_overlap
+        self.width = encoder_config.hidden_size
         self.radius = config.fingerprint_radius
         self.is_static = encoder_config.model_type == SemTokenStaticEncoderConfig.model_type
         if self.is_static:
@@ -100,9 +101,8 @@ class SemanticEncoder(nn.Module):
         planned = torch.zeros_like(layout.lengths).index_add_(0, layout.stretch, layout.joinable.long()) > 0
         counts = torch.where(planned, 1 + (layout.lengths - length).clamp(min=0).add(stride - 1) // stride, 0)
         total = int(counts.sum())
-        width = self.encoder.config.hidden_size
         if total == 0:
-            return input_ids.new_zeros((len(input_ids), width), dtype=torch.float32)
+            return input_ids.new_zeros((len(input_ids), self.width), dtype=torch.float32)
 
         stretch = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=total)
         first_window = counts.cumsum(0) - counts

@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass
 class Spans:
-    """Contiguous spans of a stream of N tokens: `index` int64 [N] (span of each token), `first` and `lengths` int64 [P]."""
+    """Contiguous spans of a stream of N tokens: `index` int64 [N], span of each token; `first`, `lengths` int64 [P]."""
 
     index: Tensor
     first: Tensor
@@ -134,10 +134,8 @@ def bisect_rank(count_at: Callable[[Tensor], Tensor], budget: Tensor, highest: i
     return low
 
 
-def boundary_spans(
-    similarity: Tensor, joinable: Tensor, stretch: Tensor, budget: Tensor, max_length: int
-) -> Tensor:
-    """Cut between the most dissimilar neighbours so that each stretch has exactly `budget` spans where that is possible.
+def boundary_spans(similarity: Tensor, joinable: Tensor, stretch: Tensor, budget: Tensor, max_length: int) -> Tensor:
+    """Cut between the most dissimilar neighbours; each stretch gets exactly `budget` spans where that is possible.
 
     Args:
         similarity: float32 [N], cosine of each token with the one before it.

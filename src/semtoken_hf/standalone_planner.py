@@ -93,7 +93,7 @@ def read_encoder_weights(name_or_path: str | os.PathLike, **hub: Any) -> dict[st
     weights: dict[str, Tensor] = {}
     for file in sorted(files):
         with safe_open(cached_file(name_or_path, file, **hub), "pt") as shard:
-            for key in shard.keys():
+            for key in shard.keys():  # noqa: SIM118 (no mapping)
                 if ENCODER_PREFIX in key:
                     weights[key.split(ENCODER_PREFIX, 1)[1]] = shard.get_tensor(key).to(torch.float32)
     if not weights:

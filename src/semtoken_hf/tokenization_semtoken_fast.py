@@ -1,4 +1,4 @@
-"""A fast tokenizer that can also plan: `return_span_ids=True` does the model's planning on the CPU, in the data loader."""
+"""A fast tokenizer that can also plan: with `return_span_ids=True` a data loader does the model's planning."""
 
 from __future__ import annotations
 

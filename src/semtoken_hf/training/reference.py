@@ -271,7 +271,12 @@ class ReferenceTrainer:
                 raise FloatingPointError(f"loss is {loss} at step {self.step}: lower learning_rate")
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}")
-            record = {"step": self.step, "tokens": self.step * config.tokens_per_step, "loss": loss, "speed": speed}
+            record: dict[str, Any] = {
+                "step": self.step,
+                "tokens": self.step * config.tokens_per_step,
+                "loss": loss,
+                "speed": speed,
+            }
             if self.step % config.evaluate_every == 0 or self.step == config.steps:
                 record["held_out"] = self.evaluate()
             self.log(record)

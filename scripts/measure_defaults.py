@@ -1,0 +1,107 @@
+#!/usr/bin/env python
+"""Choose the defaults by measurement: segmentation x fingerprint radius x merge mode on one checkpoint and one text.
+
+    python scripts/measure_defaults.py --checkpoint model_cards/semtoken-llama-tiny --text_file wiki.valid.txt \\
+        --output model_cards/semtoken-llama-tiny/defaults.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import semtoken_hf  # noqa: F401 (registers the classes)
+from semtoken_hf.evaluation.compressed_perplexity import (
+    PerplexityResult,
+    context_gain_kept,
+    evaluate_reader,
+    make_windows,
+    read_compressed,
+    reference_readers,
+)
+from semtoken_hf.evaluation.files import write_text
+from semtoken_hf.evaluation.provenance import markdown_provenance
+
+VARIANTS = [
+    {"segmentation_mode": mode, "fingerprint_radius": radius, "merge_mode": merge, "similarity_threshold": tau}
+    for merge in ("mean", "representative")
+    for mode, radius, tau in (
+        ("uniform", 0, None),
+        *(("boundary", radius, None) for radius in (0, 1, 2, 4)),
+        *(("greedy", radius, None) for radius in (0, 1, 2, 4)),
+        ("greedy", 2, 0.8),
+        ("greedy", 2, 0.5),
+    )
+]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--text_file", required=True)
+    parser.add_argument("--output", type=Path, help="Markdown file to write")
+    parser.add_argument("--ratio", type=float, default=2.4)
+    parser.add_argument("--context", type=int, default=1792, help="context tokens of a window")
+    parser.add_argument("--target", type=int, default=256, help="scored tokens of a window")
+    parser.add_argument("--windows", type=int, default=40)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
+    text = Path(arguments.text_file).read_text(encoding="utf-8")
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    windows = make_windows(ids, arguments.context, arguments.target, tokenizer.bos_token_id, arguments.windows)
+
+    kept = -(-arguments.context // arguments.ratio)
+    results = [
+        evaluate_reader(name, model, windows, read, arguments.context)
+        for name, read in reference_readers(model.config, arguments.context, int(kept)).items()
+    ]
+    full, none = results[0], results[1]
+    for variant in VARIANTS:
+        for field, value in variant.items():
+            setattr(model.config, field, value)
+        model.model.semantic_encoder.radius = variant["fingerprint_radius"]
+        tau = "" if variant["similarity_threshold"] is None else f", tau <= {variant['similarity_threshold']}"
+        name = "{merge_mode} of {segmentation_mode} spans, k = {fingerprint_radius}".format(**variant) + tau
+        read = read_compressed(arguments.context, target_ratio=arguments.ratio)
+        results.append(evaluate_reader(name, model, windows, read, arguments.context))
+    report(results, full, none, arguments)
+
+
+def report(
+    results: list[PerplexityResult], full: PerplexityResult, none: PerplexityResult, arguments: argparse.Namespace
+) -> None:
+    lines = [
+        f"# Untrained merging at ratio {arguments.ratio}",
+        "",
+        f"Context-compressed perplexity of `{Path(arguments.text_file).name}`, {len(full.losses)} windows of "
+        f"{arguments.context} + {arguments.target} tokens. Cost: perplexity against the full context. "
+        "Spread: standard error of the paired loss difference to the full context, in % of perplexity.",
+        "",
+        "| context read as | tokens per slot | perplexity | cost | spread | context gain kept |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        cost = 100 * (result.perplexity / full.perplexity - 1)
+        difference = result.losses - full.losses
+        spread = 100 * (difference.std() / len(difference) ** 0.5).exp() - 100 if len(difference) > 1 else float("nan")
+        gain = context_gain_kept(result, full, none)
+        lines.append(
+            f"| {result.name} | {result.ratio:.2f} | {result.perplexity:.2f} | {cost:+.1f} % | {spread:.1f} % "
+            f"| {100 * gain:.0f} % |"
+        )
+    text = "\n".join([*lines, "", markdown_provenance(), ""])
+    print(text)
+    if arguments.output:
+        write_text(arguments.output, text)
+
+
+if __name__ == "__main__":
+    main()

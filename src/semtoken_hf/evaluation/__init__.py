@@ -1,0 +1,1 @@
+"""Measuring what compression costs; nothing here ships inside a checkpoint."""

@@ -1,0 +1,45 @@
+"""Where a figure comes from: the command, the versions, the machine and the date that every report carries."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate")
+
+
+def processor_name() -> str:
+    """Model name of the first processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def provenance() -> dict[str, str]:
+    """Command, versions, machine and UTC date."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
+    command = [Path(sys.argv[0]).name, *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])]
+    return {
+        "command": "python scripts/" + shlex.join(command),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
+        "machine": f"{processor_name()}, {torch.get_num_threads()} threads, {device}",
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def markdown_provenance() -> str:
+    """`provenance()` as a Markdown list."""
+    return "\n".join(f"- {name}: `{value}`" for name, value in provenance().items())
