@@ -188,8 +188,17 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
             attention_mask, position_ids = _append_plain(
                 past_key_values, tokens, attention_mask, position_ids, self.config.position_mode
             )
+        has_gaps = tracks_slots(past_key_values) and past_key_values.is_compressed
         return self._run_layers(
-            name, columns, attention_mask, position_ids, past_key_values, use_cache, prefill_chunk_size, **kwargs
+            name,
+            columns,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            use_cache,
+            prefill_chunk_size,
+            has_gaps,
+            **kwargs,
         )
 
     def _forward_slots(
@@ -205,7 +214,15 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
             cache.record(prompt.slot_lengths, tokens, compressed=True, padded=prompt.is_padded)
             mask = cache.attention_mask
         outputs = self._run_layers(
-            "inputs_embeds", prompt.inputs_embeds, mask, prompt.position_ids, cache, use_cache, chunk_size, **kwargs
+            "inputs_embeds",
+            prompt.inputs_embeds,
+            mask,
+            prompt.position_ids,
+            cache,
+            use_cache,
+            chunk_size,
+            True,
+            **kwargs,
         )
         return SemTokenModelOutputWithPast(**outputs, span_ids=prompt.span_ids, compressed_lengths=prompt.kept_lengths)
 
@@ -218,9 +235,10 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         cache: Any,
         use_cache: bool | None,
         chunk_size: int | None,
+        has_gaps: bool,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """The family's forward, in one go or `chunk_size` columns at a time."""
+        """The family's forward, in one go or `chunk_size` columns at a time; `has_gaps`: of the positions so far."""
         length = columns.shape[1]
         chunk_size = chunk_size if chunk_size and tracks_slots(cache) else length
         before = cache.physical_length() if tracks_slots(cache) else 0
@@ -230,16 +248,14 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
             mask = attention_mask
             if length > chunk_size and mask is not None:
                 mask = mask[:, : before + end]
-            if tracks_slots(cache) and cache.is_compressed and mask is None:
+            if has_gaps:
                 kwargs |= flash_attention_kwargs(
                     self.config._attn_implementation, len(columns), end - start, before + end, columns.device
                 )
             outputs = super().forward(
                 **{name: columns[:, start:end]},
                 attention_mask=mask,
-                position_ids=position_ids
-                if length == chunk_size or position_ids is None
-                else position_ids[:, start:end],
+                position_ids=None if position_ids is None else position_ids[:, start:end],
                 past_key_values=cache,
                 use_cache=use_cache,
                 **{**kwargs, "return_dict": True},
