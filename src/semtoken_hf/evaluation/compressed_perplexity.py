@@ -57,8 +57,9 @@ def read_compressed(context_length: int, **call: Any) -> Reader:
         labels = window.clone()
         labels[:, :context_length] = -100
         outputs = model(input_ids=window, labels=labels, use_cache=False, **call)
-        slots = outputs.span_ids[:, context_length - 1] + 1 if outputs.span_ids is not None else None
-        kept = slots if slots is not None else torch.full((len(window),), context_length)
+        # The plain model answers where nothing merged.
+        span_ids = outputs.get("span_ids")
+        kept = torch.full((len(window),), context_length) if span_ids is None else span_ids[:, context_length - 1] + 1
         return outputs.loss, kept
 
     return read
