@@ -128,7 +128,9 @@ class SemanticEncoder(nn.Module):
 
     def _encode(self, windows: Tensor, mask: Tensor) -> Tensor:
         """Last hidden states float32 [K, W, D] of windows int64 [K, W]; mask bool [K, W]."""
-        return self.encoder(input_ids=windows, attention_mask=mask.long()).last_hidden_state.float()
+        # Embeddings and not ids: RoBERTa would take an id that equals its padding id for padding.
+        embeds = self.encoder.get_input_embeddings()(windows)
+        return self.encoder(inputs_embeds=embeds, attention_mask=mask.long()).last_hidden_state.float()
 
     def _running_mean(self, states: Tensor, stretch: Tensor) -> Tensor:
         """Mean over +-radius tokens of the same stretch, by shifted sums: exact whatever lies around the stretch."""

@@ -88,7 +88,7 @@ def principal_components(states: Tensor, dim: int) -> Tensor:
 
 
 def rarity_weights(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
-    """SIF weight in (0, 1] of each id, float32 [size]: a / (a + p), p = Zipf over `frequency_order`; 1 for other ids."""
+    """SIF weight a / (a + p) in (0, 1] of each id, float32 [size]; p is Zipf's over `frequency_order`, 0 elsewhere."""
     order = torch.tensor(frequency_order(tokenizer))
     frequency = 1 / torch.arange(1, len(order) + 1, dtype=torch.float64)
     weights = torch.ones(size, dtype=torch.float64)

@@ -136,9 +136,8 @@ def _split_texts(
         return texts, pieces
     unknown = encoder_tokenizer.unk_token_id
     for index, text in enumerate(texts):
-        # Lower case without a space goes on with a word: "##ing", not "ing". WikiText sentences read through an
-        # 8k / 24k BPE, cosine with the original MiniLM: whole words only 0.47 / 0.868, so 0.51 / 0.880; taking
-        # capitals and digits in as well, or only where it needs fewer pieces, changes neither by 0.002.
+        # Lower case without a space continues a word: "##ing", not "ing". Mean cosine of 300 WikiText sentences with
+        # the original MiniLM: 0.51 so, 0.47 without (8k BPE); 0.88, 0.87 (24k BPE trained on that text).
         if text[:1].islower():
             continued = split_continuation(text)
             if unknown not in continued:

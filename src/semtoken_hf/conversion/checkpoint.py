@@ -1,0 +1,256 @@
+"""From a plain Llama checkpoint and an encoder to one folder that loads as SemToken anywhere.
+
+- The language model's tensors go from file to file, shard by shard and unchanged: no model is built in memory.
+- Everything is written beside the target and renamed at the end: a conversion that is killed leaves no checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.dynamic_module_utils import custom_object_save
+
+from ..configuration_semtoken import SemTokenConfigMixin, SemTokenStaticEncoderConfig
+from ..configuration_semtoken_llama import SemTokenLlamaConfig
+from ..modeling_semtoken_llama import SemTokenLlamaForCausalLM
+from ..tokenization_semtoken_fast import SemTokenFastTokenizer
+from .distillation import distill_static_encoder
+from .staging import check_output, remove_stale, staged_folder
+from .vocabulary import digit_token_ids, rare_token_ids, special_token_ids, transplant_embeddings
+from .weights import INDEX, RESAVE, StoredTensor, find_tensors, shortened, write_weights
+
+ENCODER_KINDS = ("transformer", "static")
+ENCODER_PREFIX = "model.semantic_encoder.encoder."
+HUB_FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors", INDEX, "tokenizer*", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template*", "additional_chat_templates/*", "vocab*", "merges.txt", "sentencepiece*"),
+)
+
+
+def convert_checkpoint(
+    model: str | os.PathLike,
+    encoder: str | os.PathLike | None,
+    output_dir: str | os.PathLike,
+    *,
+    encoder_kind: str = "transformer",
+    static_dim: int = 64,
+    protect_digits: bool = False,
+    protect_rare: float = 0.0,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    progress: bool = True,
+    **config_overrides: Any,
+) -> Path:
+    """Write a SemToken checkpoint: weights, encoder, configuration, tokenizer and the code that loads them.
+
+    Args:
+        model: folder or Hub id of a plain Llama checkpoint in safetensors, with a `tokenizer.json`.
+        encoder: folder or Hub id of a transformer encoder with its tokenizer; None only with
+            `segmentation_mode="uniform"`, which reads no fingerprints.
+        output_dir: the new folder.
+        encoder_kind: "transformer" keeps the encoder's layers, its input embedding moved onto the model's
+            vocabulary; "static" distils it to a table (see `distillation`).
+        static_dim: length of the table's vectors.
+        protect_digits: tokens with a digit always stay whole.
+        protect_rare: share in [0, 1] of the vocabulary, the rarest, that always stays whole.
+        revision: revision of `model` on the Hub.
+        trust_remote_code: for the encoder's tokenizer; its layers must be of a type that Transformers knows.
+        max_shard_size: largest weight file, such as "5GB", and the memory that writing needs.
+        overwrite: replace `output_dir`, at the very end, if it is a checkpoint.
+        progress: show bars.
+        config_overrides: fields of `SemTokenConfigMixin`; `protected_token_ids` come on top of the ids above.
+
+    Returns:
+        `output_dir`. Tensors of the model keep their bits and dtype; the encoder is float32 in a file of its own.
+
+    Raises:
+        FileExistsError: `output_dir` exists.
+        FileNotFoundError: no such model or encoder, or files of it are missing.
+        ValueError: an option or override makes no sense, or the model or encoder is of a kind that cannot be converted.
+    """
+    _check_options(encoder, encoder_kind, config_overrides)
+    output = Path(output_dir).resolve()
+    remove_stale(output)
+    source = resolve_folder(model, revision)
+    encoder_folder = None if encoder is None else resolve_folder(encoder)
+    check_output(output, overwrite, [source] if encoder_folder is None else [source, encoder_folder])
+    plain = read_plain_config(source)
+    stored = find_tensors(source)
+    tokenizer = load_tokenizer(source)
+    protected = _protected_ids(tokenizer, protect_digits, protect_rare)
+    protected |= set(config_overrides.pop("protected_token_ids", None) or [])
+    encoder_config, encoder_tensors = build_encoder(
+        encoder_folder, encoder_kind, tokenizer, plain.vocab_size, static_dim, trust_remote_code, progress
+    )
+    encoder_tensors = {ENCODER_PREFIX + name: tensor for name, tensor in encoder_tensors.items()}
+    config = build_config(
+        plain,
+        encoder_config=encoder_config,
+        protected_token_ids=sorted(i for i in protected if i < plain.vocab_size),
+        dtype=plain.dtype or next(iter(stored.values())).dtype,
+        **config_overrides,
+    )
+    with staged_folder(output, overwrite) as folder:
+        check_tensors(save_code_and_config(config, folder), stored, encoder_tensors)
+        tokenizer.save_pretrained(folder)
+        if (source / "generation_config.json").is_file():
+            shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+        write_weights(folder, stored, encoder_tensors, max_shard_size, progress)
+    return output
+
+
+def _check_options(encoder: Any, encoder_kind: str, overrides: dict[str, Any]) -> None:
+    if encoder_kind not in ENCODER_KINDS:
+        raise ValueError(f"`encoder_kind` must be one of {list(ENCODER_KINDS)}, got {encoder_kind!r}")
+    known = {field.name for field in fields(SemTokenConfigMixin)} - {"encoder_config"}
+    if unknown := sorted(set(overrides) - known):
+        raise ValueError(f"unknown configuration fields {unknown}; known are {sorted(known)}")
+    if encoder is None and overrides.get("segmentation_mode") != "uniform":
+        raise ValueError(
+            "an `encoder` is needed, such as 'sentence-transformers/all-MiniLM-L6-v2'; "
+            "only segmentation_mode='uniform' does without"
+        )
+
+
+def _protected_ids(tokenizer: PreTrainedTokenizerBase, digits: bool, rare: float) -> set[int]:
+    ids = {*special_token_ids(tokenizer), *rare_token_ids(tokenizer, rare)}
+    return ids | set(digit_token_ids(tokenizer)) if digits else ids
+
+
+def resolve_folder(name: str | os.PathLike, revision: str | None = None) -> Path:
+    """The local folder `name`, or a snapshot of the Hub repository `name` without pickle weights."""
+    if Path(name).is_dir():
+        return Path(name).absolute()
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"'{name}' is neither a folder nor a Hub repository that can be read: {error}"
+        ) from error
+
+
+def read_plain_config(folder: Path) -> LlamaConfig:
+    """The configuration of a plain, unquantised Llama checkpoint."""
+    model_type = read_model_type(folder)
+    if model_type.startswith("semtoken_"):
+        raise ValueError(f"{folder} is a SemToken checkpoint already; convert the plain one that it was made from")
+    if model_type != LlamaConfig.model_type:
+        raise ValueError(f"{folder} has model_type {model_type!r}; only 'llama' can be converted")
+    config = LlamaConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{folder} is quantised; convert the unquantised checkpoint and quantise the result")
+    return config
+
+
+def read_model_type(folder: Path) -> str:
+    """`model_type` of a folder's config.json; empty if it names none."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: it is not a Transformers checkpoint")
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") or ""
+
+
+def load_tokenizer(folder: Path) -> SemTokenFastTokenizer:
+    """The checkpoint's tokenizer, exactly as its tokenizer.json says, whatever class it names."""
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer.json; "
+            "write it with `AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`"
+        )
+    return SemTokenFastTokenizer.from_pretrained(folder)
+
+
+def build_encoder(
+    folder: Path | None,
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    static_dim: int,
+    trust_remote_code: bool,
+    progress: bool,
+) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
+    """Configuration and float32 tensors of the encoder on the model's vocabulary; a table of zeros without a folder."""
+    static = SemTokenStaticEncoderConfig(vocab_size=vocab_size, hidden_size=static_dim, dtype="float32")
+    if folder is None:
+        return static, {"embeddings.weight": torch.zeros(vocab_size, static_dim)}
+    encoder = load_encoder(folder)
+    own_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if kind == "static":
+        table = distill_static_encoder(tokenizer, encoder, own_tokenizer, static_dim, vocab_size, progress)
+        return static, {"embeddings.weight": table}
+    embeddings = encoder.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    table = transplant_embeddings(tokenizer, own_tokenizer, embeddings.weight, vocab_size)
+    encoder.set_input_embeddings(nn.Embedding.from_pretrained(table))
+    config = encoder.config
+    config.vocab_size, config._name_or_path = vocab_size, ""
+    return config, {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+
+
+def load_encoder(folder: Path) -> PreTrainedModel:
+    """A transformer encoder in float32; a pooler that its checkpoint does not hold is zero, since nothing reads it."""
+    model_type = read_model_type(folder)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"the encoder in {folder} has model_type {model_type!r}, which Transformers does not know")
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"the encoder in {folder} has no safetensors; pickle weights are not read, {RESAVE}")
+    encoder, info = AutoModel.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    if encoder.config.is_encoder_decoder:
+        raise ValueError(f"the encoder in {folder} is an encoder-decoder; use an encoder such as BERT or MiniLM")
+    missing = set(info["missing_keys"])
+    if lost := sorted(name for name in missing if "pooler." not in name):
+        raise ValueError(f"the weights of the encoder in {folder} lack {shortened(lost)}")
+    for name in missing:
+        encoder.get_parameter(name).data.zero_()
+    return encoder.eval()
+
+
+def build_config(plain: LlamaConfig, **semtoken_fields: Any) -> SemTokenLlamaConfig:
+    """The plain configuration with the compression fields."""
+    dropped = {"model_type", "auto_map", "_name_or_path", "transformers_version"}
+    kept = {name: value for name, value in plain.to_dict().items() if name not in dropped}
+    return SemTokenLlamaConfig(**{**kept, **semtoken_fields, "architectures": [SemTokenLlamaForCausalLM.__name__]})
+
+
+def save_code_and_config(config: SemTokenLlamaConfig, folder: Path) -> SemTokenLlamaForCausalLM:
+    """Write config.json and the modules that its auto_map names; returns the model without storage."""
+    with torch.device("meta"):
+        model = SemTokenLlamaForCausalLM(config)
+    for part in (model.base_model, model):
+        custom_object_save(part, folder, config=config)  # type: ignore[arg-type]
+    config.save_pretrained(folder)
+    return model
+
+
+def check_tensors(model: PreTrainedModel, stored: dict[str, StoredTensor], added: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the two together are the tensors that `model` loads."""
+    shapes = {name: tensor.shape for name, tensor in (stored | added).items()}
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    if missing := sorted(expected.keys() - shapes.keys() - tied):
+        raise ValueError(f"the checkpoint lacks tensors of a LlamaForCausalLM: {shortened(missing)}")
+    if wrong := sorted(name for name in expected.keys() & shapes.keys() if expected[name] != shapes[name]):
+        raise ValueError(f"tensors have other shapes than config.json says: {shortened(wrong)}")
+
+
+__all__ = ["convert_checkpoint"]

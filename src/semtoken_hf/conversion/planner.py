@@ -1,0 +1,39 @@
+"""A planner for a vocabulary and an encoder, without any language model: to look at an encoder before converting."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..semantic_encoder import SemanticEncoder
+from ..standalone_planner import SpanPlanner, SpanPlannerConfig
+from .checkpoint import build_encoder, resolve_folder
+
+
+def planner_on_vocabulary(
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: str | os.PathLike,
+    encoder_kind: str = "transformer",
+    static_dim: int = 64,
+    **config_fields: Any,
+) -> SpanPlanner:
+    """The planner that a conversion with this encoder would ship.
+
+    Args:
+        tokenizer: fast tokenizer of the language model.
+        encoder: folder or Hub id of a transformer encoder.
+        encoder_kind: "transformer" or "static".
+        static_dim: width of the static table.
+        config_fields: compression fields, as in `SemTokenConfigMixin`.
+    """
+    size = len(tokenizer)
+    encoder_config, tensors = build_encoder(
+        resolve_folder(encoder), encoder_kind, tokenizer, size, static_dim, trust_remote_code=False, progress=True
+    )
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = SpanPlannerConfig(vocab_size=size, encoder_config=encoder_config, **special, **config_fields)
+    semantic_encoder = SemanticEncoder(config)
+    semantic_encoder.encoder.load_state_dict(tensors)
+    return SpanPlanner(config, semantic_encoder)

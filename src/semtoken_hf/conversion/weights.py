@@ -1,0 +1,111 @@
+"""Tensors of a safetensors checkpoint, found by their headers and copied from file to file, shard by shard."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+RESAVE = "write them as safetensors first: `AutoModel...from_pretrained(folder).save_pretrained(new_folder)`"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: its file, shape, dtype and size in bytes."""
+
+    file: Path
+    shape: torch.Size
+    dtype: torch.dtype
+    nbytes: int
+
+
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a single-file or sharded safetensors checkpoint, by name, in file order.
+
+    Raises:
+        FileNotFoundError: there are no safetensors, or a file of the index is missing.
+        ValueError: a file is damaged, or lacks a tensor that the index lists.
+    """
+    if (folder / WEIGHTS).is_file():
+        return _tensors_of_file(folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}; pickle weights are not read, {RESAVE}")
+    weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    found: dict[str, StoredTensor] = {}
+    for name in dict.fromkeys(weight_map.values()):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} lacks {name}, which {INDEX} lists; download the checkpoint again")
+        found |= {key: t for key, t in _tensors_of_file(folder / name).items() if weight_map.get(key) == name}
+    if lost := sorted(weight_map.keys() - found.keys()):
+        raise ValueError(f"{INDEX} in {folder} lists tensors that its files do not hold: {shortened(lost)}")
+    return found
+
+
+def _tensors_of_file(file: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(file, "pt") as handle:
+            # `get_tensor` gives a view of the mapped file, so that nothing is read here.
+            tensors = ((name, handle.get_tensor(name)) for name in handle.offset_keys())
+            return {name: StoredTensor(file, t.shape, t.dtype, t.nbytes) for name, t in tensors}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or incomplete; download it again ({error})") from error
+
+
+def shortened(names: list[str]) -> str:
+    """The first three names and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def write_weights(
+    folder: Path,
+    stored: dict[str, StoredTensor],
+    added: dict[str, Tensor],
+    max_shard_size: str | int,
+    progress: bool,
+) -> None:
+    """Copy the stored tensors into shards, then `added` into a shard of its own, and write the index.
+
+    Args:
+        folder: where the shards go.
+        stored: tensors to copy; bits and dtype stay.
+        added: further tensors, in memory.
+        max_shard_size: largest file of stored tensors, such as "5GB"; one shard at a time is in memory.
+        progress: show a bar over the bytes.
+    """
+    split = split_state_dict_into_shards_factory(
+        {name: t.nbytes for name, t in stored.items()},
+        get_storage_size=lambda nbytes: nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    shards = [*split.filename_to_tensors.values(), list(added)]
+    total = sum(t.nbytes for t in stored.values()) + sum(t.nbytes for t in added.values())
+    weight_map: dict[str, str] = {}
+    with tqdm(total=total, unit="B", unit_scale=True, desc="write weights", disable=not progress) as bar:
+        for number, names in enumerate(shards, 1):
+            tensors = added if number == len(shards) else _read_tensors(stored, names)
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
+            bar.update(sum(t.nbytes for t in tensors.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_tensors(stored: dict[str, StoredTensor], names: list[str]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in dict.fromkeys(stored[name].file for name in names):
+        with safe_open(file, "pt") as handle:
+            tensors |= {name: handle.get_tensor(name) for name in names if stored[name].file == file}
+    return tensors
+
+
+__all__ = ["StoredTensor", "find_tensors", "shortened", "write_weights"]

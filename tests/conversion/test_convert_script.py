@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "convert.py"
+
+
+@pytest.fixture
+def run_script(monkeypatch):
+    """A function that runs `scripts/convert.py` with the given arguments."""
+    spec = importlib.util.spec_from_file_location("convert_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments) -> None:
+        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+        module.main()
+
+    return run
+
+
+def test_converts_with_options_and_fields(run_script, make_llama, encoder_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--encoder_kind", "static", "--static_dim", "8", "--quiet"]
+    run_script(make_llama(), encoder_folder, out, *options, "--set", "target_ratio=4", "segmentation_mode=greedy")
+    assert capsys.readouterr().out.strip().endswith(str(out))
+    config = json.loads((out / "config.json").read_text())
+    assert (config["target_ratio"], config["segmentation_mode"]) == (4, "greedy")
+    assert config["encoder_config"]["hidden_size"] == 8
+
+
+def test_none_means_no_encoder(run_script, make_llama, tmp_path):
+    run_script(make_llama(), "none", tmp_path / "out", "--quiet", "--set", "segmentation_mode=uniform")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--set", "ratio=4"], 1, "unknown configuration fields ['ratio']"),
+        (["--set", "overwrite=1"], 2, "options of their own"),
+        (["--set", "target_ratio"], 2, "expected FIELD=VALUE"),
+        (["--encoder_kind", "lstm"], 2, "invalid choice"),
+    ],
+)
+def test_mistakes_end_with_one_line(run_script, make_llama, encoder_folder, tmp_path, capsys, arguments, code, message):
+    with pytest.raises(SystemExit) as stopped:
+        run_script(make_llama(), encoder_folder, tmp_path / "out", "--quiet", *arguments)
+    assert stopped.value.code == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
