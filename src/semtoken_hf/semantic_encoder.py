@@ -119,8 +119,12 @@ class SemanticEncoder(nn.Module):
             ]
         )
 
+        # The owner is the window whose middle is nearest: by stride, except that the last one is shifted back.
         offset = torch.arange(len(input_ids), device=counts.device) - layout.starts[layout.stretch]
-        owner = ((offset - self.overlap // 2).clamp(min=0) // stride).minimum((counts[layout.stretch] - 1).clamp(min=0))
+        last = (counts[layout.stretch] - 1).clamp(min=0)
+        owner = ((offset - self.overlap // 2).clamp(min=0) // stride).minimum((last - 1).clamp(min=0))
+        last_start = (layout.lengths[layout.stretch] - length).clamp(min=0)
+        owner = torch.where(2 * offset >= owner * stride + last_start + length, last, owner)
         window = (first_window[layout.stretch] + owner).clamp(max=total - 1)
         column = (offset - start[window]).clamp(0, length - 1)
         picked = states.flatten(0, 1)[window * length + column]
