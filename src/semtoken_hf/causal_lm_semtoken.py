@@ -84,7 +84,9 @@ class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
         }
         if prefill_chunk_size is not None:
             plain["prefill_chunk_size"] = prefill_chunk_size
-        if not self._wants_compression(compression, target_ratio) or (input_ids is not None and input_ids.shape[1] < 2):
+        columns = inputs_embeds if input_ids is None else input_ids
+        asks_for_all = labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if asks_for_all or self._is_short(columns) or not self._wants_compression(compression, target_ratio):
             return super().forward(**plain)
         if (reason := _why_not(input_ids, attention_mask, position_ids, past_key_values, kwargs)) is not None:
             self._warn_uncompressed(reason)
@@ -154,6 +156,9 @@ class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
         wanted = self.config.compression if compression is None else compression
         ratio = self.config.target_ratio if target_ratio is None else target_ratio
         return bool(wanted) and not (ratio == 1 and self.config.max_kept_tokens is None)
+
+    def _is_short(self, columns: Tensor | None) -> bool:
+        return columns is not None and columns.shape[1] < max(2, self.config.min_prompt_length)
 
     def _warn_uncompressed(self, reason: str) -> None:
         logger.warning_once(f"SemToken does not compress this call and runs the plain model exactly: {reason}")

@@ -170,7 +170,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         if compression and input_ids is not None:
             prompt = self.compress(
                 input_ids,
-                _last_columns(attention_mask, input_ids),
+                _mask_of_call(attention_mask, input_ids, past_key_values),
                 span_ids,
                 target_ratio,
                 protected_mask,
@@ -202,8 +202,14 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         )
 
     def _forward_slots(
-        self, prompt: CompressedPrompt, cache: Any, use_cache: bool | None, chunk_size: int | None, **kwargs: Any
+        self,
+        prompt: CompressedPrompt,
+        past_key_values: Any,
+        use_cache: bool | None,
+        chunk_size: int | None,
+        **kwargs: Any,
     ) -> SemTokenModelOutputWithPast:
+        cache = past_key_values
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache and not (self.training and self.is_gradient_checkpointing):
             cache = SemTokenCache(config=self.config)
@@ -232,7 +238,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         columns: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        cache: Any,
+        past_key_values: Any,
         use_cache: bool | None,
         chunk_size: int | None,
         has_gaps: bool,
@@ -240,8 +246,8 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
     ) -> BaseModelOutputWithPast:
         """The family's forward, in one go or `chunk_size` columns at a time; `has_gaps`: of the positions so far."""
         length = columns.shape[1]
-        chunk_size = chunk_size if chunk_size and tracks_slots(cache) else length
-        before = cache.physical_length() if tracks_slots(cache) else 0
+        chunk_size = chunk_size if chunk_size and tracks_slots(past_key_values) else length
+        before = past_key_values.physical_length() if tracks_slots(past_key_values) else 0
         states = []
         for start in range(0, length, chunk_size):
             end = min(start + chunk_size, length)
@@ -256,7 +262,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
                 **{name: columns[:, start:end]},
                 attention_mask=mask,
                 position_ids=None if position_ids is None else position_ids[:, start:end],
-                past_key_values=cache,
+                past_key_values=past_key_values,
                 use_cache=use_cache,
                 **{**kwargs, "return_dict": True},
             )
@@ -266,9 +272,19 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         return outputs
 
 
-def _last_columns(mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
-    """The part of a mask over all tokens so far that belongs to `input_ids`."""
-    return None if mask is None else mask[:, -input_ids.shape[1] :]
+def _mask_of_call(mask: Tensor | None, input_ids: Tensor, cache: Any) -> Tensor | None:
+    """The part of a mask over all tokens so far that belongs to `input_ids`.
+
+    Raises:
+        ValueError: the mask covers neither these tokens nor all tokens so far.
+    """
+    if mask is None:
+        return None
+    tokens, held = input_ids.shape[1], 0 if cache is None else cache.get_seq_length()
+    if mask.shape[1] not in (tokens, held + tokens):
+        expected = (len(input_ids), held + tokens)
+        raise ValueError(f"`attention_mask` must have the shape {expected}, got {tuple(mask.shape)}")
+    return mask[:, -tokens:]
 
 
 def _append_plain(
@@ -278,7 +294,7 @@ def _append_plain(
 
     As long as the cache holds nothing merged, both are what the caller gave, so that the family's own path is exact.
     """
-    new = _last_columns(attention_mask, tokens)
+    new = None if attention_mask is None else attention_mask[:, -tokens.shape[1] :]
     slots = torch.ones(tokens.shape, dtype=torch.long, device=tokens.device) if new is None else (new != 0).long()
     if cache.is_compressed and (position_mode == "compact" or position_ids is None):
         held = cache.compressed_lengths if position_mode == "compact" else cache.original_lengths
