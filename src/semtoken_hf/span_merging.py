@@ -12,6 +12,10 @@ from torch import Tensor
 from .span_clustering import Spans
 
 
+# Cosines closer than this are equal: rounding must not decide.
+TIE = 1e-5
+
+
 def last_tokens(spans: Spans) -> Tensor:
     """Stream index of the last token of each span, int64 [P]."""
     return spans.first + spans.lengths - 1
@@ -20,14 +24,14 @@ def last_tokens(spans: Spans) -> Tensor:
 def representative_tokens(fingerprints: Tensor | None, spans: Spans) -> Tensor:
     """Stream index of the token nearest its span's mean fingerprint, int64 [P]; the last one without fingerprints.
 
-    Ties go to the later token.
+    Ties go to the later token; two tokens are always equally near their mean.
     """
     if fingerprints is None:
         return last_tokens(spans)
     nearness = (fingerprints * spans.mean(fingerprints)[spans.index]).sum(-1)
     best = torch.segment_reduce(nearness, "max", lengths=spans.lengths, unsafe=True)
     place = torch.arange(len(nearness), device=nearness.device)
-    candidates = place.where(nearness >= best[spans.index], -1)
+    candidates = place.where(nearness >= best[spans.index] - TIE, -1)
     return torch.full_like(spans.first, -1).scatter_reduce_(0, spans.index, candidates, "amax")
 
 
