@@ -14,6 +14,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 POSITION_MODES = ("original", "compact")
 SEGMENTATION_MODES = ("boundary", "greedy", "uniform")
 MERGE_MODES = ("mean", "representative")
+# Encoders whose first position is `pad_token_id + 1`.
+POSITIONS_BEHIND_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
 
 
 class SemTokenStaticEncoderConfig(PreTrainedConfig):
@@ -53,7 +55,7 @@ class SemTokenConfigMixin:
         compression: False makes the model behave exactly like the family's plain model.
         target_ratio: tokens per slot, >= 1; at most `ceil(n / target_ratio)` slots are kept of an n-token prompt.
             None: no ratio; then `max_kept_tokens` or `similarity_threshold` decides.
-        max_kept_tokens: absolute budget of slots, beside the ratio (the smaller one counts).
+        max_kept_tokens: absolute budget of slots of a prompt, beside the ratio (the smaller one counts).
         similarity_threshold: tau of the paper, in [-1, 1]. None: solved for the budget (greedy mode). With a budget
             it is where the search starts and is lowered when merging every span is not enough.
         entropy_threshold: delta of the paper, in [0, 1]: spans above it stay fine when no budget is set.
@@ -99,6 +101,21 @@ class SemTokenConfigMixin:
         # Checked here and not only by `@strict`, so that the message always names the field and its range.
         validate_compression_fields(self)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """As in Transformers; fields given to `from_pretrained` are set after `__post_init__` and checked here."""
+        result = super().from_dict(config_dict, **kwargs)
+        validate_compression_fields(result[0] if isinstance(result, tuple) else result)
+        return result
+
+
+def encoder_positions(encoder_config: PreTrainedConfig) -> int | None:
+    """Longest window that an encoder reads; None where nothing limits it."""
+    positions = getattr(encoder_config, "max_position_embeddings", None)
+    if positions is not None and encoder_config.model_type in POSITIONS_BEHIND_PADDING:
+        positions -= encoder_config.pad_token_id + 1
+    return positions
+
 
 def check_ratio(value: Any, name: str = "target_ratio") -> None:
     """Raise ValueError unless `value` is a finite number >= 1."""
@@ -108,6 +125,8 @@ def check_ratio(value: Any, name: str = "target_ratio") -> None:
 
 def validate_compression_fields(config: Any) -> None:
     """Raise ValueError, naming the field and its range, if a compression field makes no sense."""
+    if not isinstance(config.compression, bool):
+        raise ValueError(f"`compression` must be True or False, got {config.compression!r}")
     if config.target_ratio is not None:
         check_ratio(config.target_ratio)
     for name, low, optional in (
@@ -127,7 +146,8 @@ def validate_compression_fields(config: Any) -> None:
             raise ValueError(f"`{name}` must be an integer >= {low}{' or None' * optional}, got {value!r}")
     for name, lowest in (("similarity_threshold", -1.0), ("entropy_threshold", 0.0)):
         value = getattr(config, name)
-        if value is not None and (isinstance(value, bool) or not lowest <= float(value) <= 1.0):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and lowest <= value <= 1):
             raise ValueError(f"`{name}` must be a number in [{lowest:g}, 1] or None, got {value!r}")
     for name, modes in (
         ("position_mode", POSITION_MODES),
@@ -141,7 +161,7 @@ def validate_compression_fields(config: Any) -> None:
             f"`encoder_overlap` must be in [0, encoder_window) = [0, {config.encoder_window}), "
             f"got {config.encoder_overlap}"
         )
-    longest = getattr(config.encoder_config, "max_position_embeddings", None)
+    longest = encoder_positions(config.encoder_config)
     if longest is not None and config.encoder_window > longest:
         raise ValueError(
             f"`encoder_window` must be at most the encoder's {longest} positions, got {config.encoder_window}"
@@ -153,7 +173,10 @@ def validate_compression_fields(config: Any) -> None:
             "otherwise nothing decides how far to merge"
         )
     ids = config.protected_token_ids
-    if ids is not None and any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+    is_list = isinstance(ids, (list, tuple))
+    if ids is not None and not (
+        is_list and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
+    ):
         raise ValueError("`protected_token_ids` must be a list of token ids >= 0 or None")
 
 

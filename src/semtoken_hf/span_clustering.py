@@ -111,11 +111,15 @@ def split_long_spans(starts: Tensor, cap: Tensor) -> Tensor:
     Returns:
         bool [N], a superset of `starts`.
     """
-    if starts.numel() == 0:
+    tokens = starts.numel()
+    if tokens == 0:
         return starts
-    spans = Spans.from_starts(starts)
-    length = spans.lengths[spans.index]
-    offset = torch.arange(starts.numel(), device=starts.device) - spans.first[spans.index]
+    # Without `Spans`, whose size the host would have to wait for.
+    place = torch.arange(tokens, device=starts.device)
+    first = place.where(starts, 0).cummax(0).values
+    end = place.where(starts, tokens).flip(0).cummin(0).values.flip(0).roll(-1)
+    end[-1] = tokens
+    length, offset = end - first, place - first
     pieces = torch.ceil(length / cap).long().clamp(min=1).minimum(length)
     return starts | (offset * pieces // length != (offset - 1) * pieces // length)
 
@@ -164,7 +168,6 @@ def _rank_within_stretch(values: Tensor, stretch: Tensor) -> Tensor:
     order = values.sort(stable=True).indices
     order = order[stretch[order].sort(stable=True).indices]
     place = torch.arange(values.numel(), device=values.device)
-    first = torch.zeros_like(place)
     rank = torch.empty_like(place)
     opens = torch.ones_like(place, dtype=torch.bool)
     sorted_stretch = stretch[order]

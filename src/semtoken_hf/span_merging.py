@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .span_clustering import Spans
 
-
 # Cosines closer than this are equal: rounding must not decide.
 TIE = 1e-5
 

@@ -82,6 +82,8 @@ def check_mask(mask: Tensor, input_ids: Tensor, name: str) -> Tensor:
     if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"`{name}` must be a tensor of shape {tuple(input_ids.shape)} like input_ids, got {shape}")
+    if mask.is_floating_point() and bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError(f"`{name}` must hold 0 and 1, got other numbers")
     return mask.to(input_ids.device) != 0
 
 
@@ -100,7 +102,7 @@ def plan_spans(
 
     Args:
         config: a SemToken configuration.
-        encoder: the frozen encoder; None where `needs_encoder(config)` is False or `span_ids` is given.
+        encoder: the frozen encoder; None where `needs_encoder(config)` is False, or `span_ids` is given for means.
         input_ids: int64 [B, T].
         attention_mask: [B, T], 0 for padding on any side; None: no padding.
         read_mask: bool [B, T], positions whose logits are asked for; None: the last token of each row.
@@ -125,13 +127,14 @@ def plan_spans(
         valid, read, protected, config.keep_first if opens_row else 0, config.keep_last, config.min_prompt_length
     )
     fingerprints = None
+    # A ready plan says which tokens merge, but not which of them represents the others.
+    if needs_encoder(config) and (span_ids is None or config.merge_mode == "representative"):
+        if encoder is None:
+            raise ValueError("planning needs the encoder: pass it, or use segmentation_mode='uniform'")
+        fingerprints = encoder(input_ids.flatten()[layout.token_index], layout)
     if span_ids is not None:
         starts = starts_from_span_ids(span_ids, valid, layout)
     else:
-        if needs_encoder(config):
-            if encoder is None:
-                raise ValueError("planning needs the encoder: pass it, or use segmentation_mode='uniform'")
-            fingerprints = encoder(input_ids.flatten()[layout.token_index], layout)
         starts = find_span_starts(fingerprints, layout, granularity)
     return _finish_plan(starts, fingerprints, layout, granularity, valid)
 

@@ -80,19 +80,26 @@ class SemTokenFastTokenizer(PreTrainedTokenizerFast):
         return_protected_mask: bool,
         target_ratio: float | None,
     ) -> dict[str, list[list[int]]]:
-        outputs = {}
+        outputs, protected_mask = {}, None
+        width = max(map(len, rows))
+
+        def to_tensor(values: list[list[int]]) -> torch.Tensor:
+            return torch.tensor([row + [0] * (width - len(row)) for row in values], dtype=torch.long)
+
         if return_protected_mask:
             protected = {*self.all_special_ids, *self.added_tokens_decoder, *self.planner.protected_token_ids}
             outputs["protected_mask"] = [
                 [int(m and i in protected) for i, m in zip(row, mask, strict=True)]
                 for row, mask in zip(rows, masks, strict=True)
             ]
+            # The model gets this mask as well, so the budget must know of it.
+            protected_mask = to_tensor(outputs["protected_mask"])
         if return_span_ids:
-            width = max(map(len, rows))
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long)
-            mask = torch.tensor([m + [0] * (width - len(m)) for m in masks], dtype=torch.long)
-            span_ids = self.planner.plan(ids, mask, target_ratio=target_ratio).span_ids.tolist()
-            outputs["span_ids"] = [spans[: len(row)] for spans, row in zip(span_ids, rows, strict=True)]
+            plan = self.planner.plan(
+                to_tensor(rows), to_tensor(masks), protected_mask=protected_mask, target_ratio=target_ratio
+            )
+            spans = plan.span_ids.tolist()
+            outputs["span_ids"] = [ids[: len(row)] for ids, row in zip(spans, rows, strict=True)]
         return outputs
 
     def _pad(

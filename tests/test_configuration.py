@@ -1,0 +1,228 @@
+"""The compression fields: defaults, round trips, and nonsense refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, BertConfig
+
+from semtoken_hf import SemTokenLlamaConfig, SemTokenLlamaForCausalLM
+from semtoken_hf.configuration_semtoken import SemTokenConfigMixin, SemTokenStaticEncoderConfig
+from tests.fixtures.tiny import tiny_config, tiny_model
+
+BERT = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+# No field at its default, so that one that is lost on the way shows.
+FIELDS = {
+    "compression": False,
+    "target_ratio": 3.5,
+    "max_kept_tokens": 77,
+    "similarity_threshold": 0.25,
+    "entropy_threshold": 0.5,
+    "max_span_length": 5,
+    "keep_first": 1,
+    "keep_last": 9,
+    "min_prompt_length": 33,
+    "position_mode": "compact",
+    "segmentation_mode": "greedy",
+    "merge_mode": "representative",
+    "encoder_config": {"model_type": "bert", **BERT},
+    "encoder_window": 48,
+    "encoder_overlap": 6,
+    "fingerprint_radius": 4,
+    "protected_token_ids": [7, 11],
+}
+
+
+def test_defaults() -> None:
+    config = SemTokenLlamaConfig()
+    assert {name: getattr(config, name) for name in FIELDS if name != "encoder_config"} == {
+        "compression": True,
+        "target_ratio": 2.4,
+        "max_kept_tokens": None,
+        "similarity_threshold": None,
+        "entropy_threshold": None,
+        "max_span_length": 8,
+        "keep_first": 4,
+        "keep_last": 64,
+        "min_prompt_length": 256,
+        "position_mode": "original",
+        "segmentation_mode": "boundary",
+        "merge_mode": "mean",
+        "encoder_window": 128,
+        "encoder_overlap": 16,
+        "fingerprint_radius": 2,
+        "protected_token_ids": None,
+    }
+    assert isinstance(config.encoder_config, SemTokenStaticEncoderConfig)
+    assert config.model_type == "semtoken_llama"
+
+
+def test_the_list_of_fields_here_is_complete() -> None:
+    assert FIELDS.keys() == SemTokenConfigMixin.__dataclass_fields__.keys()
+    plain = tiny_config()
+    assert all(getattr(plain, name) != value for name, value in FIELDS.items())
+
+
+@pytest.mark.parametrize("load", [SemTokenLlamaConfig.from_pretrained, AutoConfig.from_pretrained], ids=["own", "auto"])
+def test_every_field_survives_saving(tmp_path, load) -> None:
+    config = tiny_config(**FIELDS)
+    config.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert type(loaded) is SemTokenLlamaConfig
+    assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
+    for name, value in FIELDS.items():
+        if name != "encoder_config":
+            assert getattr(loaded, name) == value
+    assert isinstance(loaded.encoder_config, BertConfig)
+    assert loaded.encoder_config.hidden_size == BERT["hidden_size"]
+
+
+def test_absent_budgets_survive_saving(tmp_path) -> None:
+    """None differs from the default ratio and must be written."""
+    tiny_config(target_ratio=None, segmentation_mode="greedy", similarity_threshold=0.7).save_pretrained(tmp_path)
+    loaded = SemTokenLlamaConfig.from_pretrained(tmp_path)
+    assert loaded.target_ratio is None
+    assert loaded.similarity_threshold == 0.7
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "hidden_size"),
+    [
+        (None, SemTokenStaticEncoderConfig, 64),
+        ({"model_type": "semtoken_static", "hidden_size": 48}, SemTokenStaticEncoderConfig, 48),
+        (SemTokenStaticEncoderConfig(hidden_size=40), SemTokenStaticEncoderConfig, 40),
+        ({"model_type": "bert", **BERT}, BertConfig, 24),
+        (BertConfig(**BERT), BertConfig, 24),
+    ],
+    ids=["none", "static dict", "static typed", "bert dict", "bert typed"],
+)
+def test_encoder_config_is_typed_and_survives_dict_and_json(value: Any, kind: type, hidden_size: int) -> None:
+    config = tiny_config(encoder_config=value)
+    for other in (
+        config,
+        SemTokenLlamaConfig(**config.to_dict()),
+        SemTokenLlamaConfig.from_dict(config.to_dict()),
+        SemTokenLlamaConfig.from_dict(json.loads(config.to_json_string(use_diff=False))),
+        SemTokenLlamaConfig.from_dict(json.loads(config.to_json_string())),
+    ):
+        assert type(other.encoder_config) is kind
+        assert other.encoder_config.hidden_size == hidden_size
+        assert other.to_dict() == config.to_dict()
+    assert config.to_dict()["encoder_config"]["model_type"] == kind.model_type
+
+
+def test_two_configurations_do_not_share_an_encoder() -> None:
+    first, second = SemTokenLlamaConfig(), SemTokenLlamaConfig()
+    first.encoder_config.hidden_size = 8
+    assert second.encoder_config.hidden_size == 64
+
+
+RATIO, UNIT = "finite number >= 1", "number in [0, 1]"
+COUNT_FIELDS = {
+    "max_kept_tokens": 1,
+    "max_span_length": 1,
+    "keep_first": 0,
+    "keep_last": 0,
+    "min_prompt_length": 0,
+    "encoder_window": 1,
+    "encoder_overlap": 0,
+    "fingerprint_radius": 0,
+}
+NONSENSE = [
+    *(("target_ratio", value, RATIO) for value in (0.99, 0, -2, float("nan"), float("inf"), "3", True, [2])),
+    *((name, low - 1, f"integer >= {low}") for name, low in COUNT_FIELDS.items()),
+    *((name, value, f"integer >= {low}") for name, low in COUNT_FIELDS.items() for value in (2.5, "8", True)),
+    *((name, None, "integer") for name in COUNT_FIELDS if name != "max_kept_tokens"),
+    *(("similarity_threshold", value, "number in [-1, 1]") for value in (-1.01, 1.01, float("nan"), "high", True, [0])),
+    *(("entropy_threshold", value, UNIT) for value in (-0.01, 1.01, float("nan"), "high", True)),
+    *(("position_mode", value, "['original', 'compact']") for value in ("absolute", None, 0)),
+    *(("segmentation_mode", value, "['boundary', 'greedy', 'uniform']") for value in ("semantic", None)),
+    *(("merge_mode", value, "['mean', 'representative']") for value in ("max", None)),
+    *(("protected_token_ids", value, "list of token ids >= 0") for value in ([-1], [True], ["a"], [1.0], 3)),
+    ("compression", "no", ""),
+    ("encoder_config", "bert", "dict"),
+    ("encoder_config", {}, "model_type"),
+    ("encoder_config", {"model_type": "no such model"}, "model_type"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), NONSENSE)
+def test_nonsense_is_refused_by_name_and_range(name: str, value: Any, allowed: str) -> None:
+    with pytest.raises((ValueError, TypeError)) as error:
+        tiny_config(**{name: value})
+    assert name in str(error.value)
+    assert allowed in str(error.value)
+
+
+def test_the_edges_of_the_ranges_are_allowed() -> None:
+    tiny_config(target_ratio=1, similarity_threshold=-1, entropy_threshold=0, max_span_length=1, max_kept_tokens=1)
+    tiny_config(similarity_threshold=1.0, entropy_threshold=1, keep_first=0, keep_last=0, min_prompt_length=0)
+    tiny_config(encoder_window=1, encoder_overlap=0, fingerprint_radius=0, protected_token_ids=[])
+    tiny_config(encoder_window=8, encoder_overlap=7)
+    tiny_config(encoder_window=32, encoder_config={"model_type": "bert", **BERT, "max_position_embeddings": 32})
+
+
+@pytest.mark.parametrize(("window", "overlap"), [(16, 16), (8, 16)])
+def test_windows_must_advance(window: int, overlap: int) -> None:
+    with pytest.raises(ValueError, match=rf"`encoder_overlap` must be in .*\[0, {window}\), got {overlap}"):
+        tiny_config(encoder_window=window, encoder_overlap=overlap)
+
+
+def test_a_window_must_fit_the_encoder() -> None:
+    encoder = BertConfig(**BERT, max_position_embeddings=64)
+    with pytest.raises(ValueError, match="`encoder_window` must be at most the encoder's 64 positions, got 65"):
+        tiny_config(encoder_config=encoder, encoder_window=65)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"similarity_threshold": 0.5},
+        {"similarity_threshold": 0.5, "segmentation_mode": "uniform"},
+        {"segmentation_mode": "greedy"},
+        {"segmentation_mode": "greedy", "entropy_threshold": 0.5},
+    ],
+)
+def test_something_must_decide_how_far_to_merge(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="`target_ratio` or `max_kept_tokens`, or `similarity_threshold`"):
+        tiny_config(target_ratio=None, **fields)
+    tiny_config(target_ratio=None, max_kept_tokens=100, **fields)
+
+
+def test_a_threshold_alone_is_enough_in_greedy_mode() -> None:
+    assert tiny_config(target_ratio=None, segmentation_mode="greedy", similarity_threshold=0).target_ratio is None
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model().save_pretrained(folder)
+    return folder
+
+
+def load_model_config(folder, **overrides: Any) -> SemTokenLlamaConfig:
+    return SemTokenLlamaForCausalLM.from_pretrained(folder, **overrides).config
+
+
+each_loader = pytest.mark.parametrize(
+    "load", [SemTokenLlamaConfig.from_pretrained, load_model_config], ids=["configuration", "model"]
+)
+
+
+@each_loader
+def test_from_pretrained_overrides_fields(checkpoint, load) -> None:
+    config = load(checkpoint, target_ratio=4, segmentation_mode="greedy", protected_token_ids=[5])
+    assert (config.target_ratio, config.segmentation_mode, config.protected_token_ids) == (4, "greedy", [5])
+    assert config.max_span_length == tiny_config().max_span_length
+
+
+@each_loader
+@pytest.mark.parametrize(
+    ("name", "value"), [("target_ratio", 0.5), ("segmentation_mode", "greddy"), ("max_span_length", 0)]
+)
+def test_from_pretrained_refuses_nonsense_too(checkpoint, load, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        load(checkpoint, **{name: value})
