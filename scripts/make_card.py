@@ -2,7 +2,7 @@
 """Measure a checkpoint and write its card and metrics.json into its folder.
 
     python scripts/make_card.py --checkpoint model_cards/semtoken-llama-tiny --training_log runs/reference/log.jsonl \\
-        --text_file wiki.valid.txt
+        --training_command "python scripts/train_reference.py ..." --text_file wiki.valid.txt
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path)
     parser.add_argument("--training_log", required=True, type=Path)
+    parser.add_argument("--training_command", required=True, help="what was run to train the plain model")
     parser.add_argument("--text_file", required=True, type=Path, help="held-out text, such as WikiText validation")
     parser.add_argument("--context", type=int, default=1792, help="context tokens of a window")
     parser.add_argument("--target", type=int, default=256, help="scored tokens of a window")
@@ -38,6 +39,7 @@ def main() -> None:
         arguments.checkpoint.resolve(),
         TEMPLATE,
         arguments.training_log,
+        arguments.training_command,
         arguments.text_file,
         arguments.context,
         arguments.target,

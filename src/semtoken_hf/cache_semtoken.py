@@ -76,6 +76,10 @@ class SemTokenCache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
+        layer: Any
+        for layer in self.layers:  # before 5.23, they keep columns of zeros
+            layer.keys = layer.values = None
+            layer.is_initialized = False
         self.clear_record()
 
     def crop(self, tokens_to_remove: int) -> None:

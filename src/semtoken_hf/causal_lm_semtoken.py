@@ -20,9 +20,19 @@ from transformers.utils import can_return_tuple, logging
 from .cache_semtoken import SemTokenCache, tracks_slots
 from .configuration_semtoken import check_ratio
 from .modeling_semtoken import SemTokenPreTrainedMixin
-from .read_positions import fit_to_call, kept_slot_states, kept_states, labelled_slot_states, read_mask_of
+from .read_positions import (
+    IGNORED_LABEL,
+    fit_to_call,
+    kept_slot_states,
+    kept_states,
+    labelled_slot_states,
+    read_mask_of,
+)
 
 logger = logging.get_logger(__name__)
+
+# What `forward` takes beyond the plain model.
+OWN_ARGUMENTS = ("compression", "target_ratio", "span_ids", "protected_mask", "prefill_chunk_size")
 
 
 @dataclass
@@ -66,7 +76,8 @@ class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
             prefill_chunk_size: run the layers over this many slots at a time.
 
         Returns:
-            logits of the family's shape, [B, T, V] or [B, k, V].
+            logits of the family's shape, [B, T, V] or [B, k, V]. Where tokens merged, `hidden_states` and `attentions`
+            are over slots, and with `prefill_chunk_size` over the last chunk.
 
         Raises:
             ValueError: a mask or `span_ids` has the wrong shape or values, or the ratio is below 1.
@@ -131,6 +142,8 @@ class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
                 logits=scored[None], labels=None, shift_labels=targets[None], vocab_size=vocab_size, **kwargs
             )
             logits = scored.new_full((by_labels.numel(), scored.shape[-1]), torch.nan)
+            # Padding in front of a labelled token predicts nothing.
+            scored = scored.masked_fill((targets == IGNORED_LABEL)[:, None], torch.nan)
             logits = logits.index_copy(0, index, scored).unflatten(0, by_labels.shape)
         else:
             if columns is None:
@@ -177,6 +190,14 @@ class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
         self._warn_uncompressed(f"{kind} cannot hold merged slots; use the default cache")
         model_kwargs["compression"] = False
         return result
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any):
+        # Transformers hands our arguments on to the assistant, which refuses them if it is a plain model.
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and not hasattr(assistant, "compress"):
+            model_kwargs = kwargs["model_kwargs"]
+            kwargs["model_kwargs"] = {k: v for k, v in model_kwargs.items() if k not in OWN_ARGUMENTS}
+        return super()._get_candidate_generator(*args, **kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args: Any, **kwargs: Any):
         if generation_config.prefill_chunk_size is None or not tracks_slots(model_kwargs.get("past_key_values")):

@@ -69,7 +69,12 @@ def compress_prompt(
         position_mode: instead of the configuration's.
         planning: `attention_mask`, `read_mask`, `protected_mask`, `span_ids`, `target_ratio`, `opens_row` of
             `plan_spans`.
+
+    Raises:
+        ValueError: an argument has the wrong shape or values.
     """
+    if position_ids is not None and position_ids.shape[-1] != input_ids.shape[1]:
+        raise ValueError(f"`position_ids` must have {input_ids.shape[1]} columns, got {tuple(position_ids.shape)}")
     plan = plan_spans(config, encoder, input_ids, **planning)
     layout = plan.layout
     stream = embed_tokens(input_ids).flatten(0, 1)[layout.token_index]

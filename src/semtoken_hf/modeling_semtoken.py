@@ -299,6 +299,9 @@ def _append_plain(
     if cache.is_compressed and (position_mode == "compact" or position_ids is None):
         held = cache.compressed_lengths if position_mode == "compact" else cache.original_lengths
         position_ids = (held[:, None] + slots.cumsum(1) - 1).clamp(min=0)
+    elif position_ids is None:
+        # The family would count them from the cache, which knows of these tokens before its layers do.
+        position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None] + cache.get_seq_length()
     cache.record(slots, tokens.shape[1], compressed=False, padded=new is not None)
     return (cache.attention_mask if cache.is_compressed else attention_mask), position_ids
 

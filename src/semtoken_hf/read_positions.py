@@ -128,4 +128,4 @@ def fit_to_call(values: Tensor | None, name: str, start: int, tokens: int, draft
     raise ValueError(f"`{name}` has {length} columns, but this call has {tokens} tokens behind {start} in the cache")
 
 
-__all__ = ["fit_to_call", "kept_slot_states", "kept_states", "labelled_slot_states", "read_mask_of"]
+__all__ = ["IGNORED_LABEL", "fit_to_call", "kept_slot_states", "kept_states", "labelled_slot_states", "read_mask_of"]

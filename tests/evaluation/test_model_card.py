@@ -22,7 +22,7 @@ def test_the_card_holds_what_was_measured(tmp_path):
     model = tiny_model()
     mode = model.config.segmentation_mode
     metrics = write_card(
-        model, tiny_tokenizer(), tmp_path / "tiny", template, log, text, 60, 12, limit=2, ratios=[2.0, 3.0]
+        model, tiny_tokenizer(), tmp_path / "tiny", template, log, "train me", text, 60, 12, limit=2, ratios=[2.0, 3.0]
     )
     assert model.config.segmentation_mode == mode
     assert json.loads((tmp_path / "tiny" / "metrics.json").read_text()) == metrics
@@ -31,6 +31,7 @@ def test_the_card_holds_what_was_measured(tmp_path):
     card = (tmp_path / "tiny" / "README.md").read_text()
     assert "$" not in card
     assert "2 steps, 2.0 M tokens" in card
+    assert "train me" in card
     assert "| `novels.txt` | 3.25 |" in card
     for record in metrics["costs"]:
         assert f"| {record['method']} | {record['tokens_per_slot']:.2f} | {record['perplexity']:.2f} |" in card

@@ -1,0 +1,30 @@
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from semtoken_hf.conversion.planner import planner_on_vocabulary
+from semtoken_hf.conversion.vocabulary import transplant_embeddings
+from tests.fixtures.text import PROSE
+from tests.fixtures.tiny import tiny_tokenizer
+
+
+def test_the_real_encoder_plans_on_another_vocabulary(minilm):
+    tokenizer = tiny_tokenizer()
+    planner = planner_on_vocabulary(tokenizer, minilm, target_ratio=3.0, min_prompt_length=8)
+    assert planner.config.encoder_config.hidden_size == AutoConfig.from_pretrained(minilm).hidden_size
+    table = planner.encoder.encoder.get_input_embeddings().weight
+    assert table.shape == (len(tokenizer), 384)
+    assert not table.requires_grad
+    original = AutoModel.from_pretrained(minilm).get_input_embeddings().weight
+    moved = transplant_embeddings(tokenizer, AutoTokenizer.from_pretrained(minilm), original)
+    torch.testing.assert_close(table, moved)
+    ids = tokenizer(PROSE, return_tensors="pt")["input_ids"]
+    plan = planner.plan(ids)
+    assert int(plan.kept_lengths) == -(-ids.shape[1] // 3)
+    assert plan.fingerprints is not None
+    assert plan.fingerprints.isfinite().all()
+
+
+def test_a_static_planner(minilm):
+    planner = planner_on_vocabulary(tiny_tokenizer(), minilm, "static", static_dim=16)
+    assert planner.encoder.is_static
+    assert planner.encoder.width == 16

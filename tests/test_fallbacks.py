@@ -1,0 +1,248 @@
+"""Law 10: what cannot be compressed runs exactly as plain Llama and says so once; what makes no sense is refused."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from semtoken_hf import SemTokenLlamaForCausalLM
+from tests.fixtures.tiny import LLAMA, plain_twin, ragged_prompts, random_ids, tiny_model
+
+TOKENS = 48
+
+
+@pytest.fixture(scope="module")
+def twins():
+    model = tiny_model(attn_implementation="eager")
+    return model, plain_twin(model)
+
+
+def four_dimensional_mask():
+    return torch.full((2, 1, TOKENS, TOKENS), torch.finfo(torch.float32).min).triu(1)
+
+
+FORWARD = {
+    "inputs_embeds": (
+        lambda model, ids: {"inputs_embeds": model.get_input_embeddings()(ids), "logits_to_keep": 1},
+        "inputs_embeds",
+    ),
+    "4D mask": (
+        lambda model, ids: {"input_ids": ids, "attention_mask": four_dimensional_mask(), "logits_to_keep": 1},
+        "2D mask",
+    ),
+    "static cache": (
+        lambda model, ids: {
+            "input_ids": ids,
+            "past_key_values": StaticCache(config=model.config, max_cache_len=64),
+            "logits_to_keep": 1,
+        },
+        "StaticCache",
+    ),
+    "dynamic cache": (
+        lambda model, ids: {"input_ids": ids, "past_key_values": DynamicCache(), "logits_to_keep": 1},
+        "DynamicCache",
+    ),
+    "paged cache": (
+        # What continuous batching passes; eager attention looks at none of it.
+        lambda model, ids: {"input_ids": ids, "cache": object(), "block_table": None, "logits_to_keep": 1},
+        "paged",
+    ),
+    "shifted labels": (
+        lambda model, ids: {"input_ids": ids, "labels": ids, "shift_labels": ids.where(ids > 200, -100)},
+        "shift_labels",
+    ),
+    "packed sequences": (
+        lambda model, ids: {"input_ids": ids, "position_ids": torch.arange(24).repeat(2, 2), "logits_to_keep": 1},
+        "packed",
+    ),
+}
+GENERATE = {
+    "without cache": ({"use_cache": False}, "use_cache=False"),
+    "static cache": ({"cache_implementation": "static"}, "StaticCache"),
+    "dynamic cache": ({"past_key_values": DynamicCache}, "DynamicCache"),
+}
+
+
+def warnings_of(caplog):
+    return [r.message for r in caplog.records if r.name.startswith("semtoken_hf")]
+
+
+@pytest.mark.parametrize("case", FORWARD)
+def test_forward_falls_back(twins, caplog, case):
+    model, plain = twins
+    build, reason = FORWARD[case]
+    ids = random_ids(2, TOKENS)
+    for _ in range(2):
+        with torch.no_grad():
+            ours, theirs = (twin(**build(twin, ids)) for twin in (model, plain))
+        assert torch.equal(ours.logits, theirs.logits)
+        assert ours.loss is theirs.loss is None or torch.equal(ours.loss, theirs.loss)
+    (message,) = warnings_of(caplog)
+    assert reason in message
+    assert "does not compress" in message
+
+
+@pytest.mark.parametrize("case", GENERATE)
+def test_generate_falls_back(twins, caplog, case):
+    arguments, reason = GENERATE[case]
+    ids, mask = ragged_prompts((TOKENS, 30))
+    ours, theirs = (
+        twin.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=4,
+            output_scores=True,
+            return_dict_in_generate=True,
+            **{name: value() if callable(value) else value for name, value in arguments.items()},
+        )
+        for twin in twins
+    )
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for a, b in zip(ours.scores, theirs.scores, strict=True):
+        assert torch.equal(a, b)
+    (message,) = warnings_of(caplog)
+    assert reason in message
+
+
+def test_generate_from_embeddings(twins, caplog):
+    model, plain = twins
+    embeddings = model.get_input_embeddings()(random_ids(1, TOKENS))
+    ours, theirs = (twin.generate(inputs_embeds=embeddings, max_new_tokens=4) for twin in (model, plain))
+    assert torch.equal(ours, theirs)
+    (message,) = warnings_of(caplog)
+    assert "inputs_embeds" in message
+
+
+def test_generate_batch(caplog):
+    """Continuous batching packs the prompts and holds its own pages."""
+    model = tiny_model(attn_implementation="sdpa")
+    prompts = [random_ids(1, n)[0].tolist() for n in (TOKENS, 30)]
+    arguments = {
+        "generation_config": GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        "continuous_batching_config": ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=128),
+    }
+    plain = plain_twin(model)
+    ours, theirs = (twin.generate_batch(prompts, **arguments).values() for twin in (model, plain))
+    assert [o.generated_tokens for o in ours] == [o.generated_tokens for o in theirs]
+    assert all(len(o.generated_tokens) == 4 for o in theirs)
+    (message,) = warnings_of(caplog)
+    assert "paged" in message
+
+
+def test_what_compresses_is_quiet(twins, caplog):
+    model = twins[0]
+    ids, mask = ragged_prompts((TOKENS, 40))
+    model(ids, attention_mask=mask, logits_to_keep=1)
+    model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1)
+    model.generate(ids, attention_mask=mask, max_new_tokens=3)
+    assert not warnings_of(caplog)
+
+
+IDS = random_ids(2, TOKENS)
+COUNT = torch.arange(TOKENS).repeat(2, 1)
+
+
+def mask_of(rows, columns):
+    """With padding, since `generate` drops a mask of ones before anybody can look at it."""
+    return (torch.arange(columns) > 3).long().repeat(rows, 1)
+
+
+REFUSED = {
+    "attention_mask short": ({"attention_mask": mask_of(2, TOKENS - 1)}, "`attention_mask`.*shape"),
+    "attention_mask long": ({"attention_mask": mask_of(2, TOKENS + 3)}, "`attention_mask`.*shape"),
+    "attention_mask rows": ({"attention_mask": mask_of(1, TOKENS)}, "`attention_mask`.*shape"),
+    "protected_mask short": ({"protected_mask": torch.ones(2, TOKENS - 1)}, "`protected_mask`"),
+    "protected_mask rows": ({"protected_mask": torch.ones(3, TOKENS)}, "`protected_mask`.*shape"),
+    "protected_mask 1D": ({"protected_mask": torch.ones(TOKENS)}, "`protected_mask`.*shape"),
+    "protected_mask list": ({"protected_mask": [[1] * TOKENS] * 2}, "`protected_mask`"),
+    "span_ids short": ({"span_ids": COUNT[:, 1:]}, "`span_ids`"),
+    "span_ids rows": ({"span_ids": COUNT[:1]}, "`span_ids`.*shape"),
+    "span_ids floats": ({"span_ids": COUNT.float()}, "`span_ids` must hold integers"),
+    "span_ids gap": ({"span_ids": COUNT * 2}, "`span_ids`.*count 0, 1, 2"),
+    "span_ids from one": ({"span_ids": COUNT + 1}, "`span_ids`.*count 0, 1, 2"),
+    "span_ids backwards": ({"span_ids": COUNT.flip(1)}, "`span_ids`.*count 0, 1, 2"),
+    "span_ids padding": ({"span_ids": COUNT.where(COUNT > 0, -1) - (COUNT > 0).long()}, "`span_ids`.*-1 exactly"),
+    "ratio below one": ({"target_ratio": 0.5}, "`target_ratio`.*>= 1"),
+    "ratio NaN": ({"target_ratio": float("nan")}, "`target_ratio`.*>= 1"),
+    "ratio infinite": ({"target_ratio": float("inf")}, "`target_ratio`.*finite"),
+    "ratio text": ({"target_ratio": "2"}, "`target_ratio`.*number"),
+    "ratio bool": ({"target_ratio": True}, "`target_ratio`.*number"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("call", ["forward", "generate", "compress"])
+def test_refused(twins, call, case):
+    model = twins[0]
+    arguments, message = REFUSED[case]
+    run = {
+        "compress": model.compress,
+        "forward": functools.partial(model, logits_to_keep=1),
+        "generate": functools.partial(model.generate, max_new_tokens=2),
+    }[call]
+    with pytest.raises(ValueError, match=message):
+        run(IDS, **arguments)
+
+
+def test_unknown_argument(twins):
+    with pytest.raises(ValueError, match="target_ration"):
+        twins[0].generate(IDS, max_new_tokens=2, target_ration=2.0)
+
+
+def test_plain_checkpoint(twins, tmp_path):
+    twins[1].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no semantic encoder.*convert_checkpoint"):
+        SemTokenLlamaForCausalLM.from_pretrained(tmp_path)
+    # Uniform spans need none.
+    uniform = {"segmentation_mode": "uniform", "min_prompt_length": 16, "keep_last": 4}
+    model = SemTokenLlamaForCausalLM.from_pretrained(tmp_path, **uniform)
+    assert model.compress(IDS).is_merged
+
+
+def is_frozen(model):
+    encoder = model.model.semantic_encoder
+    return not any(p.requires_grad for p in encoder.parameters()) and not any(m.training for m in encoder.modules())
+
+
+def test_encoder_stays_frozen(tmp_path):
+    bert = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = tiny_model(encoder_config={**bert, "intermediate_size": 32}, encoder_window=64)
+    assert is_frozen(model)
+    assert is_frozen(model.train())
+    assert is_frozen(copy.deepcopy(model))
+    assert model.model.layers[0].training
+    model.save_pretrained(tmp_path)
+    loaded = SemTokenLlamaForCausalLM.from_pretrained(tmp_path)
+    assert is_frozen(loaded)
+    assert is_frozen(loaded.train())
+    assert is_frozen(copy.deepcopy(loaded))
+    assert all(p.requires_grad for n, p in loaded.named_parameters() if "semantic_encoder" not in n)
+    assert torch.equal(loaded.eval().compress(IDS).span_ids, model.eval().compress(IDS).span_ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "auto"])
+def test_encoder_stays_float32(tmp_path, dtype):
+    model = tiny_model(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = SemTokenLlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert loaded.lm_head.weight.dtype == (torch.bfloat16 if dtype == "auto" else dtype)
+    assert all(p.dtype == torch.float32 for p in loaded.model.semantic_encoder.parameters())
+    # One plan for every dtype of the model.
+    assert torch.equal(loaded.compress(IDS).span_ids, model.compress(IDS).span_ids)
+
+
+@pytest.mark.parametrize("vocabulary", [LLAMA["vocab_size"] + 9, 250])
+def test_resized_vocabulary(tmp_path, vocabulary):
+    model = tiny_model()
+    model.resize_token_embeddings(vocabulary)
+    ids = random_ids(1, TOKENS) % 200
+    ids[0, 10:14] = vocabulary - 1
+    outputs = model.generate(ids, max_new_tokens=4, return_dict_in_generate=True)
+    assert outputs.past_key_values.is_compressed
+    assert not any(p.requires_grad for p in model.model.semantic_encoder.parameters())
+    model.save_pretrained(tmp_path)
+    loaded = SemTokenLlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded.generate(ids, max_new_tokens=4), outputs.sequences)

@@ -1,0 +1,152 @@
+"""Law 3: nothing that is scored, and nothing after it, reaches the plan of what comes before. By perturbation."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.fixtures.tiny import VOCAB_SIZE, random_ids, tiny_model
+
+TOKENS = 160
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+SETTINGS = {
+    "boundary": {},
+    "greedy": {"segmentation_mode": "greedy"},
+    "uniform": {"segmentation_mode": "uniform"},
+    "greedy at a threshold": {
+        "segmentation_mode": "greedy",
+        "target_ratio": None,
+        "similarity_threshold": 0.7,
+        "entropy_threshold": 0.2,
+    },
+    "absolute budget": {"target_ratio": None, "max_kept_tokens": 20},
+    "representative": {"merge_mode": "representative"},
+    "compact": {"position_mode": "compact"},
+    # Fingerprints that reach farther than what stays whole before a border, which would hide a leak.
+    "wide fingerprints": {"keep_last": 0, "fingerprint_radius": 5},
+    "wide fingerprints, greedy": {"keep_last": 0, "fingerprint_radius": 5, "segmentation_mode": "greedy"},
+    # Windows longer than most stretches.
+    "transformer": {"encoder_config": BERT, "encoder_window": 48, "encoder_overlap": 8, "keep_last": 0},
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def model(request):
+    return tiny_model(**SETTINGS[request.param])
+
+
+def random_labels(ids, seed):
+    """Scored runs of 1 to 6 tokens, far enough apart that stretches between them merge."""
+    generator = torch.Generator().manual_seed(seed)
+    labels, place = torch.full_like(ids, -100), 0
+    while True:
+        place += int(torch.randint(24, 50, (1,), generator=generator))
+        end = place + int(torch.randint(1, 7, (1,), generator=generator))
+        if end > ids.shape[1]:
+            return labels
+        labels[:, place:end] = ids[:, place:end]
+        place = end
+
+
+def other_tokens(ids, where):
+    """`ids` with every token in the slice `where` replaced by another ordinary one."""
+    changed = ids.clone()
+    changed[:, where] = 3 + (ids[:, where] - 3 + 101) % (VOCAB_SIZE - 3)
+    assert (changed[:, where] != ids[:, where]).all()
+    return changed
+
+
+def borders(span_ids):
+    """bool [B, T - 1]: whether a slot ends between neighbours: the plan without its numbering."""
+    return span_ids.diff(dim=1) != 0
+
+
+def run(model, ids, labels):
+    with torch.no_grad():
+        return model(ids, labels=torch.where(labels == -100, labels, ids))
+
+
+def assert_same_until(ours, theirs, end):
+    """No plan and no readable logit before position `end` differs."""
+    assert torch.equal(ours.span_ids[:, :end], theirs.span_ids[:, :end])
+    assert torch.equal(ours.logits[:, :end].isnan(), theirs.logits[:, :end].isnan())
+    torch.testing.assert_close(ours.logits[:, :end], theirs.logits[:, :end], atol=2e-5, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_scored_and_later_tokens_change_nothing_before_them(model, seed):
+    ids = random_ids(1, TOKENS, seed)
+    labels = random_labels(ids, seed)
+    outputs = run(model, ids, labels)
+    assert outputs.compressed_lengths[0] < TOKENS - 30
+    scored = (labels[0] != -100).nonzero()[:, 0].tolist()
+    assert len(scored) >= 4
+    for place in scored:
+        # The logit that predicts the token stands right before it.
+        assert outputs.logits[0, place - 1].isfinite().all()
+        for where in (slice(place, place + 1), slice(place, TOKENS)):
+            assert_same_until(run(model, other_tokens(ids, where), labels), outputs, place)
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_stretches_are_planned_alone(model, seed):
+    """A token changes the borders of its own stretch alone, wherever it stands."""
+    ids = random_ids(1, TOKENS, seed)
+    labels = random_labels(ids, seed)
+    outputs = run(model, ids, labels)
+    read = F.pad(labels[:, 1:] != -100, (0, 1))[0]
+    ends = [-1, *read.nonzero()[:, 0].tolist(), TOKENS - 1]
+    stretches = [(a + 1, b + 1) for a, b in itertools.pairwise(ends) if b - a > 20]
+    assert len(stretches) >= 3
+    for start, end in stretches:
+        # The first token of a stretch is scored unless it opens the row, the last one is read: both are borders.
+        changed = run(model, other_tokens(ids, slice(start + 1, end)), labels)
+        same = torch.ones(TOKENS - 1, dtype=torch.bool)
+        same[start:end] = False
+        assert torch.equal(borders(changed.span_ids)[0, same], borders(outputs.span_ids)[0, same])
+
+
+def test_plans_do_follow_their_tokens():
+    """The perturbations above do change plans where they may."""
+    model = tiny_model()
+    ids = random_ids(1, TOKENS)
+    labels = random_labels(ids, 0)
+    changed = run(model, other_tokens(ids, slice(5, 20)), labels)
+    assert not torch.equal(borders(changed.span_ids), borders(run(model, ids, labels).span_ids))
+
+
+@pytest.mark.parametrize("kept", [1, 7])
+def test_kept_logits(model, kept):
+    """Tokens behind the first read position are scored by `logits_to_keep` as they are by labels."""
+    ids = random_ids(1, TOKENS)
+    first = TOKENS - kept
+    with torch.no_grad():
+        outputs = model(ids, logits_to_keep=kept)
+        assert outputs.compressed_lengths[0] < TOKENS - 30
+        for place in range(first + 1, TOKENS):
+            changed = model(other_tokens(ids, slice(place, TOKENS)), logits_to_keep=kept)
+            assert torch.equal(changed.span_ids, outputs.span_ids)
+            before = place - first
+            torch.testing.assert_close(changed.logits[:, :before], outputs.logits[:, :before], atol=2e-5, rtol=1e-5)
+
+
+def test_protected_tokens_are_seen_but_stay_whole():
+    """They are no border: the budget counts the whole stretch, and their neighbours still merge."""
+    model = tiny_model()
+    ids = random_ids(1, TOKENS)
+    protected = torch.zeros_like(ids)
+    protected[:, 40:120:10] = 1
+    prompt = model.compress(ids, protected_mask=protected)
+    assert prompt.budget_met.all()
+    assert prompt.kept_lengths[0] == -(-TOKENS * 10 // 24)
+    spans = prompt.span_ids[0]
+    for place in range(40, 120, 10):
+        assert (spans == spans[place]).sum() == 1

@@ -1,0 +1,189 @@
+"""Law 4: a row's plan, logits and tokens do not depend on its batch mates, on padding or on chunks."""
+
+import functools
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from tests.fixtures.tiny import left_padded, ragged_prompts, random_ids, tiny_model
+
+# The last row is too short to be compressed at all.
+LENGTHS = (96, 70, 18, 11)
+NEW_TOKENS = 6
+CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+SEARCHES = {
+    "greedy": {},
+    "beam 4": {"num_beams": 4},
+    "beam 3 x 2": {"num_beams": 3, "num_return_sequences": 2},
+}
+
+
+@functools.cache
+def model_of(attention, mode):
+    return tiny_model(attn_implementation=attention, position_mode=mode)
+
+
+@pytest.fixture(params=["eager", "sdpa"])
+def attention(request):
+    return request.param
+
+
+@pytest.fixture(params=["original", "compact"])
+def model(request, attention):
+    return model_of(attention, request.param)
+
+
+@pytest.fixture
+def ragged():
+    """The rows, each [1, n] without padding, and the same rows as one padded batch."""
+    ids, mask = ragged_prompts(LENGTHS)
+    return [row[-n:][None] for row, n in zip(ids, LENGTHS, strict=True)], ids, mask
+
+
+def generate(model, ids, mask=None, **arguments):
+    """No end of sequence, so that every row has all its steps."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    arguments = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, **arguments}
+    return model.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **arguments)
+
+
+def right_padded(rows):
+    return tuple(pad_sequence(r, batch_first=True) for r in (rows, [torch.ones_like(row) for row in rows]))
+
+
+def new_tokens(outputs, prompt):
+    return outputs.sequences[:, prompt.shape[1] :]
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_generate(model, ragged, search):
+    rows, ids, mask = ragged
+    search = SEARCHES[search]
+    together = generate(model, ids, mask, output_scores=True, **search)
+    copies = search.get("num_return_sequences", 1)
+    for row, prompt in enumerate(rows):
+        mine = slice(row * copies, (row + 1) * copies)
+        alone = generate(model, prompt, output_scores=True, **search)
+        assert torch.equal(new_tokens(together, ids)[mine], new_tokens(alone, prompt))
+        if "num_beams" in search:
+            torch.testing.assert_close(together.sequences_scores[mine], alone.sequences_scores, **CLOSE)
+        else:
+            for ours, theirs in zip(together.logits, alone.logits, strict=True):
+                torch.testing.assert_close(ours[mine], theirs, **CLOSE)
+
+
+@pytest.mark.parametrize("search", ["greedy", "beam 3 x 2"])
+@pytest.mark.parametrize("chunk", [1, 7, 32, 1000])
+def test_chunked_prefill(model, ragged, chunk, search):
+    """Chunks are cut behind the plan: any size gives what one go gives."""
+    _, ids, mask = ragged
+    search = SEARCHES[search]
+    at_once = generate(model, ids, mask, **search)
+    chunked = generate(model, ids, mask, prefill_chunk_size=chunk, **search)
+    assert torch.equal(at_once.sequences, chunked.sequences)
+    for ours, theirs in zip(chunked.logits, at_once.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+    assert torch.equal(chunked.past_key_values.slot_lengths, at_once.past_key_values.slot_lengths)
+    keys, expected = chunked.past_key_values.layers[1].keys, at_once.past_key_values.layers[1].keys
+    real = (at_once.past_key_values.slot_lengths > 0)[:, None, :, None]
+    torch.testing.assert_close(keys * real, expected * real, **CLOSE)
+
+
+@pytest.mark.parametrize("chunk", [5, 64])
+def test_chunked_prefill_of_one_row(model, ragged, chunk):
+    rows, _, _ = ragged
+    at_once, chunked = generate(model, rows[0]), generate(model, rows[0], prefill_chunk_size=chunk)
+    assert torch.equal(at_once.sequences, chunked.sequences)
+    for ours, theirs in zip(chunked.logits, at_once.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def test_chunks_bound_the_columns(model, ragged):
+    _, ids, mask = ragged
+    columns = []
+    layer = model.model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda _, arguments: columns.append(arguments[0].shape[1]))
+    generate(model, ids, mask, prefill_chunk_size=16, max_new_tokens=1, min_new_tokens=1)
+    hook.remove()
+    # 40 slots are kept of the longest row.
+    assert columns == [16, 16, 8]
+
+
+def test_rows_that_end_early(model, ragged):
+    """Ends at different steps: finished rows are filled up and disturb nobody."""
+    rows, ids, mask = ragged
+    ends = {"eos_token_id": list(range(3, 60)), "min_new_tokens": 0, "max_new_tokens": 10}
+    together = new_tokens(generate(model, ids, mask, **ends), ids)
+    lengths = set()
+    for row, prompt in enumerate(rows):
+        alone = new_tokens(generate(model, prompt, **ends), prompt)[0]
+        lengths.add(len(alone))
+        assert torch.equal(together[row, : len(alone)], alone)
+        assert (together[row, len(alone) :] == model.config.pad_token_id).all()
+    assert len(lengths) > 1
+
+
+def test_extra_padding_changes_nothing(model, ragged):
+    _, ids, mask = ragged
+    wide = [torch.nn.functional.pad(t, (9, 0)) for t in (ids, mask)]
+    narrow_outputs, wide_outputs = generate(model, ids, mask), generate(model, *wide)
+    assert torch.equal(new_tokens(narrow_outputs, ids), new_tokens(wide_outputs, wide[0]))
+
+
+@pytest.mark.parametrize("search", ["greedy", "beam 4"])
+def test_order_of_rows(model, ragged, search):
+    _, ids, mask = ragged
+    order = torch.tensor([2, 0, 3, 1])
+    outputs, mixed = (generate(model, ids[o], mask[o], **SEARCHES[search]) for o in (torch.arange(4), order))
+    assert torch.equal(outputs.sequences[order], mixed.sequences)
+
+
+@pytest.mark.parametrize("segmentation", ["boundary", "greedy", "uniform"])
+def test_side_of_padding(segmentation):
+    """Left or right, `compress` gives the same slots, laid out on the left."""
+    model = tiny_model(segmentation_mode=segmentation)
+    rows = [random_ids(1, n, n)[0] for n in LENGTHS]
+    ids, mask = left_padded(rows)
+    left, right = model.compress(ids, mask), model.compress(*right_padded(rows))
+    for name in ("inputs_embeds", "position_ids", "attention_mask", "slot_lengths", "kept_lengths", "budget_met"):
+        assert torch.equal(getattr(left, name), getattr(right, name)), name
+    for row, n in enumerate(LENGTHS):
+        assert torch.equal(left.span_ids[row, -n:], right.span_ids[row, :n])
+        assert (right.span_ids[row, n:] == -1).all()
+
+
+@pytest.mark.parametrize("fields", [{}, {"encoder_config": BERT, "encoder_window": 32}], ids=["static", "transformer"])
+@pytest.mark.parametrize("target_ratio", [1.5, 2.4, 4.0])
+def test_plans_of_a_batch(target_ratio, fields):
+    model = tiny_model(**fields)
+    ids, mask = ragged_prompts(LENGTHS)
+    together = model.compress(ids, mask, target_ratio=target_ratio)
+    for row, n in enumerate(LENGTHS):
+        alone = model.compress(ids[row : row + 1, -n:], target_ratio=target_ratio)
+        kept = int(alone.kept_lengths)
+        assert torch.equal(together.span_ids[row, -n:], alone.span_ids[0])
+        assert together.kept_lengths[row] == kept
+        assert torch.equal(together.position_ids[row, -kept:], alone.position_ids[0])
+        torch.testing.assert_close(together.inputs_embeds[row, -kept:], alone.inputs_embeds[0])
+
+
+def test_right_padded_forward(model):
+    """Scoring right-padded rows, as collators make them."""
+    rows = [random_ids(1, n, n)[0] for n in (96, 70)]
+    ids, mask = right_padded(rows)
+    labels = torch.full_like(ids, -100)
+    labels[:, 50:60] = ids[:, 50:60]
+    together = model(ids, attention_mask=mask, labels=labels)
+    for row, n in enumerate((96, 70)):
+        alone = model(ids[row : row + 1, :n], labels=labels[row : row + 1, :n])
+        torch.testing.assert_close(together.logits[row, :n], alone.logits[0], equal_nan=True, **CLOSE)
+        assert together.logits[row, n:].isnan().all()
