@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Choose the defaults by measurement: segmentation x fingerprint radius x merge mode on one checkpoint and one text.
+"""Choose the defaults by measurement: segmentation, radius, tau and merge mode on one checkpoint and one text.
 
     python scripts/measure_defaults.py --checkpoint model_cards/semtoken-llama-tiny --text_file wiki.valid.txt \\
         --output model_cards/semtoken-llama-tiny/defaults.md
@@ -8,12 +8,14 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import semtoken_hf  # noqa: F401 (registers the classes)
+from semtoken_hf import granularity
 from semtoken_hf.evaluation.compressed_perplexity import (
     PerplexityResult,
     context_gain_kept,
@@ -25,17 +27,14 @@ from semtoken_hf.evaluation.compressed_perplexity import (
 from semtoken_hf.evaluation.files import write_text
 from semtoken_hf.evaluation.provenance import markdown_provenance
 
-VARIANTS = [
-    {"segmentation_mode": mode, "fingerprint_radius": radius, "merge_mode": merge, "similarity_threshold": tau}
-    for merge in ("mean", "representative")
-    for mode, radius, tau in (
-        ("uniform", 0, None),
-        *(("boundary", radius, None) for radius in (0, 1, 2, 4)),
-        *(("greedy", radius, None) for radius in (0, 1, 2, 4)),
-        ("greedy", 2, 0.8),
-        ("greedy", 2, 0.5),
-    )
-]
+# (segmentation, k, tau or None for solved, whether chance replaces entropy)
+PLANS = (
+    ("uniform", 0, None, False),
+    *(("boundary", radius, None, False) for radius in (0, 2, 4)),
+    *(("greedy", radius, tau, False) for tau in (None, 0.5, 0.0, -1.0) for radius in (0, 2, 4)),
+    ("greedy", 2, -1.0, True),
+)
+MERGE_MODES = ("mean", "representative")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,15 +63,37 @@ def main() -> None:
         for name, read in reference_readers(model.config, arguments.context, int(kept)).items()
     ]
     full, none = results[0], results[1]
-    for variant in VARIANTS:
-        for field, value in variant.items():
-            setattr(model.config, field, value)
-        model.model.semantic_encoder.radius = variant["fingerprint_radius"]
-        tau = "" if variant["similarity_threshold"] is None else f", tau <= {variant['similarity_threshold']}"
-        name = "{merge_mode} of {segmentation_mode} spans, k = {fingerprint_radius}".format(**variant) + tau
-        read = read_compressed(arguments.context, target_ratio=arguments.ratio)
-        results.append(evaluate_reader(name, model, windows, read, arguments.context))
+    for merge_mode, plan in itertools.product(MERGE_MODES, PLANS):
+        results.append(measure_variant(model, windows, merge_mode, *plan, arguments))
     report(results, full, none, arguments)
+
+
+def measure_variant(
+    model: Any,
+    windows: torch.Tensor,
+    merge_mode: str,
+    segmentation_mode: str,
+    radius: int,
+    tau: float | None,
+    by_chance: bool,
+    arguments: argparse.Namespace,
+) -> PerplexityResult:
+    """Perplexity with these fields; `by_chance` keeps random spans fine instead of those of highest entropy."""
+    config = model.config
+    config.merge_mode, config.segmentation_mode, config.similarity_threshold = merge_mode, segmentation_mode, tau
+    model.model.semantic_encoder.radius = radius
+    name = f"{merge_mode} of {segmentation_mode} spans, k = {radius}"
+    if segmentation_mode == "greedy":
+        name += ", tau solved" if tau is None else f", tau <= {tau:g}"
+    entropy, generator = granularity.span_entropy, torch.Generator().manual_seed(0)
+    if by_chance:
+        name += ", chance instead of entropy"
+        granularity.span_entropy = lambda fingerprints, spans: torch.rand(len(spans), generator=generator)
+    try:
+        read = read_compressed(arguments.context, target_ratio=arguments.ratio)
+        return evaluate_reader(name, model, windows, read, arguments.context)
+    finally:
+        granularity.span_entropy = entropy
 
 
 def report(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,7 @@ def test_the_card_shows_the_measured_metrics():
 
 def test_quickstart_runs():
     command = [sys.executable, "scripts/quickstart.py", "--repetitions", "1", "--max_new_tokens", "4"]
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    output = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     assert "| positions read (slots) | 1,934 | 806 | 2.40 x |" in output
     assert "SemToken goes on:" in output

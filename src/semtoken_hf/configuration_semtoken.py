@@ -12,7 +12,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 POSITION_MODES = ("original", "compact")
-SEGMENTATION_MODES = ("boundary", "greedy", "uniform")
+SEGMENTATION_MODES = ("greedy", "boundary", "uniform")
 MERGE_MODES = ("mean", "representative")
 # Encoders whose first position is `pad_token_id + 1`.
 POSITIONS_BEHIND_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
@@ -56,16 +56,18 @@ class SemTokenConfigMixin:
         target_ratio: tokens per slot, >= 1; at most `ceil(n / target_ratio)` slots are kept of an n-token prompt.
             None: no ratio; then `max_kept_tokens` or `similarity_threshold` decides.
         max_kept_tokens: absolute budget of slots of a prompt, beside the ratio (the smaller one counts).
-        similarity_threshold: tau of the paper, in [-1, 1]. None: solved for the budget (greedy mode). With a budget
-            it is where the search starts and is lowered when merging every span is not enough.
+        similarity_threshold: tau of the paper, in [-1, 1], for the greedy mode. None: solved for the budget, the
+            highest at which merging every span is enough. A number: at most this, lowered when it is not enough;
+            what it leaves of the budget keeps the spans of highest entropy fine. At -1 spans grow to the cap and
+            entropy alone decides, which measured best.
         entropy_threshold: delta of the paper, in [0, 1]: spans above it stay fine when no budget is set.
         max_span_length: L of the paper: no slot holds more tokens.
         keep_first: tokens at the start of a row that stay whole.
         keep_last: tokens before every position that is read that stay whole.
         min_prompt_length: shorter stretches are left alone.
         position_mode: "original": a slot carries the position of one of its tokens; "compact": 0..m-1.
-        segmentation_mode: "boundary" cuts between the most dissimilar neighbours; "greedy" is the paper's anchor
-            clustering with its entropy budget; "uniform" makes equal spans without an encoder.
+        segmentation_mode: "greedy" is the paper's anchor clustering with its entropy budget; "boundary" cuts between
+            the most dissimilar neighbours; "uniform" makes equal spans without an encoder.
         merge_mode: "mean" of the span's embeddings, or its "representative" token.
         encoder_config: configuration of the frozen encoder, on the model's own vocabulary. None: a static encoder.
         encoder_window: tokens per encoder window (kind `transformer`).
@@ -80,15 +82,15 @@ class SemTokenConfigMixin:
     compression: bool = True
     target_ratio: float | int | None = 2.4
     max_kept_tokens: int | None = None
-    similarity_threshold: float | int | None = None
+    similarity_threshold: float | int | None = -1.0
     entropy_threshold: float | int | None = None
     max_span_length: int = 8
     keep_first: int = 4
     keep_last: int = 64
     min_prompt_length: int = 256
     position_mode: str = "original"
-    segmentation_mode: str = "boundary"
-    merge_mode: str = "mean"
+    segmentation_mode: str = "greedy"
+    merge_mode: str = "representative"
     encoder_config: dict | PreTrainedConfig | None = None
     encoder_window: int = 128
     encoder_overlap: int = 16
@@ -166,10 +168,11 @@ def validate_compression_fields(config: Any) -> None:
         raise ValueError(
             f"`encoder_window` must be at most the encoder's {longest} positions, got {config.encoder_window}"
         )
-    by_threshold = config.segmentation_mode == "greedy" and config.similarity_threshold is not None
+    tau = config.similarity_threshold
+    by_threshold = config.segmentation_mode == "greedy" and tau is not None and tau > -1
     if config.target_ratio is None and config.max_kept_tokens is None and not by_threshold:
         raise ValueError(
-            "set `target_ratio` or `max_kept_tokens`, or `similarity_threshold` with segmentation_mode='greedy': "
+            "set `target_ratio` or `max_kept_tokens`, or `similarity_threshold` > -1 with segmentation_mode='greedy': "
             "otherwise nothing decides how far to merge"
         )
     ids = config.protected_token_ids

@@ -1,0 +1,125 @@
+"""KV cache that holds fewer positions than the tokens it stands for (law 8).
+
+- Layers hold physical columns; `get_seq_length()` is the original length, which `generate` counts in.
+- One tensor of bookkeeping, `slot_lengths`: how many tokens each physical column stands for in each row (0 = padding).
+  Original and compressed lengths, the physical attention mask and what may be cropped all follow from it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+
+class SemTokenCache(DynamicCache):
+    """A `DynamicCache` whose columns may each stand for several tokens of the original sequence."""
+
+    def __init__(self, config: Any = None, **kwargs: Any):
+        super().__init__(config=config, **kwargs)
+        self.clear_record()
+
+    def clear_record(self) -> None:
+        self.slot_lengths: Tensor | None = None
+        self.seen_tokens = 0
+        self.is_compressed = False
+        self.is_padded = False
+
+    def record(self, slot_lengths: Tensor, tokens: int, compressed: bool, padded: bool) -> None:
+        """Note what the next `update` of the layers appends.
+
+        Args:
+            slot_lengths: int64 [B, Q], tokens of each new column, 0 for padding.
+            tokens: columns of the original sequence that they stand for (padding included).
+            compressed: whether the new columns are other than those of the original sequence.
+            padded: whether any new column is padding.
+        """
+        known = self.slot_lengths
+        self.slot_lengths = slot_lengths if known is None else torch.cat([known, slot_lengths], dim=1)
+        self.seen_tokens += tokens
+        self.is_compressed |= compressed
+        self.is_padded |= padded
+
+    @property
+    def original_lengths(self) -> Tensor | None:
+        """int64 [B]: tokens that each row stands for, padding left out; None while empty."""
+        return None if self.slot_lengths is None else self.slot_lengths.sum(1)
+
+    @property
+    def compressed_lengths(self) -> Tensor | None:
+        """int64 [B]: slots that each row holds, padding left out; None while empty."""
+        return None if self.slot_lengths is None else (self.slot_lengths > 0).sum(1)
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """int64 [B, P] over physical columns; None where no column is padding."""
+        return (self.slot_lengths > 0).long() if self.is_padded and self.slot_lengths is not None else None
+
+    def physical_length(self, layer_idx: int = 0) -> int:
+        """Columns held by a layer."""
+        return super().get_seq_length(layer_idx)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Length of the original sequence, padding included: what `generate` slices its inputs by."""
+        return self.seen_tokens
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Column of the next query: physical, because masks are."""
+        return self.physical_length(layer_idx)
+
+    def memory_bytes(self) -> int:
+        """Bytes of the keys and values."""
+        tensors = [getattr(layer, name, None) for layer in self.layers for name in ("keys", "values")]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def reset(self) -> None:
+        super().reset()
+        layer: Any
+        for layer in self.layers:  # before 5.23, they keep columns of zeros
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+        self.clear_record()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; as in Transformers, a negative number, and (before 5.23) a positive one is a length.
+
+        Raises:
+            ValueError: one of these tokens lies in a merged slot, which cannot be cut in two.
+        """
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen_tokens - tokens_to_remove, 0)
+        if count == 0 or self.slot_lengths is None:
+            return
+        if count > self.slot_lengths.shape[1] or bool((self.slot_lengths[:, -count:] > 1).any()):
+            raise ValueError(
+                f"cannot crop {count} tokens: they reach into merged slots. Crop less, or start again from the prompt "
+                "with an empty SemTokenCache"
+            )
+        super().crop(-count)
+        self.slot_lengths = self.slot_lengths[:, :-count]
+        self.seen_tokens -= count
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_record(lambda lengths: lengths.index_select(0, beam_idx.to(lengths.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_record(lambda lengths: lengths.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_record(lambda lengths: lengths[indices])
+
+    def _map_record(self, function: Any) -> None:
+        if self.slot_lengths is not None:
+            self.slot_lengths = function(self.slot_lengths)
+
+
+def tracks_slots(cache: Any) -> bool:
+    """Whether `cache` is a SemTokenCache; by its interface, since remote code may define the class a second time."""
+    return hasattr(cache, "slot_lengths") and hasattr(cache, "record")
+
+
+__all__ = ["SemTokenCache", "tracks_slots"]

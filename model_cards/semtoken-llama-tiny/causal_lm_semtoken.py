@@ -1,0 +1,236 @@
+"""SemToken on any decoder of Transformers: what a family's language-modelling head inherits.
+
+- The head decides what may merge: everything but the positions whose logits or loss are asked for (law 2).
+- Wherever compression does not apply, the call goes to the family's own forward unchanged (law 1), with one warning
+  where the user may have expected otherwise (law 10).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple, logging
+
+from .cache_semtoken import SemTokenCache, tracks_slots
+from .configuration_semtoken import check_ratio
+from .modeling_semtoken import SemTokenPreTrainedMixin
+from .read_positions import (
+    IGNORED_LABEL,
+    fit_to_call,
+    kept_slot_states,
+    kept_states,
+    labelled_slot_states,
+    read_mask_of,
+)
+
+logger = logging.get_logger(__name__)
+
+# What `forward` takes beyond the plain model.
+OWN_ARGUMENTS = ("compression", "target_ratio", "span_ids", "protected_mask", "prefill_chunk_size")
+
+
+@dataclass
+class SemTokenCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast`; `span_ids` and `compressed_lengths` as in `SemTokenModelOutputWithPast`."""
+
+    span_ids: Tensor | None = None
+    compressed_lengths: Tensor | None = None
+
+
+class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
+    """The language-modelling head and the hooks of `generate`."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        compression: bool | None = None,
+        target_ratio: float | None = None,
+        span_ids: Tensor | None = None,
+        protected_mask: Tensor | None = None,
+        prefill_chunk_size: int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """The family's forward; tokens whose logits or loss nobody asks for may merge.
+
+        Args:
+            labels: int64 [B, T]; -100 is not scored. Logits that no label scores come back as NaN if anything merged.
+            logits_to_keep: as in Transformers: the last k positions, or an index tensor; 0 asks for all.
+            compression: False is exactly the plain model; None takes the configuration's.
+            target_ratio: tokens per slot, >= 1, for this call.
+            span_ids: int [B, T], a plan made beforehand, -1 for padding.
+            protected_mask: [B, T], non-zero for tokens that stay whole.
+            prefill_chunk_size: run the layers over this many slots at a time.
+
+        Returns:
+            logits of the family's shape, [B, T, V] or [B, k, V]. Where tokens merged, `hidden_states` and `attentions`
+            are over slots, and with `prefill_chunk_size` over the last chunk.
+
+        Raises:
+            ValueError: a mask or `span_ids` has the wrong shape or values, or the ratio is below 1.
+        """
+        plain = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+            **kwargs,
+        }
+        if prefill_chunk_size is not None:
+            plain["prefill_chunk_size"] = prefill_chunk_size
+        columns = inputs_embeds if input_ids is None else input_ids
+        asks_for_all = labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if asks_for_all or self._is_short(columns) or not self._wants_compression(compression, target_ratio):
+            return super().forward(**plain)
+        if (reason := _why_not(input_ids, attention_mask, position_ids, past_key_values, kwargs)) is not None:
+            self._warn_uncompressed(reason)
+            return super().forward(**plain)
+        assert input_ids is not None
+        read = read_mask_of(input_ids, labels, logits_to_keep)
+        if read is None:
+            return super().forward(**plain)
+        start = past_key_values.get_seq_length() if past_key_values is not None else 0
+        tokens, drafted = input_ids.shape[1], max(logits_to_keep - 1, 0) if isinstance(logits_to_keep, int) else 0
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            compression=True,
+            target_ratio=target_ratio,
+            span_ids=fit_to_call(span_ids, "span_ids", start, tokens, drafted),
+            protected_mask=fit_to_call(protected_mask, "protected_mask", start, tokens, drafted),
+            read_mask=read,
+            prefill_chunk_size=prefill_chunk_size,
+            **{**kwargs, "return_dict": True},
+        )
+        return self._head(outputs, labels, logits_to_keep, **kwargs)
+
+    def _head(
+        self, outputs: Any, labels: Tensor | None, logits_to_keep: int | Tensor, **kwargs: Any
+    ) -> SemTokenCausalLMOutputWithPast:
+        """Logits and loss at the positions that are read."""
+        states, span_ids, loss = outputs.last_hidden_state, outputs.get("span_ids"), None
+        vocab_size = self.config.vocab_size
+        by_labels = labels if isinstance(logits_to_keep, int) and logits_to_keep == 0 else None
+        columns = None
+        if span_ids is not None:
+            first = states.shape[1] - outputs.compressed_lengths
+            columns = (span_ids + first[:, None]).where(span_ids >= 0, -1)
+        if columns is not None and by_labels is not None:
+            states, targets, index = labelled_slot_states(states, columns, by_labels)
+            scored = self.lm_head(states)
+            loss = self.loss_function(
+                logits=scored[None], labels=None, shift_labels=targets[None], vocab_size=vocab_size, **kwargs
+            )
+            logits = scored.new_full((by_labels.numel(), scored.shape[-1]), torch.nan)
+            # Padding in front of a labelled token predicts nothing.
+            scored = scored.masked_fill((targets == IGNORED_LABEL)[:, None], torch.nan)
+            logits = logits.index_copy(0, index, scored).unflatten(0, by_labels.shape)
+        else:
+            if columns is None:
+                logits = self.lm_head(kept_states(states, logits_to_keep))
+            else:
+                states, is_padding = kept_slot_states(states, columns, logits_to_keep)
+                logits = self.lm_head(states).masked_fill(is_padding[..., None], torch.nan)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return SemTokenCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            span_ids=span_ids,
+            compressed_lengths=outputs.get("compressed_lengths"),
+        )
+
+    def _wants_compression(self, compression: bool | None, target_ratio: float | None) -> bool:
+        if target_ratio is not None:
+            check_ratio(target_ratio)
+        wanted = self.config.compression if compression is None else compression
+        ratio = self.config.target_ratio if target_ratio is None else target_ratio
+        return bool(wanted) and not (ratio == 1 and self.config.max_kept_tokens is None)
+
+    def _is_short(self, columns: Tensor | None) -> bool:
+        return columns is not None and columns.shape[1] < max(2, self.config.min_prompt_length)
+
+    def _warn_uncompressed(self, reason: str) -> None:
+        logger.warning_once(f"SemToken does not compress this call and runs the plain model exactly: {reason}")
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any):
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if not self._wants_compression(model_kwargs.get("compression"), model_kwargs.get("target_ratio")):
+            return result
+        cache = model_kwargs.get("past_key_values")
+        if tracks_slots(cache) or getattr(cache, "_is_user_defined", False):
+            return result
+        if type(cache) is DynamicCache:
+            model_kwargs["past_key_values"] = SemTokenCache(config=self.config, offloading=cache.offloading)
+            return result
+        kind = "generate(use_cache=False)" if cache is None else f"a {type(cache).__name__}"
+        self._warn_uncompressed(f"{kind} cannot hold merged slots; use the default cache")
+        model_kwargs["compression"] = False
+        return result
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any):
+        # Transformers hands our arguments on to the assistant, which refuses them if it is a plain model.
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and not hasattr(assistant, "compress"):
+            model_kwargs = kwargs["model_kwargs"]
+            kwargs["model_kwargs"] = {k: v for k, v in model_kwargs.items() if k not in OWN_ARGUMENTS}
+        return super()._get_candidate_generator(*args, **kwargs)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args: Any, **kwargs: Any):
+        if generation_config.prefill_chunk_size is None or not tracks_slots(model_kwargs.get("past_key_values")):
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        # Chunks of tokens would be planned one by one and cut at places that depend on padding: plan the whole prompt,
+        # then run the layers over chunks of slots.
+        model_kwargs = {**model_kwargs, "prefill_chunk_size": generation_config.prefill_chunk_size}
+        generation_config = copy.copy(generation_config)
+        generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+def _why_not(
+    input_ids: Tensor | None,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    cache: Any,
+    kwargs: dict[str, Any],
+) -> str | None:
+    """Why this call cannot be compressed, or None."""
+    if input_ids is None:
+        return "`inputs_embeds` has no token ids to plan with; pass `input_ids`"
+    if "cache" in kwargs or "block_table" in kwargs:
+        return "paged attention manages its own cache"
+    if attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2:
+        return "a prepared attention mask cannot be shortened; pass a 2D mask"
+    if cache is not None and not tracks_slots(cache):
+        return f"{type(cache).__name__} cannot hold merged slots; pass a SemTokenCache or leave `past_key_values` out"
+    if kwargs.get("shift_labels") is not None:
+        return "`shift_labels` is not supported; pass `labels`"
+    if position_ids is not None and attention_mask is None and bool((position_ids.diff(dim=-1) <= 0).any()):
+        return "`position_ids` that restart mean packed sequences; pass one sequence a row"
+    return None
+
+
+__all__ = ["SemTokenCausalLMOutputWithPast", "SemTokenForCausalLMMixin"]

@@ -1,0 +1,129 @@
+"""The compression stage as one call: ids and masks -> slots. The only place that knows the order of the stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from .semantic_encoder import SemanticEncoder
+from .span_merging import merge_spans
+from .span_planner import SpanPlan, plan_spans
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class CompressedPrompt:
+    """Prompts of B rows and T tokens as M slots; rows are left-padded.
+
+    Attributes:
+        inputs_embeds: [B, M, H] slot embeddings, zero at padding.
+        position_ids: int64 [B, M] rotary position of each slot, 0 at padding.
+        attention_mask: int64 [B, M], 0 for padding.
+        slot_lengths: int64 [B, M], tokens that each slot stands for, 0 for padding.
+        span_ids: int64 [B, T], slot of every token counted from 0 in its row, -1 for padding. Token t of row b lies
+            in column `M - kept_lengths[b] + span_ids[b, t]`.
+        original_lengths: int64 [B], tokens of each row.
+        kept_lengths: int64 [B], slots of each row.
+        budget_met: bool [B], False where protected tokens or the span cap forbade the budget.
+        is_merged: whether any slot stands for more than one token.
+        is_padded: whether any slot is padding.
+    """
+
+    inputs_embeds: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    slot_lengths: Tensor
+    span_ids: Tensor
+    original_lengths: Tensor
+    kept_lengths: Tensor
+    budget_met: Tensor
+    is_merged: bool
+    is_padded: bool
+
+
+def compress_prompt(
+    config: Any,
+    encoder: SemanticEncoder | None,
+    embed_tokens: Callable[[Tensor], Tensor],
+    input_ids: Tensor,
+    position_ids: Tensor | None = None,
+    position_offset: Tensor | None = None,
+    position_mode: str | None = None,
+    **planning: Any,
+) -> CompressedPrompt:
+    """Plan, merge and lay out the slots of a batch of prompts.
+
+    Args:
+        config: a SemToken configuration.
+        encoder: the frozen encoder, or None where planning needs none.
+        embed_tokens: int64 [B, T] -> [B, T, H].
+        input_ids: int64 [B, T].
+        position_ids: int64 [B, T] or [1, T], positions of the tokens; None: their place among the row's tokens.
+        position_offset: int64 [B], added to the positions that are counted here: what the cache already holds.
+        position_mode: instead of the configuration's.
+        planning: `attention_mask`, `read_mask`, `protected_mask`, `span_ids`, `target_ratio`, `opens_row` of
+            `plan_spans`.
+
+    Raises:
+        ValueError: an argument has the wrong shape or values.
+    """
+    if position_ids is not None and position_ids.shape[-1] != input_ids.shape[1]:
+        raise ValueError(f"`position_ids` must have {input_ids.shape[1]} columns, got {tuple(position_ids.shape)}")
+    plan = plan_spans(config, encoder, input_ids, **planning)
+    layout = plan.layout
+    stream = embed_tokens(input_ids).flatten(0, 1)[layout.token_index]
+    slots, anchors = merge_spans(stream, plan.spans, config.merge_mode, plan.fingerprints)
+    row = layout.row[plan.spans.first]
+    rank = plan.span_ids.flatten()[layout.token_index[plan.spans.first]]
+    width, shortest, is_merged = _slot_columns(plan, config)
+    column = width - plan.kept_lengths[row] + rank
+    is_compact = (position_mode or config.position_mode) == "compact"
+    if position_ids is not None and not is_compact:
+        position = position_ids.expand_as(input_ids).flatten()[layout.token_index[anchors]]
+    else:
+        position = rank if is_compact else layout.position[anchors]
+        if position_offset is not None:
+            position = position + position_offset[row]
+
+    def lay_out(values: Tensor) -> Tensor:
+        empty = values.new_zeros((len(input_ids), width, *values.shape[1:]))
+        return empty.index_put((row, column), values)
+
+    return CompressedPrompt(
+        inputs_embeds=lay_out(slots),
+        position_ids=lay_out(position),
+        attention_mask=lay_out(torch.ones_like(row)),
+        slot_lengths=lay_out(plan.spans.lengths),
+        span_ids=plan.span_ids,
+        original_lengths=plan.original_lengths,
+        kept_lengths=plan.kept_lengths,
+        budget_met=plan.budget_met,
+        is_merged=is_merged,
+        is_padded=shortest < width,
+    )
+
+
+def _slot_columns(plan: SpanPlan, config: Any) -> tuple[int, int, bool]:
+    """Slots of the longest and the shortest row, and whether anything merged; warns where a budget was not met.
+
+    The one place where the host waits for the device to learn how many slots there are.
+    """
+    kept, original = plan.kept_lengths, plan.original_lengths
+    facts = torch.stack([kept.max(), kept.min(), (kept < original).any().long(), plan.budget_met.all().long()])
+    longest, shortest, is_merged, all_met = facts.tolist()
+    if is_merged and not all_met:
+        logger.warning_once(
+            "SemToken kept more slots than the budget allows: protected tokens, `keep_first`/`keep_last`, "
+            f"`min_prompt_length` ({config.min_prompt_length}) or `max_span_length` ({config.max_span_length}) forbid "
+            "it. See `CompressedPrompt.budget_met`."
+        )
+    return longest, shortest, bool(is_merged)
+
+
+__all__ = ["CompressedPrompt", "compress_prompt"]

@@ -1,0 +1,186 @@
+"""The compression fields of a SemToken configuration, shared by every model family.
+
+A family's configuration is `class SemTokenXConfig(SemTokenConfigMixin, XConfig)`: the fields below, nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+POSITION_MODES = ("original", "compact")
+SEGMENTATION_MODES = ("greedy", "boundary", "uniform")
+MERGE_MODES = ("mean", "representative")
+# Encoders whose first position is `pad_token_id + 1`.
+POSITIONS_BEHIND_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
+
+
+class SemTokenStaticEncoderConfig(PreTrainedConfig):
+    """Encoder of kind `static`: one vector per Llama token, context from the fingerprint window alone."""
+
+    model_type = "semtoken_static"
+
+    vocab_size: int = 32000
+    hidden_size: int = 64
+
+
+def build_encoder_config(value: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
+    """A typed encoder configuration from what `config.json` holds; None is the static encoder."""
+    if isinstance(value, PreTrainedConfig):
+        return value
+    if value is None:
+        return SemTokenStaticEncoderConfig()
+    if not isinstance(value, dict):
+        raise TypeError(f"`encoder_config` must be a dict, a PreTrainedConfig or None, got {type(value).__name__}")
+    fields = dict(value)
+    model_type = fields.pop("model_type", None)
+    if model_type == SemTokenStaticEncoderConfig.model_type:
+        return SemTokenStaticEncoderConfig(**fields)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"`encoder_config['model_type']` must be '{SemTokenStaticEncoderConfig.model_type}' or a model type that "
+            f"Transformers knows (such as 'bert'), got {model_type!r}"
+        )
+    return CONFIG_MAPPING[model_type](**fields)
+
+
+@dataclass(kw_only=True, repr=False)
+class SemTokenConfigMixin:
+    """How a prompt is compressed. Lengths count tokens; cosines and entropies are of unit-norm fingerprints.
+
+    Args:
+        compression: False makes the model behave exactly like the family's plain model.
+        target_ratio: tokens per slot, >= 1; at most `ceil(n / target_ratio)` slots are kept of an n-token prompt.
+            None: no ratio; then `max_kept_tokens` or `similarity_threshold` decides.
+        max_kept_tokens: absolute budget of slots of a prompt, beside the ratio (the smaller one counts).
+        similarity_threshold: tau of the paper, in [-1, 1], for the greedy mode. None: solved for the budget, the
+            highest at which merging every span is enough. A number: at most this, lowered when it is not enough;
+            what it leaves of the budget keeps the spans of highest entropy fine. At -1 spans grow to the cap and
+            entropy alone decides, which measured best.
+        entropy_threshold: delta of the paper, in [0, 1]: spans above it stay fine when no budget is set.
+        max_span_length: L of the paper: no slot holds more tokens.
+        keep_first: tokens at the start of a row that stay whole.
+        keep_last: tokens before every position that is read that stay whole.
+        min_prompt_length: shorter stretches are left alone.
+        position_mode: "original": a slot carries the position of one of its tokens; "compact": 0..m-1.
+        segmentation_mode: "greedy" is the paper's anchor clustering with its entropy budget; "boundary" cuts between
+            the most dissimilar neighbours; "uniform" makes equal spans without an encoder.
+        merge_mode: "mean" of the span's embeddings, or its "representative" token.
+        encoder_config: configuration of the frozen encoder, on the model's own vocabulary. None: a static encoder.
+        encoder_window: tokens per encoder window (kind `transformer`).
+        encoder_overlap: tokens shared by neighbouring windows, in [0, encoder_window).
+        fingerprint_radius: k of the paper: a fingerprint is the mean of the states within +-k tokens.
+        protected_token_ids: ids that always keep a slot of their own, beside BOS, EOS and padding.
+
+    Raises:
+        ValueError: a field is out of its range; the message names the field and the range.
+    """
+
+    compression: bool = True
+    target_ratio: float | int | None = 2.4
+    max_kept_tokens: int | None = None
+    similarity_threshold: float | int | None = -1.0
+    entropy_threshold: float | int | None = None
+    max_span_length: int = 8
+    keep_first: int = 4
+    keep_last: int = 64
+    min_prompt_length: int = 256
+    position_mode: str = "original"
+    segmentation_mode: str = "greedy"
+    merge_mode: str = "representative"
+    encoder_config: dict | PreTrainedConfig | None = None
+    encoder_window: int = 128
+    encoder_overlap: int = 16
+    fingerprint_radius: int = 2
+    protected_token_ids: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        self.encoder_config = build_encoder_config(self.encoder_config)
+        super().__post_init__(**kwargs)
+        # Checked here and not only by `@strict`, so that the message always names the field and its range.
+        validate_compression_fields(self)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """As in Transformers; fields given to `from_pretrained` are set after `__post_init__` and checked here."""
+        result = super().from_dict(config_dict, **kwargs)
+        validate_compression_fields(result[0] if isinstance(result, tuple) else result)
+        return result
+
+
+def encoder_positions(encoder_config: PreTrainedConfig) -> int | None:
+    """Longest window that an encoder reads; None where nothing limits it."""
+    positions = getattr(encoder_config, "max_position_embeddings", None)
+    if positions is not None and encoder_config.model_type in POSITIONS_BEHIND_PADDING:
+        positions -= encoder_config.pad_token_id + 1
+    return positions
+
+
+def check_ratio(value: Any, name: str = "target_ratio") -> None:
+    """Raise ValueError unless `value` is a finite number >= 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < math.inf:
+        raise ValueError(f"`{name}` must be a finite number >= 1, got {value!r}")
+
+
+def validate_compression_fields(config: Any) -> None:
+    """Raise ValueError, naming the field and its range, if a compression field makes no sense."""
+    if not isinstance(config.compression, bool):
+        raise ValueError(f"`compression` must be True or False, got {config.compression!r}")
+    if config.target_ratio is not None:
+        check_ratio(config.target_ratio)
+    for name, low, optional in (
+        ("max_kept_tokens", 1, True),
+        ("max_span_length", 1, False),
+        ("keep_first", 0, False),
+        ("keep_last", 0, False),
+        ("min_prompt_length", 0, False),
+        ("encoder_window", 1, False),
+        ("encoder_overlap", 0, False),
+        ("fingerprint_radius", 0, False),
+    ):
+        value = getattr(config, name)
+        if value is None and optional:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"`{name}` must be an integer >= {low}{' or None' * optional}, got {value!r}")
+    for name, lowest in (("similarity_threshold", -1.0), ("entropy_threshold", 0.0)):
+        value = getattr(config, name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and lowest <= value <= 1):
+            raise ValueError(f"`{name}` must be a number in [{lowest:g}, 1] or None, got {value!r}")
+    for name, modes in (
+        ("position_mode", POSITION_MODES),
+        ("segmentation_mode", SEGMENTATION_MODES),
+        ("merge_mode", MERGE_MODES),
+    ):
+        if getattr(config, name) not in modes:
+            raise ValueError(f"`{name}` must be one of {list(modes)}, got {getattr(config, name)!r}")
+    if config.encoder_overlap >= config.encoder_window:
+        raise ValueError(
+            f"`encoder_overlap` must be in [0, encoder_window) = [0, {config.encoder_window}), "
+            f"got {config.encoder_overlap}"
+        )
+    longest = encoder_positions(config.encoder_config)
+    if longest is not None and config.encoder_window > longest:
+        raise ValueError(
+            f"`encoder_window` must be at most the encoder's {longest} positions, got {config.encoder_window}"
+        )
+    tau = config.similarity_threshold
+    by_threshold = config.segmentation_mode == "greedy" and tau is not None and tau > -1
+    if config.target_ratio is None and config.max_kept_tokens is None and not by_threshold:
+        raise ValueError(
+            "set `target_ratio` or `max_kept_tokens`, or `similarity_threshold` > -1 with segmentation_mode='greedy': "
+            "otherwise nothing decides how far to merge"
+        )
+    ids = config.protected_token_ids
+    is_list = isinstance(ids, (list, tuple))
+    if ids is not None and not (
+        is_list and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
+    ):
+        raise ValueError("`protected_token_ids` must be a list of token ids >= 0 or None")
+
+
+__all__ = ["SemTokenConfigMixin", "SemTokenStaticEncoderConfig"]

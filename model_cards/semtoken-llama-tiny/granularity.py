@@ -1,0 +1,149 @@
+"""Stage 3: which spans stay fine and which merge (SemToken, section 3.3).
+
+- Semantic entropy of a span: H(T) = tr Cov{h_i : i in T}. With unit fingerprints this is 1 - |mean|^2, in [0, 1].
+- Budget: maximise the sum of H of the spans kept fine, subject to kept slots <= B. The greedy mode finds spans at tau
+  (lowered until merging all of them is enough) and spends what is left of the budget on the highest entropies.
+- The boundary and uniform modes reach the budget exactly by themselves and leave nothing to spend.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .span_clustering import (
+    Spans,
+    boundary_spans,
+    count_per_stretch,
+    greedy_spans,
+    shifted_similarities,
+    uniform_spans,
+)
+from .token_layout import TokenLayout
+
+# Halvings of the interval of tau: the solved threshold is within 2 / 2**18 of the best one.
+THRESHOLD_ROUNDS = 18
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """How far to merge, and how: the fields of the same names of the configuration."""
+
+    target_ratio: float | None
+    max_kept_tokens: int | None
+    similarity_threshold: float | None
+    entropy_threshold: float | None
+    max_span_length: int
+    min_prompt_length: int
+    segmentation_mode: str
+
+    @property
+    def has_budget(self) -> bool:
+        return self.target_ratio is not None or self.max_kept_tokens is not None
+
+
+def stretch_budgets(lengths: Tensor, granularity: Granularity) -> Tensor:
+    """Slots that each stretch may keep, int64 [S]: ceil(n / ratio), at most `max_kept_tokens`, at least 1.
+
+    A stretch below `min_prompt_length` is not compressed and may keep all.
+    """
+    budget = lengths
+    if granularity.target_ratio is not None:
+        # float64 and a hair less, so that 24 / 2.4 is 10 and not 11.
+        budget = torch.ceil(lengths.double() / granularity.target_ratio - 1e-9).long()
+    if granularity.max_kept_tokens is not None:
+        budget = budget.clamp(max=granularity.max_kept_tokens)
+    budget = budget.clamp(min=1).minimum(lengths)
+    return lengths.where(lengths < granularity.min_prompt_length, budget)
+
+
+def span_entropy(fingerprints: Tensor, spans: Spans) -> Tensor:
+    """H = tr Cov of the unit fingerprints [N, D] of each span: float32 [P] in [0, 1]; 0 for single tokens."""
+    norm = spans.mean(fingerprints.square().sum(-1, keepdim=True)).squeeze(-1)
+    entropy = norm - spans.mean(fingerprints).square().sum(-1)
+    return entropy.clamp(min=0).where(spans.lengths > 1, 0.0)
+
+
+def find_span_starts(fingerprints: Tensor | None, layout: TokenLayout, granularity: Granularity) -> Tensor:
+    """Where the slots of a stream begin.
+
+    Args:
+        fingerprints: float32 [N, D] of unit norm; None in uniform mode.
+        layout: the stream's stretches.
+        granularity: ratio, thresholds and mode.
+
+    Returns:
+        bool [N], True at the first token of every slot.
+    """
+    joinable, mode, cap = layout.joinable, granularity.segmentation_mode, granularity.max_span_length
+    budget = stretch_budgets(layout.lengths, granularity)
+    if mode == "uniform":
+        return uniform_spans(joinable, layout.stretch, budget, cap)
+    assert fingerprints is not None
+    if mode == "boundary":
+        before = torch.zeros(len(joinable), device=joinable.device)
+        before[1:] = shifted_similarities(fingerprints, 1)[0, :-1]
+        return boundary_spans(before, joinable, layout.stretch, budget, cap)
+    similarities = shifted_similarities(fingerprints, cap - 1)
+    tau = granularity.similarity_threshold
+    if not granularity.has_budget:
+        starts = greedy_spans(similarities, similarities.new_full((len(joinable),), float(tau or 0.0)), joinable)
+        return _keep_above_entropy(starts, fingerprints, granularity.entropy_threshold)
+    starts = solve_threshold(similarities, layout, budget, 1.0 if tau is None else tau)
+    return spend_budget(starts, fingerprints, layout, budget)
+
+
+def solve_threshold(similarities: Tensor, layout: TokenLayout, budget: Tensor, highest: float) -> Tensor:
+    """Greedy spans at the highest tau <= `highest` found by bisection at which each stretch fits its budget.
+
+    Returns:
+        bool [N], span starts; at tau = -1 where no tau fits (protected tokens and the span cap forbid it).
+    """
+    joinable, stretch = layout.joinable, layout.stretch
+
+    def starts_at(tau: Tensor) -> Tensor:
+        return greedy_spans(similarities, tau[stretch], joinable)
+
+    def fits(tau: Tensor) -> Tensor:
+        return count_per_stretch(starts_at(tau), stretch, len(budget)) <= budget
+
+    # Just below -1, since a span grows where the cosine is strictly above tau.
+    low = similarities.new_full(budget.shape, -1.0 - 1e-3)
+    high = similarities.new_full(budget.shape, float(highest))
+    low = torch.where(fits(high), high, low)
+    for _ in range(THRESHOLD_ROUNDS):
+        middle = (low + high) / 2
+        ok = fits(middle)
+        low, high = torch.where(ok, middle, low), torch.where(ok, high, middle)
+    return starts_at(low)
+
+
+def spend_budget(starts: Tensor, fingerprints: Tensor, layout: TokenLayout, budget: Tensor) -> Tensor:
+    """Keep the spans of highest entropy fine, in order of entropy, as long as the stretch's budget lasts."""
+    spans = Spans.from_starts(starts)
+    if len(spans) == 0:
+        return starts
+    entropy, span_stretch = span_entropy(fingerprints, spans), layout.stretch[spans.first]
+    slack = budget - count_per_stretch(starts, layout.stretch, len(budget))
+    order = entropy.sort(descending=True, stable=True).indices
+    order = order[span_stretch[order].sort(stable=True).indices]
+    cost = (spans.lengths - 1)[order]
+    spent = cost.cumsum(0)
+    per_stretch = torch.zeros_like(budget).index_add_(0, span_stretch, spans.lengths - 1)
+    spent = spent - (per_stretch.cumsum(0) - per_stretch)[span_stretch[order]]
+    fine = torch.zeros_like(order, dtype=torch.bool)
+    fine[order] = spent <= slack[span_stretch[order]]
+    return starts | fine[spans.index]
+
+
+def _keep_above_entropy(starts: Tensor, fingerprints: Tensor, threshold: float | None) -> Tensor:
+    """Threshold mode: spans whose entropy is above delta stay fine."""
+    spans = Spans.from_starts(starts)
+    fine = span_entropy(fingerprints, spans) > (math.inf if threshold is None else threshold)
+    return starts | fine[spans.index]
+
+
+__all__ = ["Granularity", "find_span_starts", "span_entropy", "stretch_budgets"]

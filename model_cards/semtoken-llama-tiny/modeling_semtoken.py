@@ -1,0 +1,309 @@
+"""SemToken on any decoder of Transformers: what a family's base model inherits.
+
+- It compresses before the first layer and hands the layers slots; the rest of the forward is the family's.
+- Where nothing merges, the call goes to the family's own forward unchanged (law 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .attention_semtoken import flash_attention_kwargs
+from .cache_semtoken import SemTokenCache, tracks_slots
+from .compression import CompressedPrompt, compress_prompt
+from .semantic_encoder import SemanticEncoder
+
+
+@dataclass
+class SemTokenModelOutputWithPast(BaseModelOutputWithPast):
+    """`BaseModelOutputWithPast` over slots.
+
+    Args:
+        span_ids: int64 [B, T], slot of every token, -1 for padding; None where nothing merged.
+        compressed_lengths: int64 [B], slots of each row; None where nothing merged.
+    """
+
+    span_ids: Tensor | None = None
+    compressed_lengths: Tensor | None = None
+
+
+class SemTokenPreTrainedMixin:
+    """Loading and saving: the encoder is part of the checkpoint, frozen and fp32."""
+
+    # What the family's classes bring.
+    config: Any
+    base_model: Any
+    model: Any
+    lm_head: Any
+    loss_function: Any
+    training: bool
+    is_gradient_checkpointing: bool
+    post_init: Any
+    _auto_class: str | None
+
+    _keep_in_fp32_modules_strict = ["semantic_encoder"]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any):
+        """As in Transformers.
+
+        Raises:
+            ValueError: the checkpoint holds no encoder, as a plain one does.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = [key for key in info["missing_keys"] if "semantic_encoder." in key]
+        if missing and model.config.segmentation_mode != "uniform":
+            raise ValueError(
+                f"the checkpoint holds no semantic encoder ({missing[0]} and {len(missing) - 1} more are missing): "
+                "convert it first with `semtoken_hf.convert_checkpoint(model, encoder, output_dir)`"
+            )
+        for module in model.modules():
+            if isinstance(module, SemanticEncoder):
+                module.freeze()
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any):
+        """As in Transformers; the folder then serves AutoModel as well as AutoModelForCausalLM."""
+        if self._auto_class is not None:
+            base = type(self.base_model)
+            known = getattr(self.config, "auto_map", None) or {}
+            self.config.auto_map = {**known, "AutoModel": f"{base.__module__.split('.')[-1]}.{base.__name__}"}
+        return super().save_pretrained(*args, **kwargs)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any):
+        """As in Transformers; new tokens get the encoder's mean state."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.base_model.semantic_encoder.resize(self.config.vocab_size)
+        return embeddings
+
+    def compress(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        span_ids: Tensor | None = None,
+        target_ratio: float | None = None,
+        protected_mask: Tensor | None = None,
+        read_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        position_mode: str | None = None,
+        past_key_values: Any = None,
+    ) -> CompressedPrompt:
+        """The compression stage alone.
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, T], 0 for padding on any side.
+            span_ids: int [B, T], a ready plan (see `SemTokenFastTokenizer`) instead of the model's own.
+            target_ratio: tokens per slot, instead of the configuration's.
+            protected_mask: [B, T], non-zero for tokens that stay whole.
+            read_mask: bool [B, T], positions that will be read; None: the last token of each row.
+            position_ids: int64 [B, T], positions of the tokens; None: counted along each row.
+            position_mode: "original" or "compact", instead of the configuration's.
+            past_key_values: a SemTokenCache that the slots will be appended to.
+
+        Raises:
+            ValueError: a mask or `span_ids` has the wrong shape or values, or the ratio is below 1.
+        """
+        model, offset = self.base_model, None
+        mode = position_mode or self.config.position_mode
+        if tracks_slots(past_key_values) and past_key_values.slot_lengths is not None:
+            cache = past_key_values
+            offset = cache.compressed_lengths if mode == "compact" else cache.original_lengths
+        return compress_prompt(
+            self.config,
+            model.semantic_encoder,
+            model.get_input_embeddings(),
+            input_ids,
+            position_ids=position_ids,
+            position_offset=offset,
+            position_mode=mode,
+            attention_mask=attention_mask,
+            read_mask=read_mask,
+            protected_mask=protected_mask,
+            span_ids=span_ids,
+            target_ratio=target_ratio,
+            opens_row=offset is None,
+        )
+
+
+class SemTokenModelMixin(SemTokenPreTrainedMixin):
+    """The base model: the compression stage, then the family's layers."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)  # type: ignore[call-arg]
+        self.semantic_encoder = SemanticEncoder(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        compression: bool = False,
+        target_ratio: float | None = None,
+        span_ids: Tensor | None = None,
+        protected_mask: Tensor | None = None,
+        read_mask: Tensor | None = None,
+        prefill_chunk_size: int | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The family's forward over every token, or with `compression=True` over the slots of `compress`.
+
+        Args:
+            compression: True merges the tokens that `read_mask` and the protections leave free.
+            target_ratio, span_ids, protected_mask, read_mask: as in `compress`.
+            prefill_chunk_size: run the layers over this many columns at a time, to bound the working memory.
+
+        Returns:
+            `last_hidden_state` [B, T, H] and no `span_ids` where nothing merged; else [B, M, H] over the slots.
+        """
+        if compression and input_ids is not None:
+            prompt = self.compress(
+                input_ids,
+                _mask_of_call(attention_mask, input_ids, past_key_values),
+                span_ids,
+                target_ratio,
+                protected_mask,
+                read_mask,
+                position_ids,
+                past_key_values=past_key_values,
+            )
+            if prompt.is_merged:
+                return self._forward_slots(prompt, past_key_values, use_cache, prefill_chunk_size, **kwargs)
+        name, columns = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
+        if columns is None:
+            raise ValueError("pass `input_ids` or `inputs_embeds`")
+        if tracks_slots(past_key_values):
+            tokens = columns[..., 0] if input_ids is None else columns
+            attention_mask, position_ids = _append_plain(
+                past_key_values, tokens, attention_mask, position_ids, self.config.position_mode
+            )
+        has_gaps = tracks_slots(past_key_values) and past_key_values.is_compressed
+        return self._run_layers(
+            name,
+            columns,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            use_cache,
+            prefill_chunk_size,
+            has_gaps,
+            **kwargs,
+        )
+
+    def _forward_slots(
+        self,
+        prompt: CompressedPrompt,
+        past_key_values: Any,
+        use_cache: bool | None,
+        chunk_size: int | None,
+        **kwargs: Any,
+    ) -> SemTokenModelOutputWithPast:
+        cache = past_key_values
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if cache is None and use_cache and not (self.training and self.is_gradient_checkpointing):
+            cache = SemTokenCache(config=self.config)
+        # Without a cache and a mask, Transformers would read gapped positions as packed sequences.
+        mask = prompt.attention_mask
+        if cache is not None:
+            tokens = prompt.span_ids.shape[1]
+            cache.record(prompt.slot_lengths, tokens, compressed=True, padded=prompt.is_padded)
+            mask = cache.attention_mask
+        outputs = self._run_layers(
+            "inputs_embeds",
+            prompt.inputs_embeds,
+            mask,
+            prompt.position_ids,
+            cache,
+            use_cache,
+            chunk_size,
+            True,
+            **kwargs,
+        )
+        return SemTokenModelOutputWithPast(**outputs, span_ids=prompt.span_ids, compressed_lengths=prompt.kept_lengths)
+
+    def _run_layers(
+        self,
+        name: str,
+        columns: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Any,
+        use_cache: bool | None,
+        chunk_size: int | None,
+        has_gaps: bool,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The family's forward, in one go or `chunk_size` columns at a time; `has_gaps`: of the positions so far."""
+        length = columns.shape[1]
+        chunk_size = chunk_size if chunk_size and tracks_slots(past_key_values) else length
+        before = past_key_values.physical_length() if tracks_slots(past_key_values) else 0
+        states = []
+        for start in range(0, length, chunk_size):
+            end = min(start + chunk_size, length)
+            mask = attention_mask
+            if length > chunk_size and mask is not None:
+                mask = mask[:, : before + end]
+            if has_gaps:
+                kwargs |= flash_attention_kwargs(
+                    self.config._attn_implementation, len(columns), end - start, before + end, columns.device
+                )
+            outputs = super().forward(
+                **{name: columns[:, start:end]},
+                attention_mask=mask,
+                position_ids=None if position_ids is None else position_ids[:, start:end],
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **{**kwargs, "return_dict": True},
+            )
+            states.append(outputs.last_hidden_state)
+        if len(states) > 1:
+            outputs.last_hidden_state = torch.cat(states, dim=1)
+        return outputs
+
+
+def _mask_of_call(mask: Tensor | None, input_ids: Tensor, cache: Any) -> Tensor | None:
+    """The part of a mask over all tokens so far that belongs to `input_ids`.
+
+    Raises:
+        ValueError: the mask covers neither these tokens nor all tokens so far.
+    """
+    if mask is None:
+        return None
+    tokens, held = input_ids.shape[1], 0 if cache is None else cache.get_seq_length()
+    if mask.shape[1] not in (tokens, held + tokens):
+        expected = (len(input_ids), held + tokens)
+        raise ValueError(f"`attention_mask` must have the shape {expected}, got {tuple(mask.shape)}")
+    return mask[:, -tokens:]
+
+
+def _append_plain(
+    cache: Any, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, position_mode: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Record tokens that are appended one slot each; returns the mask and positions that the layers need.
+
+    As long as the cache holds nothing merged, both are what the caller gave, so that the family's own path is exact.
+    """
+    new = None if attention_mask is None else attention_mask[:, -tokens.shape[1] :]
+    slots = torch.ones(tokens.shape, dtype=torch.long, device=tokens.device) if new is None else (new != 0).long()
+    if cache.is_compressed and (position_mode == "compact" or position_ids is None):
+        held = cache.compressed_lengths if position_mode == "compact" else cache.original_lengths
+        position_ids = (held[:, None] + slots.cumsum(1) - 1).clamp(min=0)
+    elif position_ids is None:
+        # The family would count them from the cache, which knows of these tokens before its layers do.
+        position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None] + cache.get_seq_length()
+    cache.record(slots, tokens.shape[1], compressed=False, padded=new is not None)
+    return (cache.attention_mask if cache.is_compressed else attention_mask), position_ids
+
+
+__all__ = ["SemTokenModelMixin", "SemTokenModelOutputWithPast", "SemTokenPreTrainedMixin"]

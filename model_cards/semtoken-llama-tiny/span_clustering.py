@@ -1,0 +1,198 @@
+"""Stage 2: where spans begin. Three segmenters behind one idea: a bool tensor [N] that is True where a span starts.
+
+- `greedy_spans`: the paper's Algorithm 1, exact and without a loop over tokens: run lengths for every possible
+  anchor from L-1 shifted dot products, then pointer doubling marks the anchors that the walk visits.
+- `boundary_spans`: cuts at the least similar neighbours; a total that grows by 0 or 1 with each further cut makes
+  any budget exactly reachable.
+- `uniform_spans`: equal spans, no fingerprints: the baseline that semantics has to beat.
+
+All take `joinable` (bool [N], may token i share a span with token i-1) and never join where it is False.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Spans:
+    """Contiguous spans of a stream of N tokens: `index` int64 [N], span of each token; `first`, `lengths` int64 [P]."""
+
+    index: Tensor
+    first: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def from_starts(cls, starts: Tensor) -> Spans:
+        """Spans that begin where `starts` (bool [N]) is True."""
+        first = starts.nonzero().squeeze(1)
+        end = torch.full_like(first[:1], starts.numel())
+        return cls(starts.long().cumsum(0) - 1, first, torch.cat([first, end]).diff())
+
+    def __len__(self) -> int:
+        return self.first.numel()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of `values` [N, D] over each span: [P, D] in the dtype of `values`, summed in at least float32."""
+        wide = values if values.dtype == torch.float64 else values.float()
+        return torch.segment_reduce(wide, "mean", lengths=self.lengths, axis=0, unsafe=True).to(values.dtype)
+
+
+def count_per_stretch(starts: Tensor, stretch: Tensor, stretches: int) -> Tensor:
+    """Spans of each stretch, int64 [S]."""
+    return torch.zeros(stretches, dtype=torch.long, device=starts.device).index_add_(0, stretch, starts.long())
+
+
+def shifted_similarities(fingerprints: Tensor, reach: int) -> Tensor:
+    """Cosine of every token with the tokens 1 .. reach behind it in the stream.
+
+    Args:
+        fingerprints: float32 [N, D] of unit norm.
+        reach: how far to look.
+
+    Returns:
+        float32 [reach, N]; entry [s - 1, i] is cos(h_i, h_{i+s}), and -inf past the end of the stream.
+    """
+    similarities = fingerprints.new_full((reach, len(fingerprints)), -torch.inf)
+    for shift in range(1, min(reach, len(fingerprints) - 1) + 1):
+        similarities[shift - 1, :-shift] = (fingerprints[shift:] * fingerprints[:-shift]).sum(-1)
+    return similarities
+
+
+def greedy_spans(similarities: Tensor, threshold: Tensor, joinable: Tensor) -> Tensor:
+    """Greedy anchor clustering: a span grows from its anchor while cos(h_anchor, h_j) > tau, up to L tokens.
+
+    Args:
+        similarities: float32 [L - 1, N] from `shifted_similarities`.
+        threshold: float32 [N], tau of each token's stretch.
+        joinable: bool [N].
+
+    Returns:
+        bool [N], True where a span starts: equal to the sequential walk.
+    """
+    tokens = joinable.numel()
+    if tokens == 0:
+        return ~joinable
+    grows = torch.ones_like(joinable)
+    run = torch.ones(tokens, dtype=torch.long, device=joinable.device)
+    for shift, similarity in enumerate(similarities[: max(tokens - 1, 0)], start=1):
+        grows = grows & (similarity > threshold)
+        grows[:-shift] &= joinable[shift:]
+        grows[-shift:] = False
+        run += grows
+    jump = (torch.arange(tokens, device=joinable.device) + run).clamp(max=tokens)
+    return _visited_from_zero(jump)
+
+
+def _visited_from_zero(jump: Tensor) -> Tensor:
+    """bool [N]: which nodes the walk 0 -> jump[0] -> ... visits, by pointer doubling over log2(N) rounds."""
+    tokens = jump.numel()
+    end = jump.new_full((1,), tokens)
+    jump = torch.cat([jump, end])
+    visited = torch.zeros_like(jump)
+    visited[0] = 1
+    for _ in range(max(tokens, 2).bit_length()):
+        visited = (visited + torch.zeros_like(visited).index_add_(0, jump, visited)).clamp(max=1)
+        jump = jump[jump]
+    return visited[:-1].bool()
+
+
+def split_long_spans(starts: Tensor, cap: Tensor) -> Tensor:
+    """Cut every span longer than `cap` into the fewest pieces of nearly equal length.
+
+    Args:
+        starts: bool [N].
+        cap: float or int [N], longest length allowed around each token (constant over a span).
+
+    Returns:
+        bool [N], a superset of `starts`.
+    """
+    tokens = starts.numel()
+    if tokens == 0:
+        return starts
+    # Without `Spans`, whose size the host would have to wait for.
+    place = torch.arange(tokens, device=starts.device)
+    first = place.where(starts, 0).cummax(0).values
+    end = place.where(starts, tokens).flip(0).cummin(0).values.flip(0).roll(-1)
+    end[-1] = tokens
+    length, offset = end - first, place - first
+    pieces = torch.ceil(length / cap).long().clamp(min=1).minimum(length)
+    return starts | (offset * pieces // length != (offset - 1) * pieces // length)
+
+
+def bisect_rank(count_at: Callable[[Tensor], Tensor], budget: Tensor, highest: int) -> Tensor:
+    """Largest rank of each stretch in [0, highest] whose `count_at(rank)` is within `budget`, all int64 [S].
+
+    `count_at` must not fall as the rank grows; 0 is returned where even that is too much.
+    """
+    low, high = torch.zeros_like(budget), torch.full_like(budget, highest)
+    for _ in range(highest.bit_length()):
+        middle = (low + high + 1) // 2
+        fits = count_at(middle) <= budget
+        low = torch.where(fits, middle, low)
+        high = torch.where(fits, high, (middle - 1).maximum(low))
+    return low
+
+
+def boundary_spans(similarity: Tensor, joinable: Tensor, stretch: Tensor, budget: Tensor, max_length: int) -> Tensor:
+    """Cut between the most dissimilar neighbours; each stretch gets exactly `budget` spans where that is possible.
+
+    Args:
+        similarity: float32 [N], cosine of each token with the one before it.
+        joinable: bool [N].
+        stretch: int64 [N], stretch of each token.
+        budget: int64 [S], spans allowed in each stretch.
+        max_length: span cap L; a longer span is cut into equal pieces, which the total takes into account.
+
+    Returns:
+        bool [N], True where a span starts.
+    """
+    cap = torch.full_like(stretch, max_length)
+    rank = _rank_within_stretch(similarity.where(joinable, torch.inf), stretch)
+
+    def starts_at(cuts: Tensor) -> Tensor:
+        return split_long_spans(~joinable | (rank < cuts[stretch]), cap)
+
+    def count_at(cuts: Tensor) -> Tensor:
+        return count_per_stretch(starts_at(cuts), stretch, len(budget))
+
+    return starts_at(bisect_rank(count_at, budget, joinable.numel()))
+
+
+def _rank_within_stretch(values: Tensor, stretch: Tensor) -> Tensor:
+    """0-based ascending rank of each value among those of its stretch, ties in token order, int64 [N]."""
+    order = values.sort(stable=True).indices
+    order = order[stretch[order].sort(stable=True).indices]
+    place = torch.arange(values.numel(), device=values.device)
+    rank = torch.empty_like(place)
+    opens = torch.ones_like(place, dtype=torch.bool)
+    sorted_stretch = stretch[order]
+    opens[1:] = sorted_stretch[1:] != sorted_stretch[:-1]
+    first = place.where(opens, 0).cummax(0).values
+    rank[order] = place - first
+    return rank
+
+
+# Steps of span length between 1 and L that `uniform_spans` can choose from.
+UNIFORM_RESOLUTION = 4096
+
+
+def uniform_spans(joinable: Tensor, stretch: Tensor, budget: Tensor, max_length: int) -> Tensor:
+    """Equal spans, as many as each stretch's budget allows; arguments as in `boundary_spans`."""
+
+    def starts_at(step: Tensor) -> Tensor:
+        # Step 0 is the longest span, the last step single tokens.
+        cap = max_length - (max_length - 1) * step / UNIFORM_RESOLUTION
+        return split_long_spans(~joinable, cap[stretch])
+
+    def count_at(step: Tensor) -> Tensor:
+        return count_per_stretch(starts_at(step), stretch, len(budget))
+
+    return starts_at(bisect_rank(count_at, budget, UNIFORM_RESOLUTION))
+
+
+__all__ = ["Spans", "boundary_spans", "count_per_stretch", "greedy_spans", "shifted_similarities", "uniform_spans"]

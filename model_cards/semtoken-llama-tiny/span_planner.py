@@ -1,0 +1,189 @@
+"""Stages 1 to 3 as one call: token ids and masks -> a span plan. What the model and the tokenizer share.
+
+The plan knows nothing of embeddings, so a data loader can make it on the CPU from the encoder alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .configuration_semtoken import check_ratio
+from .granularity import Granularity, find_span_starts, stretch_budgets
+from .semantic_encoder import SemanticEncoder
+from .span_clustering import Spans
+from .token_layout import TokenLayout, build_layout
+
+
+@dataclass
+class SpanPlan:
+    """Which tokens share a slot.
+
+    Attributes:
+        layout: the packed stream of N tokens.
+        spans: its P slots.
+        fingerprints: float32 [N, D], or None where no encoder ran.
+        span_ids: int64 [B, T], slot of every token counted from 0 in its row; -1 for padding.
+        original_lengths: int64 [B], tokens of each row without padding.
+        kept_lengths: int64 [B], slots of each row.
+        budget_met: bool [B], False where protected tokens or the span cap left more slots than the budget.
+    """
+
+    layout: TokenLayout
+    spans: Spans
+    fingerprints: Tensor | None
+    span_ids: Tensor
+    original_lengths: Tensor
+    kept_lengths: Tensor
+    budget_met: Tensor
+
+
+def needs_encoder(config: Any) -> bool:
+    """Whether planning reads fingerprints; the uniform segmentation of means does not."""
+    return config.segmentation_mode != "uniform"
+
+
+def granularity_of(config: Any, target_ratio: float | None) -> Granularity:
+    """The configuration's granularity, with the ratio of this call if one is given.
+
+    Raises:
+        ValueError: `target_ratio` is not a finite number >= 1.
+    """
+    if target_ratio is not None:
+        check_ratio(target_ratio)
+    return Granularity(
+        target_ratio=config.target_ratio if target_ratio is None else target_ratio,
+        max_kept_tokens=config.max_kept_tokens,
+        similarity_threshold=config.similarity_threshold,
+        entropy_threshold=config.entropy_threshold,
+        max_span_length=config.max_span_length,
+        min_prompt_length=config.min_prompt_length,
+        segmentation_mode=config.segmentation_mode,
+    )
+
+
+def always_protected(config: Any) -> list[int]:
+    """Ids that never merge: BOS, EOS, padding and `protected_token_ids`."""
+    ids = set(config.protected_token_ids or [])
+    for value in (config.bos_token_id, config.eos_token_id, config.pad_token_id):
+        ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    return sorted(ids)
+
+
+def check_mask(mask: Tensor, input_ids: Tensor, name: str) -> Tensor:
+    """`mask` as bool on the device of `input_ids`.
+
+    Raises:
+        ValueError: its shape is not that of `input_ids`, or it holds fractions.
+    """
+    if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"`{name}` must be a tensor of shape {tuple(input_ids.shape)} like input_ids, got {shape}")
+    if mask.is_floating_point() and bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError(f"`{name}` must hold 0 and 1, got other numbers")
+    return mask.to(input_ids.device) != 0
+
+
+def plan_spans(
+    config: Any,
+    encoder: SemanticEncoder | None,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    read_mask: Tensor | None = None,
+    protected_mask: Tensor | None = None,
+    span_ids: Tensor | None = None,
+    target_ratio: float | None = None,
+    opens_row: bool = True,
+) -> SpanPlan:
+    """Plan the slots of a batch of prompts.
+
+    Args:
+        config: a SemToken configuration.
+        encoder: the frozen encoder; None where `needs_encoder(config)` is False, or `span_ids` is given for means.
+        input_ids: int64 [B, T].
+        attention_mask: [B, T], 0 for padding on any side; None: no padding.
+        read_mask: bool [B, T], positions whose logits are asked for; None: the last token of each row.
+        protected_mask: [B, T], non-zero for tokens that must stay whole.
+        span_ids: int [B, T], a ready plan (slot of every token, -1 for padding), used instead of planning; tokens
+            that are read or protected are still taken out of their spans.
+        target_ratio: tokens per slot, instead of the configuration's.
+        opens_row: False for a later turn, where `keep_first` has had its effect.
+
+    Raises:
+        ValueError: a mask or `span_ids` has the wrong shape or values, or the ratio is below 1.
+    """
+    valid = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        valid = check_mask(attention_mask, input_ids, "attention_mask")
+    read = last_valid_token(valid) if read_mask is None else check_mask(read_mask, input_ids, "read_mask") & valid
+    protected = torch.isin(input_ids, torch.tensor(always_protected(config), device=input_ids.device))
+    if protected_mask is not None:
+        protected = protected | check_mask(protected_mask, input_ids, "protected_mask")
+    granularity = granularity_of(config, target_ratio)
+    layout = build_layout(
+        valid, read, protected, config.keep_first if opens_row else 0, config.keep_last, config.min_prompt_length
+    )
+    fingerprints = None
+    # A ready plan says which tokens merge, but not which of them represents the others.
+    if needs_encoder(config) and (span_ids is None or config.merge_mode == "representative"):
+        if encoder is None:
+            raise ValueError("planning needs the encoder: pass it, or use segmentation_mode='uniform'")
+        fingerprints = encoder(input_ids.flatten()[layout.token_index], layout)
+    if span_ids is not None:
+        starts = starts_from_span_ids(span_ids, valid, layout)
+    else:
+        starts = find_span_starts(fingerprints, layout, granularity)
+    return _finish_plan(starts, fingerprints, layout, granularity, valid)
+
+
+def last_valid_token(valid: Tensor) -> Tensor:
+    """bool [B, T]: True at the last True of each row of `valid`."""
+    order = valid.long().cumsum(1)
+    return valid & (order == order[:, -1:])
+
+
+def starts_from_span_ids(span_ids: Tensor, valid: Tensor, layout: TokenLayout) -> Tensor:
+    """Span starts bool [N] of a plan that came from outside.
+
+    Raises:
+        ValueError: it is not an integer tensor of the shape of the batch, is not -1 exactly at padding, or does not
+            count 0, 1, 2, ... along each row.
+    """
+    if not isinstance(span_ids, Tensor) or span_ids.shape != valid.shape:
+        shape = tuple(span_ids.shape) if isinstance(span_ids, Tensor) else type(span_ids).__name__
+        raise ValueError(f"`span_ids` must be an integer tensor of shape {tuple(valid.shape)}, got {shape}")
+    if span_ids.is_floating_point() or span_ids.is_complex() or span_ids.dtype == torch.bool:
+        raise ValueError(f"`span_ids` must hold integers, got {span_ids.dtype}")
+    span_ids = span_ids.to(valid.device).long()
+    stream = span_ids.flatten()[layout.token_index]
+    opens_row = layout.position == 0
+    step = torch.ones_like(stream)
+    step[1:] = stream[1:] - stream[:-1]
+    in_order = torch.where(opens_row, stream == 0, (step == 0) | (step == 1))
+    if not bool(((span_ids == -1) == ~valid).all() & in_order.all()):
+        raise ValueError("`span_ids` must be -1 exactly at padding and count 0, 1, 2, ... without gaps along each row")
+    return opens_row | (step == 1) | ~layout.joinable
+
+
+def _finish_plan(
+    starts: Tensor, fingerprints: Tensor | None, layout: TokenLayout, granularity: Granularity, valid: Tensor
+) -> SpanPlan:
+    spans = Spans.from_starts(starts)
+    original = valid.long().sum(1)
+    kept = torch.zeros_like(original).index_add_(0, layout.row, starts.long())
+    before = kept.cumsum(0) - kept
+    span_ids = torch.full(valid.shape, -1, dtype=torch.long, device=valid.device)
+    span_ids.view(-1)[layout.token_index] = spans.index - before[layout.row]
+    allowed = torch.zeros_like(original)
+    if granularity.has_budget:
+        stretch_row = layout.row[layout.starts]
+        allowed.index_add_(0, stretch_row, stretch_budgets(layout.lengths, granularity))
+    else:
+        allowed += original
+    return SpanPlan(layout, spans, fingerprints, span_ids, original, kept, kept <= allowed)
+
+
+__all__ = ["SpanPlan", "last_valid_token", "needs_encoder", "plan_spans"]

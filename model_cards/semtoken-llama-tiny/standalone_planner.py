@@ -1,0 +1,104 @@
+"""Planning without the language model: the encoder and the compression fields of a checkpoint, nothing else.
+
+For data-loader workers: a few megabytes are read from the checkpoint, whatever its size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .configuration_semtoken import SemTokenConfigMixin
+from .semantic_encoder import SemanticEncoder
+from .span_planner import SpanPlan, always_protected, plan_spans
+
+ENCODER_PREFIX = "semantic_encoder."
+
+
+class SpanPlannerConfig(SemTokenConfigMixin, PreTrainedConfig):
+    """The compression fields of any SemToken configuration, whatever its family."""
+
+    model_type = "semtoken_planner"
+
+    vocab_size: int = 32000
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+
+class SpanPlanner:
+    """Plans as the model of the same checkpoint does.
+
+    Args:
+        config: a SemToken configuration.
+        encoder: its frozen encoder.
+    """
+
+    def __init__(self, config: Any, encoder: SemanticEncoder):
+        self.config, self.encoder = config, encoder
+
+    @classmethod
+    def from_model(cls, model: Any) -> SpanPlanner:
+        """The planner of a loaded model, sharing its encoder."""
+        return cls(model.config, model.base_model.semantic_encoder)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, **hub: Any) -> SpanPlanner:
+        """Load configuration and encoder from a checkpoint folder or Hub id.
+
+        Args:
+            name_or_path: as in `AutoModel.from_pretrained`.
+            hub: `revision`, `token`, `cache_dir`, `local_files_only`, ... of `cached_file`.
+
+        Raises:
+            OSError: no such checkpoint.
+            ValueError: it holds no encoder.
+        """
+        fields, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
+        known = SpanPlannerConfig.__dataclass_fields__
+        config = SpanPlannerConfig(**{key: value for key, value in fields.items() if key in known})
+        encoder = SemanticEncoder(config)
+        encoder.load_state_dict(read_encoder_weights(name_or_path, **hub))
+        return cls(config, encoder)
+
+    @property
+    def protected_token_ids(self) -> list[int]:
+        """Ids that never merge."""
+        return always_protected(self.config)
+
+    def plan(self, input_ids: Tensor, attention_mask: Tensor | None = None, **planning: Any) -> SpanPlan:
+        """As `plan_spans`: input_ids int64 [B, T], attention_mask [B, T]."""
+        return plan_spans(self.config, self.encoder, input_ids, attention_mask, **planning)
+
+
+def read_encoder_weights(name_or_path: str | os.PathLike, **hub: Any) -> dict[str, Tensor]:
+    """The encoder's tensors, float32, under the names of `SemanticEncoder`.
+
+    Raises:
+        ValueError: the checkpoint holds none.
+    """
+    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    files = {SAFE_WEIGHTS_NAME}
+    if index is not None:
+        with open(index, encoding="utf-8") as handle:
+            weight_map = json.load(handle)["weight_map"]
+        files = {file for key, file in weight_map.items() if ENCODER_PREFIX in key}
+    weights: dict[str, Tensor] = {}
+    for file in sorted(files):
+        with safe_open(cached_file(name_or_path, file, **hub), "pt") as shard:
+            for key in shard.keys():  # noqa: SIM118 (no mapping)
+                if ENCODER_PREFIX in key:
+                    weights[key.split(ENCODER_PREFIX, 1)[1]] = shard.get_tensor(key).to(torch.float32)
+    if not weights:
+        raise ValueError(f"{name_or_path} holds no semantic encoder: convert it with `semtoken_hf.convert_checkpoint`")
+    return weights
+
+
+__all__ = ["SpanPlanner", "SpanPlannerConfig"]
