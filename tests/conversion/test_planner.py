@@ -19,7 +19,9 @@ def test_the_real_encoder_plans_on_another_vocabulary(minilm):
     torch.testing.assert_close(table, moved)
     ids = tokenizer(PROSE, return_tensors="pt")["input_ids"]
     plan = planner.plan(ids)
-    assert int(plan.kept_lengths) == -(-ids.shape[1] // 3)
+    budget = -(-ids.shape[1] // 3)
+    # The last span that would not fit whole stays merged.
+    assert budget - planner.config.max_span_length < int(plan.kept_lengths) <= budget
     assert plan.fingerprints is not None
     assert plan.fingerprints.isfinite().all()
 
