@@ -1,12 +1,12 @@
-# Sourced by quickstart.sh and test.sh: sets $python to a virtual environment with this package in it.
-# TRANSFORMERS_VERSION picks another release than the pinned one; PYTHON another interpreter.
+# Sourced by quickstart.sh and test.sh: sets $root and $python, a virtual environment with this package in it.
+# TRANSFORMERS_VERSION picks another release than the pinned one; PYTHON another interpreter (3.11 or later).
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-pinned=$(sed -n 's/^transformers==//p' constraints.txt)
+pinned=$(sed -n 's/^transformers==//p' "$root/constraints.txt")
 version=${TRANSFORMERS_VERSION:-$pinned}
-venv=.venv
-if [ "$version" != "$pinned" ]; then venv=.venv-$version; fi
+venv=$root/.venv
+if [ "$version" != "$pinned" ]; then venv=$venv-$version; fi
 python=$venv/bin/python
 constraints=$venv/constraints.txt
 
@@ -14,21 +14,21 @@ constraints=$venv/constraints.txt
 install_once() {
     local stamp=$venv/$1.installed
     shift
-    if [ -f "$stamp" ] && [ "$stamp" -nt pyproject.toml ] && [ "$stamp" -nt constraints.txt ]; then return; fi
+    if [ "$stamp" -nt "$root/pyproject.toml" ] && [ "$stamp" -nt "$root/constraints.txt" ]; then return; fi
     echo "installing into $venv: $*"
     "$python" -m pip install --quiet --disable-pip-version-check "$@"
     touch "$stamp"
 }
 
-if [ ! -x "$python" ]; then
+if ! "$python" -m pip --version >/dev/null 2>&1; then
     rm -rf "$venv"
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: set PYTHON")'
     "${PYTHON:-python3}" -m venv "$venv"
 fi
-# Only the release of Transformers differs between the two environments; its own needs decide the rest.
-if [ "$version" = "$pinned" ]; then
-    cp constraints.txt "$constraints"
-else
-    printf 'transformers==%s\n' "$version" >"$constraints"
-    grep '^torch==' constraints.txt >>"$constraints"
+cp "$root/constraints.txt" "$constraints"
+if [ "$version" != "$pinned" ]; then
+    # Another release of Transformers brings its own needs.
+    grep -vE '^(transformers|tokenizers|huggingface-hub|safetensors|accelerate)==' "$root/constraints.txt" >"$constraints"
+    echo "transformers==$version" >>"$constraints"
 fi
-install_once package -c "$constraints" -e .
+install_once package -c "$constraints" -e "$root"

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # The main job on the embedded checkpoint: a chapter read with and without compression, side by side.
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-exec "$python" scripts/quickstart.py "$@"
+exec "$python" "$root/scripts/quickstart.py" "$@"

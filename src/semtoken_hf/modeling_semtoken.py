@@ -48,6 +48,8 @@ class SemTokenPreTrainedMixin:
     _auto_class: str | None
 
     _keep_in_fp32_modules_strict = ["semantic_encoder"]
+    # What quantisers leave alone.
+    _keep_in_fp32_modules = ["semantic_encoder"]
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any):

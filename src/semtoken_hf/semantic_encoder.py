@@ -9,12 +9,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .configuration_semtoken import SemTokenStaticEncoderConfig
 from .token_layout import TokenLayout
@@ -28,13 +29,21 @@ class StaticEncoder(nn.Module):
 
     def __init__(self, config: SemTokenStaticEncoderConfig):
         super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, dtype=torch.float32)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embeddings = value
+
+
+def build_transformer(config: PreTrainedConfig) -> PreTrainedModel:
+    """The encoder's layers in float32, with an attention of their own: the language model's may need half precision."""
+    try:
+        return AutoModel.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    except ValueError:  # an architecture without SDPA
+        return AutoModel.from_config(config, attn_implementation="eager", dtype=torch.float32)
 
 
 class SemanticEncoder(nn.Module):
@@ -54,10 +63,9 @@ class SemanticEncoder(nn.Module):
         self.radius = config.fingerprint_radius
         self.is_static = encoder_config.model_type == SemTokenStaticEncoderConfig.model_type
         if self.is_static:
-            self.encoder = StaticEncoder(encoder_config)
+            self.encoder: Any = StaticEncoder(encoder_config)
         else:
-            # The attention of the language model may be one that fp32 windows cannot use.
-            self.encoder = AutoModel.from_config(encoder_config, attn_implementation="sdpa")
+            self.encoder = build_transformer(encoder_config)
         self.freeze()
 
     def freeze(self) -> SemanticEncoder:
@@ -76,6 +84,14 @@ class SemanticEncoder(nn.Module):
 
     def train(self, mode: bool = True) -> SemanticEncoder:
         return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SemanticEncoder:
+        # `model.half()` and `model.to(dtype)` move the encoder but leave it float32.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, layout: TokenLayout) -> Tensor:

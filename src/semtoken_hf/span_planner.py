@@ -42,7 +42,7 @@ class SpanPlan:
 
 
 def needs_encoder(config: Any) -> bool:
-    """Whether planning reads fingerprints; the uniform segmentation of means does not."""
+    """Whether planning reads fingerprints; the uniform segmentation does not."""
     return config.segmentation_mode != "uniform"
 
 
@@ -131,7 +131,7 @@ def plan_spans(
     if needs_encoder(config) and (span_ids is None or config.merge_mode == "representative"):
         if encoder is None:
             raise ValueError("planning needs the encoder: pass it, or use segmentation_mode='uniform'")
-        fingerprints = encoder(input_ids.flatten()[layout.token_index], layout)
+        fingerprints = encoder(input_ids.flatten()[layout.token_index], layout).to(input_ids.device)
     if span_ids is not None:
         starts = starts_from_span_ids(span_ids, valid, layout)
     else:

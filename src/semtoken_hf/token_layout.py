@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ class TokenLayout:
     starts: Tensor
     lengths: Tensor
     solo: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenLayout:
+        """The layout on another device; `accelerate` calls it where a model is spread over several."""
+        return TokenLayout(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 
     @property
     def joinable(self) -> Tensor:

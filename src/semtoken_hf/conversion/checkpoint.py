@@ -175,7 +175,8 @@ def load_tokenizer(folder: Path) -> SemTokenFastTokenizer:
             f"{folder} holds no tokenizer.json; "
             "write it with `AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`"
         )
-    return SemTokenFastTokenizer.from_pretrained(folder)
+    # On the left, as generation needs it.
+    return SemTokenFastTokenizer.from_pretrained(folder, padding_side="left")
 
 
 def build_encoder(

@@ -114,8 +114,14 @@ def evaluate_reader(name: str, model: Any, windows: Tensor, read: Reader, contex
 
 
 def reference_readers(config: Any, context_length: int, kept: int) -> dict[str, Reader]:
-    """Full context, none, truncation and random dropping at `kept` context slots."""
+    """Full context, none, truncation and random dropping at `kept` context slots.
+
+    Raises:
+        ValueError: the protected ends alone are more than `kept`.
+    """
     first, last = config.keep_first, config.keep_last
+    if kept < first + last:
+        raise ValueError(f"{kept} slots cannot hold the {first} + {last} protected tokens: lower the ratio")
     return {
         "full context": read_subset(context_length, lambda n: torch.arange(n)),
         "no context (protected tokens only)": read_subset(context_length, keep_ends(first, last)),

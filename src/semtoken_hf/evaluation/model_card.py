@@ -133,7 +133,7 @@ def write_card(
     }
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     summary = (
-        f"Context-compressed perplexity on `{text_file.name}` (WikiText-103 in its tokenised form): {len(windows)} "
+        f"Context-compressed perplexity on `{text_file.name}`: {len(windows)} "
         f"windows of {context} context and {target} target tokens; the targets are scored whole and the planner never "
         f"sees them. Full context: {metrics['bits_per_byte_full_context']:.3f} bits per byte. Cost is against the full "
         'context; "context gain kept" is the share of the full context\'s benefit over the protected tokens alone.'

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..cache_semtoken import tracks_slots
+from ..cache_semtoken import cache_bytes, tracks_slots
 
 
 @dataclass
@@ -36,9 +36,10 @@ class Reading:
     continuation: str = ""
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values of a dynamic cache."""
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+def wait_for_device() -> None:
+    """A clock means nothing before the device has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class CallTimer:
@@ -59,19 +60,19 @@ class CallTimer:
             handle.remove()
 
     def _start(self, *_: Any) -> None:
+        wait_for_device()
         self._since = time.perf_counter()
 
     def _stop(self, *_: Any) -> None:
+        wait_for_device()
         self.seconds += time.perf_counter() - self._since
 
 
 def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait_for_device()
     start = time.perf_counter()
     result = call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait_for_device()
     return time.perf_counter() - start, result
 
 

@@ -137,6 +137,9 @@ class ReferenceTrainer:
         self.output_dir = Path(config.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        blocks, processes = config.tokens_per_step // config.long_sequence_length, self.accelerator.num_processes
+        if blocks % processes:
+            raise ValueError(f"{blocks} blocks a step cannot be shared by {processes} processes: raise tokens_per_step")
         set_seed(config.seed)
         files = list_text_files(config.text_folder)
         self.tokenizer = self._load_tokenizer(files)
