@@ -234,3 +234,19 @@ def test_budgets_out_of_reach_merge_all_they_can_and_say_so(mode: str) -> None:
     prompt = model.compress(ids, target_ratio=64 / 26)
     assert prompt.budget_met.all()
     assert (prompt.kept_lengths <= 26).all()
+
+
+def test_at_minus_one_spans_grow_to_the_cap_as_a_solved_search_would() -> None:
+    generator = torch.Generator().manual_seed(0)
+    fingerprints = torch.nn.functional.normalize(torch.randn(300, 8, generator=generator), dim=-1)
+    valid = torch.ones(1, 300, dtype=torch.bool)
+    protected = torch.rand(1, 300, generator=generator) < 0.1
+    layout = build_layout(valid, torch.zeros_like(valid), protected, 2, 4, 0)
+    fields = {"target_ratio": 2.0, "max_kept_tokens": None, "entropy_threshold": None, "max_span_length": 6}
+    fields |= {"min_prompt_length": 0, "segmentation_mode": "greedy"}
+    plans = [
+        find_span_starts(fingerprints, layout, Granularity(similarity_threshold=tau, **fields))
+        for tau in (-1.0, -0.99999)
+    ]
+    assert torch.equal(*plans)
+    assert int(plans[0].sum()) <= 150

@@ -87,8 +87,13 @@ def find_span_starts(fingerprints: Tensor | None, layout: TokenLayout, granulari
         before = torch.zeros(len(joinable), device=joinable.device)
         before[1:] = shifted_similarities(fingerprints, 1)[0, :-1]
         return boundary_spans(before, joinable, layout.stretch, budget, cap)
-    similarities = shifted_similarities(fingerprints, cap - 1)
     tau = granularity.similarity_threshold
+    if granularity.has_budget and tau is not None and tau <= -1:
+        # Every cosine passes: spans grow to the cap, and there is nothing to solve.
+        passing = fingerprints.new_zeros(1).expand(cap - 1, len(joinable))
+        starts = greedy_spans(passing, passing.new_full((len(joinable),), -1.0), joinable)
+        return spend_budget(starts, fingerprints, layout, budget)
+    similarities = shifted_similarities(fingerprints, cap - 1)
     if not granularity.has_budget:
         starts = greedy_spans(similarities, similarities.new_full((len(joinable),), float(tau or 0.0)), joinable)
         return _keep_above_entropy(starts, fingerprints, granularity.entropy_threshold)
