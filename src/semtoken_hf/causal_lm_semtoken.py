@@ -19,7 +19,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .cache_semtoken import SemTokenCache, tracks_slots
 from .configuration_semtoken import check_ratio
-from .modeling_semtoken import SemTokenPreTrainedMixin
+from .pretrained_semtoken import SemTokenPreTrainedMixin
 from .read_positions import (
     IGNORED_LABEL,
     fit_to_call,

@@ -130,6 +130,11 @@ def check_ratio(value: Any, name: str = "target_ratio") -> None:
 
 def validate_compression_fields(config: Any) -> None:
     """Raise ValueError, naming the field and its range, if a compression field makes no sense."""
+    _check_single_fields(config)
+    _check_fields_together(config)
+
+
+def _check_single_fields(config: Any) -> None:
     if not isinstance(config.compression, bool):
         raise ValueError(f"`compression` must be True or False, got {config.compression!r}")
     if config.target_ratio is not None:
@@ -161,6 +166,15 @@ def validate_compression_fields(config: Any) -> None:
     ):
         if getattr(config, name) not in modes:
             raise ValueError(f"`{name}` must be one of {list(modes)}, got {getattr(config, name)!r}")
+    ids = config.protected_token_ids
+    is_list = isinstance(ids, (list, tuple))
+    if ids is not None and not (
+        is_list and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
+    ):
+        raise ValueError("`protected_token_ids` must be a list of token ids >= 0 or None")
+
+
+def _check_fields_together(config: Any) -> None:
     if config.encoder_overlap >= config.encoder_window:
         raise ValueError(
             f"`encoder_overlap` must be in [0, encoder_window) = [0, {config.encoder_window}), "
@@ -178,12 +192,6 @@ def validate_compression_fields(config: Any) -> None:
             "set `target_ratio` or `max_kept_tokens`, or `similarity_threshold` > -1 with segmentation_mode='greedy': "
             "otherwise nothing decides how far to merge"
         )
-    ids = config.protected_token_ids
-    is_list = isinstance(ids, (list, tuple))
-    if ids is not None and not (
-        is_list and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
-    ):
-        raise ValueError("`protected_token_ids` must be a list of token ids >= 0 or None")
 
 
 __all__ = ["SemTokenConfigMixin", "SemTokenStaticEncoderConfig"]

@@ -1,0 +1,115 @@
+"""What every SemToken model of any family has: loading, saving and `compress`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .cache_semtoken import tracks_slots
+from .compression import CompressedPrompt, compress_prompt
+from .semantic_encoder import SemanticEncoder
+
+
+class SemTokenPreTrainedMixin:
+    """Loading and saving: the encoder is part of the checkpoint, frozen and fp32."""
+
+    # What the family's classes bring.
+    config: Any
+    base_model: Any
+    model: Any
+    lm_head: Any
+    loss_function: Any
+    training: bool
+    is_gradient_checkpointing: bool
+    post_init: Any
+    _auto_class: str | None
+
+    _keep_in_fp32_modules_strict = ["semantic_encoder"]
+    # What quantisers leave alone.
+    _keep_in_fp32_modules = ["semantic_encoder"]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any):
+        """As in Transformers.
+
+        Raises:
+            ValueError: the checkpoint holds no encoder, as a plain one does.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = [key for key in info["missing_keys"] if "semantic_encoder." in key]
+        if missing and model.config.segmentation_mode != "uniform":
+            raise ValueError(
+                f"the checkpoint holds no semantic encoder ({missing[0]} and {len(missing) - 1} more are missing): "
+                "convert it first with `semtoken_hf.convert_checkpoint(model, encoder, output_dir)`"
+            )
+        for module in model.modules():
+            if isinstance(module, SemanticEncoder):
+                module.freeze()
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any):
+        """As in Transformers; the folder then serves AutoModel as well as AutoModelForCausalLM."""
+        if self._auto_class is not None:
+            base = type(self.base_model)
+            known = getattr(self.config, "auto_map", None) or {}
+            self.config.auto_map = {**known, "AutoModel": f"{base.__module__.split('.')[-1]}.{base.__name__}"}
+        return super().save_pretrained(*args, **kwargs)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any):
+        """As in Transformers; new tokens get the encoder's mean state."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.base_model.semantic_encoder.resize(self.config.vocab_size)
+        return embeddings
+
+    def compress(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        span_ids: Tensor | None = None,
+        target_ratio: float | None = None,
+        protected_mask: Tensor | None = None,
+        read_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        position_mode: str | None = None,
+        past_key_values: Any = None,
+    ) -> CompressedPrompt:
+        """The compression stage alone.
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, T], 0 for padding on any side.
+            span_ids: int [B, T], a ready plan (see `SemTokenFastTokenizer`) instead of the model's own.
+            target_ratio: tokens per slot, instead of the configuration's.
+            protected_mask: [B, T], non-zero for tokens that stay whole.
+            read_mask: bool [B, T], positions that will be read; None: the last token of each row.
+            position_ids: int64 [B, T], positions of the tokens; None: counted along each row.
+            position_mode: "original" or "compact", instead of the configuration's.
+            past_key_values: a SemTokenCache that the slots will be appended to.
+
+        Raises:
+            ValueError: a mask or `span_ids` has the wrong shape or values, or the ratio is below 1.
+        """
+        model, offset = self.base_model, None
+        mode = position_mode or self.config.position_mode
+        if tracks_slots(past_key_values) and past_key_values.slot_lengths is not None:
+            cache = past_key_values
+            offset = cache.compressed_lengths if mode == "compact" else cache.original_lengths
+        return compress_prompt(
+            self.config,
+            model.semantic_encoder,
+            model.get_input_embeddings(),
+            input_ids,
+            position_ids=position_ids,
+            position_offset=offset,
+            position_mode=mode,
+            attention_mask=attention_mask,
+            read_mask=read_mask,
+            protected_mask=protected_mask,
+            span_ids=span_ids,
+            target_ratio=target_ratio,
+            opens_row=offset is None,
+        )
+
+
+__all__ = ["SemTokenPreTrainedMixin"]
