@@ -23,8 +23,7 @@ from transformers import AutoTokenizer
 from semtoken_hf import SpanPlanner
 from semtoken_hf.compression import compress_prompt
 from semtoken_hf.conversion.planner import planner_on_vocabulary
-from semtoken_hf.evaluation.files import write_text
-from semtoken_hf.evaluation.provenance import markdown_provenance
+from semtoken_hf.evaluation.provenance import publish_report
 from semtoken_hf.semantic_encoder import WINDOWS_PER_CALL
 
 LENGTHS = (2048, 8192, 32768, 131072)
@@ -127,10 +126,7 @@ def main() -> None:
         *cost_per_token("static", static, embed, stream),
         *cost_per_token("transformer", transformer, embed, stream),
     ]
-    report = "\n".join([*lines, "", markdown_provenance(), ""])
-    print(report)
-    if arguments.output:
-        write_text(arguments.output, report)
+    publish_report(lines, arguments.output)
 
 
 if __name__ == "__main__":

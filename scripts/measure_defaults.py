@@ -24,8 +24,7 @@ from semtoken_hf.evaluation.compressed_perplexity import (
     read_compressed,
     reference_readers,
 )
-from semtoken_hf.evaluation.files import write_text
-from semtoken_hf.evaluation.provenance import markdown_provenance
+from semtoken_hf.evaluation.provenance import publish_report
 
 # (segmentation, k, tau or None for solved, whether chance replaces entropy)
 PLANS = (
@@ -118,10 +117,7 @@ def report(
             f"| {result.name} | {result.ratio:.2f} | {result.perplexity:.2f} | {cost:+.1f} % | {spread:.1f} % "
             f"| {100 * gain:.0f} % |"
         )
-    text = "\n".join([*lines, "", markdown_provenance(), ""])
-    print(text)
-    if arguments.output:
-        write_text(arguments.output, text)
+    publish_report(lines, arguments.output)
 
 
 if __name__ == "__main__":

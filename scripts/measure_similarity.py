@@ -19,8 +19,7 @@ from transformers import AutoTokenizer
 
 from semtoken_hf import SpanPlanner
 from semtoken_hf.conversion.planner import planner_on_vocabulary
-from semtoken_hf.evaluation.files import write_text
-from semtoken_hf.evaluation.provenance import markdown_provenance
+from semtoken_hf.evaluation.provenance import publish_report
 from semtoken_hf.span_clustering import shifted_similarities
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -76,10 +75,7 @@ def main() -> None:
         ratios = [threshold_ratio(planner, ids, tau) for tau in THRESHOLDS]
         cells = [f"{radius}", *(f"{q:.2f}" for q in quantiles.tolist()), *(f"{r:.2f}" for r in ratios)]
         lines.append("| " + " | ".join(cells) + " |")
-    report = "\n".join([*lines, "", markdown_provenance(), ""])
-    print(report)
-    if arguments.output:
-        write_text(arguments.output, report)
+    publish_report(lines, arguments.output)
 
 
 if __name__ == "__main__":

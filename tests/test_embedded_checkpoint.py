@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import semtoken_hf
 from semtoken_hf.conversion.vocabulary import special_token_ids
-from tests.fixtures.tiny import left_padded
+from tests.fixtures.tiny import left_padded, plain_twin
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "model_cards" / "semtoken-llama-tiny"
@@ -61,10 +61,7 @@ def test_it_has_learned_and_compression_costs_little(model, chapter):
 
 
 def test_it_is_a_plain_llama_when_off(model, chapter):
-    names = LlamaConfig().to_dict().keys() - {"model_type", "architectures", "dtype"}
-    config = LlamaConfig(**{name: getattr(model.config, name) for name in names if hasattr(model.config, name)})
-    plain = LlamaForCausalLM(config).eval()
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "semantic_encoder" not in k})
+    plain = plain_twin(model)
     with torch.no_grad():
         assert torch.equal(model(chapter).logits, plain(chapter).logits)
 

@@ -6,17 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.fixtures.tiny import VOCAB_SIZE, random_ids, tiny_model
+from tests.fixtures.tiny import BERT, VOCAB_SIZE, random_ids, tiny_model
 
 TOKENS = 160
-BERT = {
-    "model_type": "bert",
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-}
 SETTINGS = {
     "boundary": {},
     "greedy": {"segmentation_mode": "greedy"},

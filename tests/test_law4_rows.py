@@ -6,20 +6,12 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from tests.fixtures.tiny import left_padded, ragged_prompts, random_ids, tiny_model
+from tests.fixtures.tiny import BERT, left_padded, ragged_prompts, random_ids, tiny_model
 
 # The last row is too short to be compressed at all.
 LENGTHS = (96, 70, 18, 11)
 NEW_TOKENS = 6
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
-BERT = {
-    "model_type": "bert",
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-}
 SEARCHES = {
     "greedy": {},
     "beam 4": {"num_beams": 4},

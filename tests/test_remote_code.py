@@ -13,17 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.dynamic_module_utils import get_relative_imports
 
 from semtoken_hf import SemTokenFastTokenizer, SemTokenLlamaForCausalLM
-from tests.fixtures.tiny import tiny_model, tiny_tokenizer
+from tests.fixtures.tiny import BERT, tiny_model, tiny_tokenizer
 
 TEXT = "the cat sat on the mat and the dog ran to the man " * 6
-BERT = {
-    "model_type": "bert",
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-}
 # Read in a fresh interpreter: `facts` is what parent and child must agree on.
 CHILD = """
 import json, sys

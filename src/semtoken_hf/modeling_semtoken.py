@@ -111,22 +111,21 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         chunk_size: int | None,
         **kwargs: Any,
     ) -> SemTokenModelOutputWithPast:
-        cache = past_key_values
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if cache is None and use_cache and not (self.training and self.is_gradient_checkpointing):
-            cache = SemTokenCache(config=self.config)
+        if past_key_values is None and use_cache and not (self.training and self.is_gradient_checkpointing):
+            past_key_values = SemTokenCache(config=self.config)
         # Without a cache and a mask, Transformers would read gapped positions as packed sequences.
         mask = prompt.attention_mask
-        if cache is not None:
+        if past_key_values is not None:
             tokens = prompt.span_ids.shape[1]
-            cache.record(prompt.slot_lengths, tokens, compressed=True, padded=prompt.is_padded)
-            mask = cache.attention_mask
+            past_key_values.record(prompt.slot_lengths, tokens, compressed=True, padded=prompt.is_padded)
+            mask = past_key_values.attention_mask
         outputs = self._run_layers(
             "inputs_embeds",
             prompt.inputs_embeds,
             mask,
             prompt.position_ids,
-            cache,
+            past_key_values,
             use_cache,
             chunk_size,
             True,

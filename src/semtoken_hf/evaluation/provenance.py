@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from .files import write_text
+
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate")
 
 
@@ -43,3 +45,11 @@ def provenance() -> dict[str, str]:
 def markdown_provenance() -> str:
     """`provenance()` as a Markdown list."""
     return "\n".join(f"- {name}: `{value}`" for name, value in provenance().items())
+
+
+def publish_report(lines: list[str], output: Path | None) -> None:
+    """Print a Markdown report closed by its provenance, and write it to `output` if that is given."""
+    report = "\n".join([*lines, "", markdown_provenance(), ""])
+    print(report)
+    if output:
+        write_text(output, report)
