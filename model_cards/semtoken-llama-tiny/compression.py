@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .configuration_semtoken import base_merge_mode
+from .learned_merger import LearnedMerger
 from .semantic_encoder import SemanticEncoder
 from .span_merging import merge_spans
 from .span_planner import SpanPlan, plan_spans
@@ -55,6 +57,7 @@ def compress_prompt(
     position_ids: Tensor | None = None,
     position_offset: Tensor | None = None,
     position_mode: str | None = None,
+    merger: LearnedMerger | None = None,
     **planning: Any,
 ) -> CompressedPrompt:
     """Plan, merge and lay out the slots of a batch of prompts.
@@ -67,6 +70,7 @@ def compress_prompt(
         position_ids: int64 [B, T] or [1, T], positions of the tokens; None: their place among the row's tokens.
         position_offset: int64 [B], added to the positions that are counted here: what the cache already holds.
         position_mode: instead of the configuration's.
+        merger: the learned residual, if the checkpoint has one.
         planning: `attention_mask`, `read_mask`, `protected_mask`, `span_ids`, `target_ratio`, `opens_row` of
             `plan_spans`.
 
@@ -78,12 +82,14 @@ def compress_prompt(
     plan = plan_spans(config, encoder, input_ids, **planning)
     layout = plan.layout
     stream = embed_tokens(input_ids).flatten(0, 1)[layout.token_index]
-    slots, anchors = merge_spans(stream, plan.spans, config.merge_mode, plan.fingerprints)
+    slots, anchors = merge_spans(stream, plan.spans, base_merge_mode(config), plan.fingerprints, merger)
     row = layout.row[plan.spans.first]
     rank = plan.span_ids.flatten()[layout.token_index[plan.spans.first]]
     width, shortest, is_merged = _slot_columns(plan, config)
     column = width - plan.kept_lengths[row] + rank
-    is_compact = (position_mode or config.position_mode) == "compact"
+    mode = position_mode or config.position_mode
+    _check_adaptation(config, mode, is_merged)
+    is_compact = mode == "compact"
     if position_ids is not None and not is_compact:
         position = position_ids.expand_as(input_ids).flatten()[layout.token_index[anchors]]
     else:
@@ -107,6 +113,16 @@ def compress_prompt(
         is_merged=is_merged,
         is_padded=shortest < width,
     )
+
+
+def _check_adaptation(config: Any, position_mode: str, is_merged: bool) -> None:
+    """Warn where an adapted checkpoint is used in the position mode that it was not adapted for."""
+    adapted = (config.adapted_for or {}).get("position_mode")
+    if is_merged and adapted is not None and adapted != position_mode:
+        logger.warning_once(
+            f"This checkpoint was adapted for position_mode='{adapted}' and is used with '{position_mode}': expect "
+            "worse text. Use the mode it was adapted for, or adapt it again."
+        )
 
 
 def _slot_columns(plan: SpanPlan, config: Any) -> tuple[int, int, bool]:

@@ -13,7 +13,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 POSITION_MODES = ("original", "compact")
 SEGMENTATION_MODES = ("greedy", "boundary", "uniform")
-MERGE_MODES = ("mean", "representative")
+MERGE_MODES = ("mean", "representative", "learned")
+MERGER_BASES = ("mean", "representative")
 # Encoders whose first position is `pad_token_id + 1`.
 POSITIONS_BEHIND_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
 
@@ -68,7 +69,13 @@ class SemTokenConfigMixin:
         position_mode: "original": a slot carries the position of one of its tokens; "compact": 0..m-1.
         segmentation_mode: "greedy" is the paper's anchor clustering with its entropy budget; "boundary" cuts between
             the most dissimilar neighbours; "uniform" makes equal spans without an encoder.
-        merge_mode: "mean" of the span's embeddings, or its "representative" token.
+        merge_mode: "mean" of the span's embeddings, its "representative" token, or "learned": one of the two with a
+            trained residual (see `learned_merger.py`).
+        merger_base: what the residual is added to, "mean" or "representative".
+        merger_rank: width of the residual's hidden layer.
+        merger_span_length: longest span that the residual knows; None: `max_span_length`.
+        adapter_subfolder: folder inside the checkpoint with a PEFT adapter that acts on compressed rows alone.
+        adapted_for: what `semtoken_hf.training.adaptation` trained the checkpoint for (`position_mode` and more).
         encoder_config: configuration of the frozen encoder, on the model's own vocabulary. None: a static encoder.
         encoder_window: tokens per encoder window (kind `transformer`).
         encoder_overlap: tokens shared by neighbouring windows, in [0, encoder_window).
@@ -94,6 +101,11 @@ class SemTokenConfigMixin:
     position_mode: str = "original"
     segmentation_mode: str = "greedy"
     merge_mode: str = "representative"
+    merger_base: str = "representative"
+    merger_rank: int = 128
+    merger_span_length: int | None = None
+    adapter_subfolder: str | None = None
+    adapted_for: dict | None = None
     encoder_config: dict | PreTrainedConfig | None = None
     encoder_window: int = 128
     encoder_overlap: int = 16
@@ -102,6 +114,8 @@ class SemTokenConfigMixin:
 
     def __post_init__(self, **kwargs):
         self.encoder_config = build_encoder_config(self.encoder_config)
+        if self.merger_span_length is None:
+            self.merger_span_length = self.max_span_length
         super().__post_init__(**kwargs)
         # Checked here and not only by `@strict`, so that the message always names the field and its range.
         validate_compression_fields(self)
@@ -120,6 +134,11 @@ def encoder_positions(encoder_config: PreTrainedConfig) -> int | None:
     if positions is not None and encoder_config.model_type in POSITIONS_BEHIND_PADDING:
         positions -= encoder_config.pad_token_id + 1
     return positions
+
+
+def base_merge_mode(config: Any) -> str:
+    """How a slot is made before any learned residual: "mean" or "representative"."""
+    return config.merger_base if config.merge_mode == "learned" else config.merge_mode
 
 
 def check_ratio(value: Any, name: str = "target_ratio") -> None:
@@ -148,6 +167,8 @@ def _check_single_fields(config: Any) -> None:
         ("encoder_window", 1, False),
         ("encoder_overlap", 0, False),
         ("fingerprint_radius", 0, False),
+        ("merger_rank", 1, False),
+        ("merger_span_length", 1, False),
     ):
         value = getattr(config, name)
         if value is None and optional:
@@ -163,9 +184,15 @@ def _check_single_fields(config: Any) -> None:
         ("position_mode", POSITION_MODES),
         ("segmentation_mode", SEGMENTATION_MODES),
         ("merge_mode", MERGE_MODES),
+        ("merger_base", MERGER_BASES),
     ):
         if getattr(config, name) not in modes:
             raise ValueError(f"`{name}` must be one of {list(modes)}, got {getattr(config, name)!r}")
+    if config.adapted_for is not None and not isinstance(config.adapted_for, dict):
+        raise ValueError(f"`adapted_for` must be a dict or None, got {type(config.adapted_for).__name__}")
+    name = config.adapter_subfolder
+    if name is not None and (not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum()):
+        raise ValueError(f"`adapter_subfolder` must be the plain name of a folder or None, got {name!r}")
     ids = config.protected_token_ids
     is_list = isinstance(ids, (list, tuple))
     if ids is not None and not (

@@ -2,9 +2,12 @@
 
 - `mean`: the average of the span's embeddings, at the position of its last token.
 - `representative`: the embedding of the token whose fingerprint is nearest the span's mean, at its own position.
+- `learned` adds a residual to either (`learned_merger.py`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,23 +38,30 @@ def representative_tokens(fingerprints: Tensor | None, spans: Spans) -> Tensor:
 
 
 def merge_spans(
-    embeddings: Tensor, spans: Spans, mode: str, fingerprints: Tensor | None = None
+    embeddings: Tensor,
+    spans: Spans,
+    base: str,
+    fingerprints: Tensor | None = None,
+    add_residual: Callable[[Tensor, Spans, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Slot embeddings and anchors.
 
     Args:
         embeddings: [N, H] token embeddings of the stream; gradients flow back to them.
         spans: its P spans.
-        mode: "mean" or "representative".
+        base: "mean" or "representative".
         fingerprints: float32 [N, D], for the representative.
+        add_residual: a `LearnedMerger`; None: the slots are their bases.
 
     Returns:
         slots [P, H] in the dtype of `embeddings`, and anchors int64 [P], the token whose position each slot carries.
     """
-    if mode == "representative":
+    if base == "representative":
         anchors = representative_tokens(fingerprints, spans)
-        return embeddings[anchors], anchors
-    return spans.mean(embeddings), last_tokens(spans)
+        slots = embeddings[anchors]
+    else:
+        slots, anchors = spans.mean(embeddings), last_tokens(spans)
+    return slots if add_residual is None else add_residual(embeddings, spans, slots), anchors
 
 
 __all__ = ["merge_spans"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configuration_semtoken import check_ratio
+from .configuration_semtoken import base_merge_mode, check_ratio
 from .granularity import Granularity, find_span_starts, stretch_budgets
 from .semantic_encoder import SemanticEncoder
 from .span_clustering import Spans
@@ -128,7 +128,7 @@ def plan_spans(
     )
     fingerprints = None
     # A ready plan says which tokens merge, but not which of them represents the others.
-    if needs_encoder(config) and (span_ids is None or config.merge_mode == "representative"):
+    if needs_encoder(config) and (span_ids is None or base_merge_mode(config) == "representative"):
         if encoder is None:
             raise ValueError("planning needs the encoder: pass it, or use segmentation_mode='uniform'")
         fingerprints = encoder(input_ids.flatten()[layout.token_index], layout).to(input_ids.device)

@@ -53,6 +53,11 @@ class SemTokenCache(DynamicCache):
         return None if self.slot_lengths is None else (self.slot_lengths > 0).sum(1)
 
     @property
+    def compressed_rows(self) -> Tensor | None:
+        """bool [B]: rows with a merged slot; None while empty."""
+        return None if self.slot_lengths is None else (self.slot_lengths > 1).any(1)
+
+    @property
     def attention_mask(self) -> Tensor | None:
         """int64 [B, P] over physical columns; None where no column is padding."""
         return (self.slot_lengths > 0).long() if self.is_padded and self.slot_lengths is not None else None

@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .adapter_semtoken import adapter_acts_on
 from .attention_semtoken import flash_attention_kwargs
 from .cache_semtoken import SemTokenCache, tracks_slots
 from .compression import CompressedPrompt
+from .learned_merger import LearnedMerger
 from .pretrained_semtoken import SemTokenPreTrainedMixin
 from .semantic_encoder import SemanticEncoder
 
@@ -40,6 +42,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]
         self.semantic_encoder = SemanticEncoder(config)
+        self.learned_merger = LearnedMerger(config) if config.merge_mode == "learned" else None
         self.post_init()
 
     @can_return_tuple
@@ -91,17 +94,18 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
                 past_key_values, tokens, attention_mask, position_ids, self.config.position_mode
             )
         has_gaps = tracks_slots(past_key_values) and past_key_values.is_compressed
-        return self._run_layers(
-            name,
-            columns,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            use_cache,
-            prefill_chunk_size,
-            has_gaps,
-            **kwargs,
-        )
+        with adapter_acts_on(self._rows_of_adapter(past_key_values) if has_gaps else False):
+            return self._run_layers(
+                name,
+                columns,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                use_cache,
+                prefill_chunk_size,
+                has_gaps,
+                **kwargs,
+            )
 
     def _forward_slots(
         self,
@@ -120,18 +124,25 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
             tokens = prompt.span_ids.shape[1]
             past_key_values.record(prompt.slot_lengths, tokens, compressed=True, padded=prompt.is_padded)
             mask = past_key_values.attention_mask
-        outputs = self._run_layers(
-            "inputs_embeds",
-            prompt.inputs_embeds,
-            mask,
-            prompt.position_ids,
-            past_key_values,
-            use_cache,
-            chunk_size,
-            True,
-            **kwargs,
-        )
+        with adapter_acts_on(self._rows_of_adapter(past_key_values, prompt)):
+            outputs = self._run_layers(
+                "inputs_embeds",
+                prompt.inputs_embeds,
+                mask,
+                prompt.position_ids,
+                past_key_values,
+                use_cache,
+                chunk_size,
+                True,
+                **kwargs,
+            )
         return SemTokenModelOutputWithPast(**outputs, span_ids=prompt.span_ids, compressed_lengths=prompt.kept_lengths)
+
+    def _rows_of_adapter(self, cache: Any, prompt: CompressedPrompt | None = None) -> Tensor | None:
+        """bool [B], rows with merged slots, on which an adapter acts; None where there is no adapter."""
+        if self.config.adapter_subfolder is None:
+            return None
+        return cache.compressed_rows if cache is not None else prompt.kept_lengths < prompt.original_lengths
 
     def _run_layers(
         self,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from .adapter_semtoken import has_adapter, load_adapter, save_adapter, without_adapter
 from .cache_semtoken import tracks_slots
 from .compression import CompressedPrompt, compress_prompt
+from .learned_merger import LearnedMerger
 from .semantic_encoder import SemanticEncoder
+
+# Of `from_pretrained`, for the files that are fetched beside the model's own.
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 class SemTokenPreTrainedMixin:
@@ -29,6 +35,11 @@ class SemTokenPreTrainedMixin:
     # What quantisers leave alone.
     _keep_in_fp32_modules = ["semantic_encoder"]
 
+    def _init_weights(self, module: Any) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LearnedMerger):
+            module.reset_parameters()
+
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any):
         """As in Transformers.
@@ -46,15 +57,31 @@ class SemTokenPreTrainedMixin:
         for module in model.modules():
             if isinstance(module, SemanticEncoder):
                 module.freeze()
+        if model.config.adapter_subfolder is not None:
+            checkpoint = args[0] if args else kwargs["pretrained_model_name_or_path"]
+            load_adapter(model, checkpoint, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, *args: Any, **kwargs: Any):
-        """As in Transformers; the folder then serves AutoModel as well as AutoModelForCausalLM."""
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any):
+        """As in Transformers; the folder then serves AutoModel as well as AutoModelForCausalLM.
+
+        A checkpoint with an adapter for compressed rows keeps it in a subfolder, beside the unchanged base weights.
+        """
         if self._auto_class is not None:
             base = type(self.base_model)
             known = getattr(self.config, "auto_map", None) or {}
             self.config.auto_map = {**known, "AutoModel": f"{base.__module__.split('.')[-1]}.{base.__name__}"}
-        return super().save_pretrained(*args, **kwargs)
+        if not has_adapter(self):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        state = kwargs.pop("state_dict", None)
+        kwargs["state_dict"] = without_adapter(self.state_dict() if state is None else state)
+        save_adapter(self, Path(save_directory) / self.config.adapter_subfolder)
+        # Transformers would save the adapter and nothing else.
+        self._hf_peft_config_loaded = False
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self._hf_peft_config_loaded = True
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any):
         """As in Transformers; new tokens get the encoder's mean state."""
@@ -103,6 +130,7 @@ class SemTokenPreTrainedMixin:
             position_ids=position_ids,
             position_offset=offset,
             position_mode=mode,
+            merger=model.learned_merger,
             attention_mask=attention_mask,
             read_mask=read_mask,
             protected_mask=protected_mask,

@@ -3,6 +3,7 @@
 - Muon for the matrices inside the layers, AdamW for embeddings and norms: about half the steps of AdamW alone.
 - Learning rate: warm-up, constant, then linear to zero over the last `decay_steps`. A run is resumed with another
   `steps` as long as it is still in the constant part, so training can be lengthened or closed early.
+- A finished run is trained on by a new cycle: `cycle_start` set to its last step warms the rate up again.
 - Short sequences in the constant part, `long_sequence_length` while the rate decays: attention over 2,048 tokens
   costs half the speed on a CPU and a rotary model learns the far positions late and quickly.
 - Every row starts with BOS, as every prompt does later.
@@ -50,6 +51,9 @@ class ReferenceConfig:
     tokens_per_step: int = 16384
     tokens_per_micro_batch: int = 4096
     steps: int = 2000
+    cycle_start: int = field(
+        default=0, metadata={"help": "train on after a finished run: its last step, warm up again"}
+    )
     warmup_steps: int = 60
     decay_steps: int = 400
     learning_rate: float = 4e-3
@@ -68,8 +72,8 @@ class ReferenceConfig:
             raise ValueError("tokens_per_step must be a multiple of tokens_per_micro_batch")
         if self.tokens_per_micro_batch % self.long_sequence_length or self.long_sequence_length % self.sequence_length:
             raise ValueError("sequence_length must divide long_sequence_length, and that tokens_per_micro_batch")
-        if self.steps < self.decay_steps + self.warmup_steps:
-            raise ValueError("steps must cover warmup_steps + decay_steps")
+        if self.steps - self.cycle_start < self.decay_steps + self.warmup_steps:
+            raise ValueError("steps must cover cycle_start + warmup_steps + decay_steps")
         if any(not re.fullmatch(r".+=\d+(\.\d+)?", w) for w in self.weights):
             raise ValueError(f"weights must read FILE=NUMBER, got {self.weights}")
 
@@ -119,8 +123,8 @@ def build_model(config: ReferenceConfig, tokenizer: PreTrainedTokenizerFast) -> 
 
 def learning_rate_factor(step: int, config: ReferenceConfig) -> float:
     """Warm-up, constant, linear decay to zero: the factor for 0-based `step`."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+    if step - config.cycle_start < config.warmup_steps:
+        return (step - config.cycle_start + 1) / config.warmup_steps
     return min(1.0, (config.steps - step) / max(1, config.decay_steps))
 
 
@@ -182,15 +186,19 @@ class ReferenceTrainer:
         return {"step": self.step, "config": asdict(self.config)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        free = {"steps", "decay_steps", "output_dir", "text_folder", "compile", "evaluation_blocks"}
-        free |= {"checkpoint_every", "evaluate_every", "tokens_per_micro_batch"}
+        free = {"steps", "decay_steps", "cycle_start", "output_dir", "text_folder", "compile", "evaluation_blocks"}
+        free |= {"warmup_steps", "checkpoint_every", "evaluate_every", "tokens_per_micro_batch"}
         now = asdict(self.config)
         changed = [k for k, v in state["config"].items() if k not in free and now[k] != v]
         if changed:
             raise ValueError(f"the checkpoint was trained with other {changed}: use its values or another output_dir")
         before = ReferenceConfig(**state["config"])
-        if learning_rate_factor(state["step"], before) < 1.0 and before.steps != self.config.steps:
-            raise ValueError("the learning rate is already decaying: `steps` can change only before that")
+        decaying = learning_rate_factor(state["step"], before) < 1.0
+        if decaying and before.steps != self.config.steps and self.config.cycle_start != state["step"]:
+            raise ValueError(
+                "the learning rate is already decaying: `steps` can change only before that, or with "
+                f"cycle_start={state['step']} (warm up again from here)"
+            )
         self.step = state["step"]
 
     def _resume(self) -> None:

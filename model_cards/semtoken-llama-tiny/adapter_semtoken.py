@@ -1,0 +1,121 @@
+"""A PEFT adapter that acts on compressed rows alone: where nothing is merged, the model is bit for bit the plain one.
+
+The base model says for each call which rows are compressed (`adapter_acts_on`); hooks on PEFT's own layers obey. The
+answer travels in a context variable, so that threads sharing one model do not disturb each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils import cached_file, is_peft_available
+
+ADAPTER_NAME = "semtoken"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# Of the names in PEFT's files.
+PREFIX = "base_model.model."
+# Of the current call: False for no row, a tensor [B, 1, 1] of zeros and ones, or None for all rows.
+_ACTS_ON: ContextVar[Tensor | bool | None] = ContextVar("semtoken_adapter_acts_on", default=None)
+
+
+@contextmanager
+def adapter_acts_on(rows: Tensor | bool | None) -> Iterator[None]:
+    """Within this block the adapter acts on `rows`: bool [B], or True or False for all."""
+    gate = rows[:, None, None] if isinstance(rows, Tensor) else (None if rows is None or rows else False)
+    token = _ACTS_ON.set(gate)
+    try:
+        yield
+    finally:
+        _ACTS_ON.reset(token)
+
+
+def _skip_layer(layer: nn.Module, inputs: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """PEFT's own way to run the base layer alone: name no adapter for any row."""
+    if _ACTS_ON.get() is not False:
+        return None
+    return inputs, {**kwargs, "adapter_names": ["__base__"] * len(inputs[0])}
+
+
+def _mask_rows(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+    gate = _ACTS_ON.get()
+    return output * gate.to(output.device, output.dtype) if isinstance(gate, Tensor) else None
+
+
+def gate_adapter(model: nn.Module) -> None:
+    """Make the adapter `ADAPTER_NAME` of `model` obey `adapter_acts_on`."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in list(model.modules()):
+        if isinstance(layer, LoraLayer) and ADAPTER_NAME in layer.lora_B:
+            layer.register_forward_pre_hook(_skip_layer, with_kwargs=True)
+            layer.lora_B[ADAPTER_NAME].register_forward_hook(_mask_rows)
+
+
+def add_adapter(model: Any, lora_config: Any) -> None:
+    """A new LoRA adapter on `model`, for compressed rows alone.
+
+    Args:
+        model: a SemToken model.
+        lora_config: `peft.LoraConfig`; its default initialisation leaves the outputs unchanged.
+    """
+    model.add_adapter(lora_config, adapter_name=ADAPTER_NAME)
+    model.config.adapter_subfolder = "adapter"
+    gate_adapter(model)
+
+
+def load_adapter(model: Any, checkpoint: str | Path, **hub: Any) -> None:
+    """The adapter that `config.adapter_subfolder` names, from a checkpoint folder or Hub id; `hub`: of `cached_file`.
+
+    Transformers' own `load_adapter` would rename the base weights, too, when they are saved again.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        OSError: the checkpoint lacks the adapter.
+    """
+    subfolder = model.config.adapter_subfolder
+    if not is_peft_available():
+        raise ImportError(
+            f"the checkpoint reads merged slots through a PEFT adapter (`{subfolder}`): install `peft`, or load with "
+            "`adapter_subfolder=None` to go without it, at a loss of quality"
+        )
+    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    config_file, weights = (cached_file(checkpoint, name, subfolder=subfolder, **hub) for name in ADAPTER_FILES)
+    inject_adapter_in_model(PeftConfig.from_pretrained(str(Path(config_file).parent)), model, ADAPTER_NAME)
+    prefix = PREFIX if model.base_model is not model else f"{PREFIX}{model.base_model_prefix}."
+    state = {name.removeprefix(prefix): tensor for name, tensor in load_file(weights).items()}
+    outcome = set_peft_model_state_dict(model, state, adapter_name=ADAPTER_NAME)
+    if outcome.unexpected_keys or any(".lora_" in key for key in outcome.missing_keys):
+        raise OSError(f"the adapter in {subfolder} does not fit the model: convert and adapt the checkpoint again")
+    model._hf_peft_config_loaded = True
+    gate_adapter(model)
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether the adapter is in place."""
+    return ADAPTER_NAME in (getattr(model, "peft_config", None) or {})
+
+
+def without_adapter(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The base weights of a state dict under the names that the plain family uses."""
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Adapter weights and configuration in PEFT's format."""
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME)
+    tensors = {PREFIX + name: tensor.contiguous().cpu() for name, tensor in state.items()}
+    save_file(tensors, folder / ADAPTER_FILES[1], metadata={"format": "pt"})
+    model.peft_config[ADAPTER_NAME].save_pretrained(folder)
+
+
+__all__ = ["adapter_acts_on", "add_adapter", "has_adapter", "load_adapter", "save_adapter", "without_adapter"]

@@ -1,0 +1,199 @@
+"""`semtoken adapt`: teach a converted checkpoint to read merged slots as it reads the tokens themselves.
+
+The teacher is the same checkpoint without compression. Three amounts of training:
+
+- `merger`: the learned merger alone; the uncompressed model stays bit-identical.
+- `lora`: merger and a PEFT adapter that acts on compressed rows alone; likewise bit-identical.
+- `full`: everything but the encoder; a quarter of the steps keep the uncompressed model where it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..evaluation.files import write_text
+from .adaptation_arguments import LEARNING_RATES, AdaptationArguments, AdaptationTrainingArguments
+from .adaptation_data import ContextCollator, TextBlocks, begin_id, export_dataset, load_blocks
+from .adaptation_trainer import AdaptationTrainer
+from .distillation import DistillationModel
+from .trainable_parts import choose_trainable
+
+
+def parse_fields(pairs: list[str]) -> dict[str, Any]:
+    """`FIELD=VALUE` pairs; a value that is JSON counts as such, any other as a string."""
+    fields: dict[str, Any] = {}
+    for name, _, value in (pair.partition("=") for pair in pairs):
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
+
+
+def load_student(arguments: AdaptationArguments) -> Any:
+    """The checkpoint with a learned merger, zero where it had none.
+
+    Raises:
+        ValueError: the checkpoint carries an adapter already.
+    """
+    fields = {"merge_mode": "learned", **parse_fields(arguments.set_fields)}
+    if fields["merge_mode"] != "learned":
+        raise ValueError("adaptation trains the learned merger: leave merge_mode out of set_fields, or set merger_base")
+    config = AutoConfig.from_pretrained(arguments.checkpoint)
+    if config.adapter_subfolder is not None:
+        raise ValueError(f"{arguments.checkpoint} carries an adapter already: adapt the folder it came from")
+    if config.merge_mode != "learned":
+        # The residual is added to what the checkpoint merges by now.
+        fields.setdefault("merger_base", config.merge_mode)
+    return AutoModelForCausalLM.from_pretrained(
+        arguments.checkpoint, dtype=getattr(torch, arguments.model_dtype), **fields
+    )
+
+
+def build_trainer(arguments: AdaptationArguments, training: AdaptationTrainingArguments) -> AdaptationTrainer:
+    """Everything that a run needs, seeded.
+
+    Raises:
+        FileNotFoundError: the text folder holds no text.
+        ValueError: lengths do not fit the model or the text.
+        ImportError: PEFT or `datasets` is needed and missing.
+    """
+    set_seed(training.seed)
+    output_dir = Path(training.output_dir or "runs/adapt")
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    student = load_student(arguments)
+    context = _context_length(arguments, student.config)
+    teacher = None
+    if arguments.trainable == "full":
+        teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    choose_trainable(student, arguments.trainable, arguments.lora_rank, arguments.lora_alpha)
+    module = DistillationModel(student, teacher, arguments.cross_entropy_weight, arguments.tasks != "none")
+
+    folder = Path(arguments.text)
+    if not folder.is_dir():
+        folder = export_dataset(
+            arguments.text,
+            arguments.text_config,
+            arguments.text_split,
+            arguments.text_column,
+            output_dir / "data",
+            arguments.text_documents,
+        )
+    length = context + arguments.target_length
+    sampler, held_out = load_blocks(
+        folder,
+        tokenizer,
+        output_dir / "tokens",
+        length,
+        arguments.file_weights(),
+        arguments.held_out_share,
+        training.seed,
+    )
+    training.learning_rate = training.learning_rate or LEARNING_RATES[arguments.trainable]
+    rows = training.per_device_train_batch_size
+    blocks = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return AdaptationTrainer(
+        windows=held_out[: arguments.evaluation_windows],
+        target_length=arguments.target_length,
+        target_ratio=student.config.target_ratio or 2.4,
+        schedule=arguments.schedule(),
+        merger_learning_rate=arguments.merger_learning_rate,
+        count_flops=arguments.count_flops,
+        model=module,
+        args=training,
+        train_dataset=TextBlocks(sampler, begin_id(tokenizer), blocks),
+        eval_dataset=[],
+        data_collator=ContextCollator(arguments.batch_shape(context, rows, training.seed)),
+        processing_class=tokenizer,
+    )
+
+
+def _context_length(arguments: AdaptationArguments, config: Any) -> int:
+    """The longest context: what was asked for, or what fits the trained positions, at most 1,792 tokens."""
+    room = config.max_position_embeddings - arguments.target_length
+    context = min(room, 1792) if arguments.context_length is None else arguments.context_length
+    if context > room:
+        raise ValueError(
+            f"context_length {context} + target_length {arguments.target_length} exceed the model's "
+            f"{config.max_position_embeddings} positions"
+        )
+    if context < config.min_prompt_length:
+        raise ValueError(
+            f"a context of {context} tokens is below the checkpoint's min_prompt_length {config.min_prompt_length} and "
+            "would never be compressed: lower the one or raise the other"
+        )
+    return context
+
+
+def save_adapted(trainer: AdaptationTrainer, arguments: AdaptationArguments) -> Path:
+    """The adapted checkpoint as a folder of its own, in the dtype of the original; written whole or not at all."""
+    student = trainer.accelerator.unwrap_model(trainer.model).student
+    config = student.config
+    config.adapted_for = {
+        "position_mode": config.position_mode,
+        "segmentation_mode": config.segmentation_mode,
+        "trainable": arguments.trainable,
+        "ratios": list(arguments.ratios),
+        "steps": trainer.state.global_step,
+    }
+    output_dir = Path(trainer.args.output_dir)
+    target, temporary = output_dir / "model", output_dir / "model.tmp"
+    dtype = AutoConfig.from_pretrained(arguments.checkpoint).dtype or torch.float32
+    shutil.rmtree(temporary, ignore_errors=True)
+    encoder = student.base_model.semantic_encoder
+    student.to(dtype)
+    encoder.float()
+    student.save_pretrained(temporary)
+    trainer.processing_class.save_pretrained(temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    return target
+
+
+def adapt(arguments: AdaptationArguments, training: AdaptationTrainingArguments) -> Path:
+    """Run an adaptation, resuming where the last one in `output_dir` was killed; returns the adapted folder.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as `build_trainer`.
+        ValueError: `output_dir` holds a run with other options.
+    """
+    trainer = build_trainer(arguments, training)
+    output_dir = Path(trainer.args.output_dir)
+    _check_same_run(output_dir, arguments, training)
+    last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+    if last is None and training.eval_strategy != "no":
+        trainer.evaluate()
+    trainer.train(resume_from_checkpoint=last)
+    if trainer.is_world_process_zero():
+        folder = save_adapted(trainer, arguments)
+    trainer.accelerator.wait_for_everyone()
+    return folder if trainer.is_world_process_zero() else output_dir / "model"
+
+
+def _check_same_run(output_dir: Path, arguments: AdaptationArguments, training: AdaptationTrainingArguments) -> None:
+    """Write down what the run is, or refuse to go on with another one."""
+    record = output_dir / "adaptation.json"
+    now = {
+        **asdict(arguments),
+        "max_steps": training.max_steps,
+        "batch": training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size,
+        "learning_rate": training.learning_rate,
+        "seed": training.seed,
+    }
+    for name in ("evaluation_windows", "count_flops", "checkpoint", "text"):
+        now.pop(name)
+    if record.exists():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        if changed := sorted(k for k in now if before.get(k) != now[k]):
+            raise ValueError(f"{output_dir} holds a run with other {changed}: use its options or another output_dir")
+    elif training.should_save:
+        write_text(record, json.dumps(now, indent=1) + "\n")

@@ -1,0 +1,132 @@
+"""What `scripts/adapt.py` accepts: the fields below beside every option of `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from .adaptation_data import BatchShape
+from .task_schedule import TaskSchedule
+
+TRAINABLE = ("merger", "lora", "full")
+# Measured on the embedded checkpoint; the merger starts from zero and takes a larger rate than trained weights.
+LEARNING_RATES = {"merger": 3e-3, "lora": 2e-3, "full": 5e-4}
+
+
+@dataclass
+class AdaptationArguments:
+    """What is adapted, on which text, to what."""
+
+    checkpoint: str = field(metadata={"help": "converted SemToken folder or Hub id"})
+    text: str = field(metadata={"help": "folder of .txt, .txt.xz or .md files, or the id of a `datasets` data set"})
+    trainable: str = field(
+        default="lora", metadata={"help": "merger, lora (merger + LoRA) or full", "choices": TRAINABLE}
+    )
+    text_config: str | None = field(default=None, metadata={"help": "configuration of the data set"})
+    text_split: str = field(default="train", metadata={"help": "split of the data set"})
+    text_column: str = field(default="text", metadata={"help": "column of the data set"})
+    text_documents: int = field(default=20000, metadata={"help": "documents taken from the data set"})
+    weights: list[str] = field(default_factory=list, metadata={"help": "FILE=WEIGHT, how often a file is passed over"})
+    held_out_share: float = field(default=0.01, metadata={"help": "of the documents, for the evaluation"})
+    context_length: int | None = field(default=None, metadata={"help": "longest context; what fits the model if unset"})
+    min_context_length: int = field(default=384, metadata={"help": "shortest context"})
+    target_length: int = field(default=256, metadata={"help": "tokens scored behind the context"})
+    ratios: list[float] = field(default_factory=lambda: [1.5, 6.0], metadata={"help": "lowest and highest ratio"})
+    uncompressed_share: float | None = field(
+        default=None, metadata={"help": "of the steps; a quarter with --trainable full, none where it cannot change"}
+    )
+    cross_entropy_weight: float = field(default=0.0, metadata={"help": "of the loss on the text, beside the KL"})
+    set_fields: list[str] = field(
+        default_factory=list, metadata={"help": "FIELD=VALUE of the configuration, such as position_mode=compact"}
+    )
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    merger_learning_rate: float = field(default=3e-3, metadata={"help": "of the learned merger, whatever is trained"})
+    tasks: str = field(default="none", metadata={"help": "auxiliary tasks: none, fixed, diminish or switch (MT2ST)"})
+    task_weight: float = 0.3
+    task_rate: float = field(default=5.0, metadata={"help": "decay of `diminish`"})
+    task_power: float = field(default=1.0, metadata={"help": "power of progress in `diminish`"})
+    switch_at: float = field(default=0.4, metadata={"help": "share of the steps after which `switch` drops the tasks"})
+    evaluation_windows: int = field(default=16, metadata={"help": "held-out windows of each evaluation"})
+    count_flops: bool = field(default=False, metadata={"help": "count the FLOPs of every step"})
+    model_dtype: str = field(
+        default="float32", metadata={"help": "of the weights in memory; bfloat16 for big frozen bases"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.trainable not in TRAINABLE:
+            raise ValueError(f"trainable must be one of {list(TRAINABLE)}, got {self.trainable!r}")
+        if self.model_dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"model_dtype must be float32, bfloat16 or float16, got {self.model_dtype!r}")
+        if self.model_dtype != "float32" and self.trainable == "full":
+            raise ValueError("with trainable='full' the weights must be float32: updates would be lost in rounding")
+        if len(self.ratios) != 2 or not 1 <= self.ratios[0] <= self.ratios[1]:
+            raise ValueError(f"ratios must be two numbers, 1 <= lowest <= highest, got {self.ratios}")
+        if self.uncompressed_share is None:
+            self.uncompressed_share = 0.25 if self.trainable == "full" else 0.0
+        if not 0 <= self.uncompressed_share < 1:
+            raise ValueError(f"uncompressed_share must be in [0, 1), got {self.uncompressed_share}")
+        if any(not re.fullmatch(r".+=\d+(\.\d+)?", w) for w in self.weights):
+            raise ValueError(f"weights must read FILE=NUMBER, got {self.weights}")
+        if any("=" not in f for f in self.set_fields):
+            raise ValueError(f"set_fields must read FIELD=VALUE, got {self.set_fields}")
+        if self.min_context_length < 1 or self.target_length < 1 or self.evaluation_windows < 1:
+            raise ValueError("min_context_length, target_length and evaluation_windows must be at least 1")
+        self.schedule()
+
+    def schedule(self) -> TaskSchedule:
+        return TaskSchedule(self.tasks, self.task_weight, self.task_rate, self.task_power, self.switch_at)
+
+    def file_weights(self) -> dict[str, float]:
+        return {name: float(weight) for name, weight in (w.rsplit("=", 1) for w in self.weights)}
+
+    def batch_shape(self, context_length: int, batch_size: int, seed: int) -> BatchShape:
+        """The shape of batches for a context of at most `context_length` tokens.
+
+        Raises:
+            ValueError: the shortest context is longer than that.
+        """
+        if self.min_context_length > context_length:
+            raise ValueError(
+                f"min_context_length ({self.min_context_length}) must be at most the context of {context_length} tokens"
+            )
+        assert self.uncompressed_share is not None
+        return BatchShape(
+            context_length,
+            self.min_context_length,
+            self.target_length,
+            (self.ratios[0], self.ratios[1]),
+            self.uncompressed_share,
+            batch_size,
+            seed,
+        )
+
+
+@dataclass
+class AdaptationTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the defaults of an adaptation; `learning_rate` follows `trainable` if unset."""
+
+    output_dir: str | None = field(default="runs/adapt", metadata={"help": "where the run and the adapted model go"})
+    learning_rate: float | None = None  # type: ignore[assignment]
+    max_steps: int = 300
+    per_device_train_batch_size: int = 4
+    warmup_steps: float = 20
+    lr_scheduler_type: str = "cosine"
+    weight_decay: float = 0.0
+    bf16: bool = field(default=True)
+    logging_steps: float = 10
+    eval_strategy: str = "steps"
+    eval_steps: float | None = 100
+    save_steps: float = 50
+    save_total_limit: int | None = 1
+    report_to: None | str | list[str] = "none"
+    remove_unused_columns: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # Transformers refuses bf16 on a machine without an accelerator unless it is told that this is meant.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()

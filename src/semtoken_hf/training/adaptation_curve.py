@@ -1,0 +1,44 @@
+"""The evaluation curve of a run, as csv and png."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.files import write_text
+
+COLUMNS = ("step", "eval_cost", "eval_kl", "eval_perplexity", "eval_full_perplexity", "eval_uncompressed_drift")
+
+
+def write_curve(history: list[dict[str, Any]], folder: Path) -> None:
+    """Write `curve.csv` and `curve.png` of a Trainer's `log_history`; nothing where it was never evaluated."""
+    records = [r for r in history if "eval_cost" in r]
+    if not records:
+        return
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [c for c in (*COLUMNS, "flops") if any(c in r for r in records)]
+    writer.writerow(columns)
+    writer.writerows([[r.get(c, "") for c in columns] for r in records])
+    write_text(folder / "curve.csv", text.getvalue())
+    _plot(records, folder / "curve.png")
+
+
+def _plot(records: list[dict[str, Any]], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([r["step"] for r in records], [100 * r["eval_cost"] for r in records], marker="o", label="compressed")
+    if any("eval_uncompressed_drift" in r for r in records):
+        drift = [100 * r.get("eval_uncompressed_drift", float("nan")) for r in records]
+        axes.plot([r["step"] for r in records], drift, marker=".", label="uncompressed (drift)")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_xlabel("step")
+    axes.set_ylabel("perplexity against the teacher, %")
+    axes.legend()
+    temporary = file.with_name(file.name + ".tmp")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(file)

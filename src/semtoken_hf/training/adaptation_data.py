@@ -1,0 +1,147 @@
+"""Batches for adaptation: blocks of real text, cut to a context and a target, with the ratio to read the context at.
+
+Everything about a batch follows from the index of its first block, so a resumed run sees the batches it would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .corpus import BlockSampler, list_text_files, tokenize_file
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How batches are drawn; lengths in tokens.
+
+    Attributes:
+        context_length: longest context.
+        min_context_length: shortest context.
+        target_length: tokens that are scored behind the context.
+        ratios: lowest and highest tokens per slot, drawn log-uniformly.
+        uncompressed_share: of the batches read without compression, in [0, 1).
+        batch_size: rows of a batch.
+        seed: of the draws.
+    """
+
+    context_length: int
+    min_context_length: int
+    target_length: int
+    ratios: tuple[float, float]
+    uncompressed_share: float
+    batch_size: int
+    seed: int
+
+
+class TextBlocks(Dataset):
+    """Blocks `{"input_ids": int64 [n], "index": i}` in the sampler's shuffled order, each opened by BOS."""
+
+    def __init__(self, sampler: BlockSampler, bos_id: int, limit: int):
+        self.sampler, self.bos_id, self.limit = sampler, bos_id, limit
+
+    def __len__(self) -> int:
+        return self.limit
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = torch.from_numpy(self.sampler[index].copy())
+        ids[0] = self.bos_id
+        return {"input_ids": ids, "index": index}
+
+
+class ContextCollator:
+    """Blocks -> `input_ids` int64 [B, C + T], `target_length`, `target_ratio`, `compression`."""
+
+    def __init__(self, shape: BatchShape):
+        self.shape = shape
+
+    def __call__(self, blocks: list[dict[str, Any]]) -> dict[str, Any]:
+        shape, index = self.shape, blocks[0]["index"]
+        generator = np.random.default_rng((shape.seed, index))
+        context = int(generator.integers(shape.min_context_length, shape.context_length + 1))
+        low, high = (math.log(r) for r in shape.ratios)
+        ratio = math.exp(generator.uniform(low, high))
+        ids = torch.stack([block["input_ids"] for block in blocks])
+        return {
+            "input_ids": ids[:, : context + shape.target_length],
+            "target_length": shape.target_length,
+            "target_ratio": ratio,
+            "compression": not is_uncompressed(index // shape.batch_size, shape.uncompressed_share),
+        }
+
+
+def is_uncompressed(batch: int, share: float) -> bool:
+    """Whether batch number `batch` is one of the evenly spread `share` that is read without compression."""
+    return math.floor((batch + 1) * share) > math.floor(batch * share)
+
+
+def export_dataset(name: str, config: str | None, split: str, column: str, folder: Path, limit: int) -> Path:
+    """Write up to `limit` documents of a `datasets` data set to `folder` as a text file; returns the folder.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+        ValueError: the data set has no column of that name.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(f"'{name}' is no folder; to load it as a data set install `datasets`") from error
+    data = load_dataset(name, config, split=split, streaming=True)
+    key = hashlib.sha256(f"{name}{config}{split}{column}{limit}".encode()).hexdigest()[:12]
+    target = folder / key / "documents.txt"
+    if target.exists():
+        return target.parent
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as handle:
+        for document in data.take(limit):
+            if column not in document:
+                raise ValueError(f"'{name}' has the columns {sorted(document)}, not '{column}': pass --text_column")
+            # Three newlines part documents in `corpus.read_documents`.
+            handle.write(document[column].strip("\n").replace("\n\n\n", "\n\n") + "\n\n\n")
+    temporary.rename(target)
+    return target.parent
+
+
+def load_blocks(
+    folder: Path,
+    tokenizer: Any,
+    cache: Path,
+    length: int,
+    weights: dict[str, float],
+    held_out_share: float,
+    seed: int,
+) -> tuple[BlockSampler, Tensor]:
+    """Training blocks of `length` tokens, and held-out blocks int64 [W, length] opened by BOS, spread over the files.
+
+    Raises:
+        FileNotFoundError: no text in the folder.
+        ValueError: no file is long enough for one block.
+    """
+    files = list_text_files(folder)
+    bos_id = begin_id(tokenizer)
+    sides = {f.name: tokenize_file(f, tokenizer.backend_tokenizer, cache, held_out_share, bos_id) for f in files}
+    sampler = BlockSampler({name: side["train"] for name, side in sides.items()}, length, weights, seed)
+    held_out = [side["held_out"] for side in sides.values() if len(side["held_out"]) >= length]
+    if not held_out:
+        raise ValueError(f"no held-out document of {length} tokens: raise held_out_share or add text")
+    blocks = BlockSampler({str(i): ids for i, ids in enumerate(held_out)}, length, {}, seed)
+    rows = torch.from_numpy(np.stack([blocks[i] for i in range(len(blocks))]))
+    rows[:, 0] = bos_id
+    return sampler, rows
+
+
+def begin_id(tokenizer: Any) -> int:
+    """BOS, or what stands in for it."""
+    for value in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            return value
+    raise ValueError("the tokenizer has neither a BOS nor an EOS token to open a document with")

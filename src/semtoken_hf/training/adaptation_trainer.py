@@ -1,0 +1,178 @@
+"""`transformers.Trainer` for adaptation: what it saves, how it evaluates, and checkpoints that are whole or not there."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from transformers import Trainer
+
+from .adaptation_curve import write_curve
+from .distillation import DistillationModel, kl_divergence
+from .task_schedule import TaskSchedule
+from .trainable_parts import parameter_groups
+
+TRAINED = "trained.safetensors"
+LOSS_NAMES = ("kl", "cross_entropy", "reconstruction", "state_matching")
+aten = torch.ops.aten
+# PyTorch counts the attention kernels of GPUs only.
+CPU_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+
+
+class AdaptationTrainer(Trainer):
+    """Trains a `DistillationModel`.
+
+    Args:
+        windows: int64 [W, C + T] held-out windows.
+        target_ratio: at which they are evaluated.
+        schedule: of the auxiliary tasks.
+        merger_learning_rate: of what starts from nothing.
+        count_flops: count every step.
+        kwargs: of `Trainer`.
+    """
+
+    def __init__(
+        self,
+        windows: Tensor,
+        target_length: int,
+        target_ratio: float,
+        schedule: TaskSchedule,
+        merger_learning_rate: float,
+        count_flops: bool,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.windows, self.target_length, self.target_ratio = windows, target_length, target_ratio
+        self.schedule, self.merger_learning_rate = schedule, merger_learning_rate
+        self.count_flops, self.flops = count_flops, 0
+        self._full_loss: float | None = None
+        self._components: dict[str, list[Tensor]] = {}
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        # The blocks are shuffled already, in an order that a resumed run repeats.
+        return SequentialSampler(self.train_dataset)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups = parameter_groups(self.model, self.merger_learning_rate)
+            self.optimizer = torch.optim.AdamW(
+                groups,
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                weight_decay=self.args.weight_decay,
+            )
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) if self.count_flops else nullcontext()
+        with counter:
+            loss = super().training_step(*args, **kwargs)
+        if self.count_flops:
+            self.flops += counter.get_total_flops()
+        return loss
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        outputs = model(**inputs, task_weight=self.schedule.weight_at(progress))
+        for name in LOSS_NAMES:
+            if name in outputs:
+                self._components.setdefault(name, []).append(outputs[name])
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs = {**logs, **{n: torch.stack(v).mean().item() for n, v in self._components.items()}}
+            self._components.clear()
+        super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Context-compressed perplexity and KL on the held-out windows, and what the uncompressed student has lost."""
+        module: DistillationModel = self.accelerator.unwrap_model(self.model)
+        module.eval()
+        totals: dict[str, float] = {"full": 0.0, "compressed": 0.0, "kl": 0.0, "uncompressed": 0.0}
+        has_teacher = module.teacher is not module.student
+        for window in self.windows.to(self.args.device).split(1):
+            for name, value in self._score(module, window, has_teacher).items():
+                totals[name] += value.item() / len(self.windows)
+        metrics = {
+            "eval_perplexity": math.exp(totals["compressed"]),
+            "eval_full_perplexity": math.exp(totals["full"]),
+            "eval_cost": math.exp(totals["compressed"] - totals["full"]) - 1,
+            "eval_kl": totals["kl"],
+        }
+        if has_teacher:
+            metrics["eval_uncompressed_drift"] = math.exp(totals["uncompressed"] - totals["full"]) - 1
+        if self.count_flops:
+            metrics["flops"] = self.flops
+        self.log(metrics)
+        if self.is_world_process_zero():
+            write_curve(self.state.log_history, Path(self.args.output_dir))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        module.train()
+        return metrics
+
+    def _score(self, module: DistillationModel, window: Tensor, has_teacher: bool) -> dict[str, Tensor]:
+        """Losses in nats of one window, int64 [1, C + T]."""
+        targets = window[0, -self.target_length :]
+        call = {"input_ids": window, "logits_to_keep": self.target_length + 1, "use_cache": False}
+        with self.compute_loss_context_manager():
+            full = module.teacher(**call, compression=False).logits[0, :-1]
+            read = module.student(**call, target_ratio=self.target_ratio).logits[0, :-1]
+            scores = {"kl": kl_divergence(read, full)}
+            named = {"full": full, "compressed": read}
+            if has_teacher:
+                named["uncompressed"] = module.student(**call, compression=False).logits[0, :-1]
+        return scores | {n: torch.nn.functional.cross_entropy(x.float(), targets) for n, x in named.items()}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """What was trained, and nothing that the converted folder holds already."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        parameters = self.accelerator.unwrap_model(self.model).named_parameters()
+        save_file({n: p.detach().cpu().contiguous() for n, p in parameters if p.requires_grad}, folder / TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        state = load_file(Path(resume_from_checkpoint) / TRAINED)
+        module = self.accelerator.unwrap_model(self.model if model is None else model)
+        expected = {n for n, p in module.named_parameters() if p.requires_grad}
+        if expected != set(state):
+            raise ValueError(
+                f"{resume_from_checkpoint} was written by a run that trains other parameters: use its options or "
+                "another output_dir"
+            )
+        module.load_state_dict(state, strict=False)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Written beside its place and renamed, so that a kill never leaves half a checkpoint to resume from.
+        final, self._writing = Path(self._get_output_dir(trial=trial)), True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._writing = False
+        if not self.args.should_save:
+            return
+        for written in (final / "writing").glob("checkpoint-*"):
+            target = final / written.name
+            shutil.rmtree(target, ignore_errors=True)
+            written.rename(target)
+            if self.args.save_total_limit is not None:
+                others = sorted(final.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+                for old in others[: -self.args.save_total_limit]:
+                    shutil.rmtree(old)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, "writing") if getattr(self, "_writing", False) else folder

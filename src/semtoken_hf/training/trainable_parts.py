@@ -1,0 +1,46 @@
+"""What an adaptation trains: the merger, the merger and a LoRA adapter, or everything but the encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..adapter_semtoken import add_adapter
+
+# Every projection of the decoder layers, and nothing of the encoder.
+LORA_TARGETS = r"(model\.)?layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+
+
+def choose_trainable(model: Any, trainable: str, lora_rank: int, lora_alpha: int) -> None:
+    """Set `requires_grad` on a model with a learned merger, adding the adapter where one is asked for.
+
+    Trained parameters become float32, whatever the rest is.
+
+    Raises:
+        ImportError: "lora" without PEFT.
+    """
+    model.requires_grad_(trainable == "full")
+    if trainable == "lora":
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise ImportError("trainable='lora' needs PEFT: install `peft`") from error
+        lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+        add_adapter(model, lora)
+    model.base_model.learned_merger.requires_grad_(True)
+    model.base_model.semantic_encoder.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def parameter_groups(module: nn.Module, merger_learning_rate: float) -> list[dict[str, Any]]:
+    """Optimiser groups: the merger and the auxiliary heads, which start from nothing, and what was trained before."""
+    fresh, trained = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            is_fresh = "learned_merger" in name or name.startswith("head.")
+            (fresh if is_fresh else trained).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": fresh, "lr": merger_learning_rate}]
+    return groups + ([{"params": trained}] if trained else [])
