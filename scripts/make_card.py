@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import semtoken_hf  # noqa: F401 (registers the classes)
-from semtoken_hf.evaluation.model_card import cost_table, write_card
+from semtoken_hf.evaluation.model_card import CardSources, cost_table, write_card
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "TEMPLATE.md"
 
@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, type=Path)
     parser.add_argument("--training_log", required=True, type=Path)
     parser.add_argument("--training_command", required=True, help="what was run to train the plain model")
+    parser.add_argument("--adaptation_command", help="what was run to adapt it, if it is adapted")
     parser.add_argument("--text_file", required=True, type=Path, help="held-out text, such as WikiText validation")
     parser.add_argument("--context", type=int, default=1792, help="context tokens of a window")
     parser.add_argument("--target", type=int, default=256, help="scored tokens of a window")
@@ -37,14 +38,17 @@ def main() -> None:
         model,
         tokenizer,
         arguments.checkpoint.resolve(),
-        TEMPLATE,
-        arguments.training_log,
-        arguments.training_command,
-        arguments.text_file,
-        arguments.context,
-        arguments.target,
-        arguments.windows,
-        arguments.ratios,
+        CardSources(
+            TEMPLATE,
+            arguments.training_log,
+            arguments.training_command,
+            arguments.text_file,
+            arguments.context,
+            arguments.target,
+            arguments.windows,
+            arguments.ratios,
+            arguments.adaptation_command,
+        ),
     )
     print(cost_table(metrics["costs"]))
 

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from semtoken_hf import granularity
 from semtoken_hf.evaluation.compressed_perplexity import (
     PerplexityResult,
-    context_gain_kept,
     evaluate_reader,
     make_windows,
+    perplexity_table,
     read_compressed,
     reference_readers,
 )
@@ -105,18 +105,8 @@ def report(
         f"{arguments.context} + {arguments.target} tokens. Cost: perplexity against the full context. "
         "Spread: standard error of the paired loss difference to the full context, in % of perplexity.",
         "",
-        "| context read as | tokens per slot | perplexity | cost | spread | context gain kept |",
-        "|---|---|---|---|---|---|",
+        *perplexity_table(results, full, none),
     ]
-    for result in results:
-        cost = 100 * (result.perplexity / full.perplexity - 1)
-        difference = result.losses - full.losses
-        spread = 100 * (difference.std() / len(difference) ** 0.5).exp() - 100 if len(difference) > 1 else float("nan")
-        gain = context_gain_kept(result, full, none)
-        lines.append(
-            f"| {result.name} | {result.ratio:.2f} | {result.perplexity:.2f} | {cost:+.1f} % | {spread:.1f} % "
-            f"| {100 * gain:.0f} % |"
-        )
     publish_report(lines, arguments.output)
 
 

@@ -86,11 +86,11 @@ def load_adapter(model: Any, checkpoint: str | Path, **hub: Any) -> None:
         )
     from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 
-    config_file, weights = (cached_file(checkpoint, name, subfolder=subfolder, **hub) for name in ADAPTER_FILES)
+    config_file, weights = (str(cached_file(checkpoint, name, subfolder=subfolder, **hub)) for name in ADAPTER_FILES)
     inject_adapter_in_model(PeftConfig.from_pretrained(str(Path(config_file).parent)), model, ADAPTER_NAME)
     prefix = PREFIX if model.base_model is not model else f"{PREFIX}{model.base_model_prefix}."
     state = {name.removeprefix(prefix): tensor for name, tensor in load_file(weights).items()}
-    outcome = set_peft_model_state_dict(model, state, adapter_name=ADAPTER_NAME)
+    outcome: Any = set_peft_model_state_dict(model, state, adapter_name=ADAPTER_NAME)
     if outcome.unexpected_keys or any(".lora_" in key for key in outcome.missing_keys):
         raise OSError(f"the adapter in {subfolder} does not fit the model: convert and adapt the checkpoint again")
     model._hf_peft_config_loaded = True

@@ -30,6 +30,7 @@ class SemTokenPreTrainedMixin:
     is_gradient_checkpointing: bool
     post_init: Any
     _auto_class: str | None
+    state_dict: Any
 
     _keep_in_fp32_modules_strict = ["semantic_encoder"]
     # What quantisers leave alone.

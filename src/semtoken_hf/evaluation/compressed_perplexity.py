@@ -130,6 +130,27 @@ def reference_readers(config: Any, context_length: int, kept: int) -> dict[str, 
     }
 
 
+def perplexity_table(results: list[PerplexityResult], full: PerplexityResult, none: PerplexityResult) -> list[str]:
+    """Markdown lines: cost against `full`, its spread over windows, and the context gain kept.
+
+    The spread is the standard error of the paired loss difference to the full context, in % of perplexity.
+    """
+    lines = [
+        "| context read as | tokens per slot | perplexity | cost | spread | context gain kept |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        cost = 100 * (result.perplexity / full.perplexity - 1)
+        difference = result.losses - full.losses
+        spread = 100 * (difference.std() / len(difference) ** 0.5).exp() - 100 if len(difference) > 1 else float("nan")
+        gain = context_gain_kept(result, full, none)
+        lines.append(
+            f"| {result.name} | {result.ratio:.2f} | {result.perplexity:.2f} | {cost:+.1f} % | {spread:.1f} % "
+            f"| {100 * gain:.0f} % |"
+        )
+    return lines
+
+
 def context_gain_kept(result: PerplexityResult, full: PerplexityResult, none: PerplexityResult) -> float:
     """(PPL_none - PPL) / (PPL_none - PPL_full): the share of the context's benefit that survives."""
     return (none.perplexity - result.perplexity) / (none.perplexity - full.perplexity)

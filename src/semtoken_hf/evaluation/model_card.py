@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -101,29 +102,65 @@ def describe_training(log: Path) -> tuple[str, str]:
     return sentence, "\n".join(["| held out from | nats per token | perplexity |", "|---|---|---|", *rows])
 
 
-def write_card(
-    model: Any,
-    tokenizer: Any,
-    folder: Path,
-    template: Path,
-    training_log: Path,
-    training_command: str,
-    text_file: Path,
-    context: int,
-    target: int,
-    limit: int,
-    ratios: list[float],
-) -> dict[str, Any]:
+def describe_adaptation(config: Any, command: str | None) -> str:
+    """What the checkpoint was adapted for, and by which command."""
+    adapted = config.adapted_for
+    if not adapted:
+        return "Not adapted: no distillation has taught the checkpoint to read merged slots."
+    low, high = adapted["ratios"]
+    parts = {
+        "merger": "the learned merger",
+        "lora": "the learned merger and a LoRA adapter",
+        "full": "all but the encoder",
+    }
+    sentence = (
+        f"`scripts/adapt.py`, {adapted['steps']:,} steps, training {parts[adapted['trainable']]}: the checkpoint was "
+        f"taught to predict from a context at ratios {low:g} to {high:g} what it predicted from the whole context, "
+        f'with `position_mode="{adapted["position_mode"]}"`. What that is worth, beside the baselines and other '
+        "amounts of training: [adaptation.md](adaptation.md)."
+    )
+    return f"{sentence}\n\n```bash\n{command}\n```" if command else sentence
+
+
+@dataclass(frozen=True)
+class CardSources:
+    """What a card is made from, beside the checkpoint.
+
+    Attributes:
+        template: Markdown with `$placeholders`.
+        training_log: `log.jsonl` of the plain model's training.
+        training_command, adaptation_command: what was run.
+        text_file: held-out text to measure on.
+        context, target: tokens of a window.
+        windows: at most so many.
+        ratios: tokens per slot to measure at.
+    """
+
+    template: Path
+    training_log: Path
+    training_command: str
+    text_file: Path
+    context: int
+    target: int
+    windows: int
+    ratios: list[float]
+    adaptation_command: str | None = None
+
+
+def write_card(model: Any, tokenizer: Any, folder: Path, sources: CardSources) -> dict[str, Any]:
     """Measure, then write `metrics.json` and `README.md` into `folder`; returns the metrics."""
-    text = text_file.read_text(encoding="utf-8")
+    context, target = sources.context, sources.target
+    text = sources.text_file.read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    windows = make_windows(ids, context, target, tokenizer.bos_token_id, limit)
-    costs = measure_costs(model, windows, context, ratios, ["boundary", "greedy", "uniform"])
+    windows = make_windows(ids, context, target, tokenizer.bos_token_id, sources.windows)
+    # An adapted checkpoint reads the spans that it was adapted to.
+    modes = [model.config.segmentation_mode] if model.config.adapted_for else ["boundary", "greedy", "uniform"]
+    costs = measure_costs(model, windows, context, sources.ratios, modes)
     bytes_per_token = len(text.encode()) / len(ids)
-    sentence, held_out = describe_training(training_log)
+    sentence, held_out = describe_training(sources.training_log)
     full = next(r for r in costs if r["method"] == "full context")
     metrics = {
-        "text": text_file.name,
+        "text": sources.text_file.name,
         "windows": len(windows),
         "context": context,
         "target": target,
@@ -133,7 +170,7 @@ def write_card(
     }
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     summary = (
-        f"Context-compressed perplexity on `{text_file.name}`: {len(windows)} "
+        f"Context-compressed perplexity on `{sources.text_file.name}`: {len(windows)} "
         f"windows of {context} context and {target} target tokens; the targets are scored whole and the planner never "
         f"sees them. Full context: {metrics['bits_per_byte_full_context']:.3f} bits per byte. Cost is against the full "
         'context; "context gain kept" is the share of the full context\'s benefit over the protected tokens alone.'
@@ -141,14 +178,15 @@ def write_card(
     parameters = sum(p.numel() for p in model.parameters()) - sum(
         p.numel() for p in model.base_model.semantic_encoder.parameters()
     )
-    card = Template(template.read_text(encoding="utf-8")).substitute(
+    card = Template(sources.template.read_text(encoding="utf-8")).substitute(
         name=folder.name,
         path=f"model_cards/{folder.name}",
         parameters=f"{parameters / 1e6:.1f} M",
         target_ratio=model.config.target_ratio,
         architecture=describe_architecture(model),
         training=sentence,
-        training_command=training_command,
+        training_command=sources.training_command,
+        adaptation=describe_adaptation(model.config, sources.adaptation_command),
         context=model.config.max_position_embeddings,
         held_out=held_out,
         evaluation=f"{summary}\n\n{cost_table(costs)}",

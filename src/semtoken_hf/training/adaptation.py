@@ -145,7 +145,8 @@ def save_adapted(trainer: AdaptationTrainer, arguments: AdaptationArguments) -> 
         "ratios": list(arguments.ratios),
         "steps": trainer.state.global_step,
     }
-    output_dir = Path(trainer.args.output_dir)
+    output_dir, tokenizer = trainer.output_dir, trainer.processing_class
+    assert tokenizer is not None
     target, temporary = output_dir / "model", output_dir / "model.tmp"
     dtype = AutoConfig.from_pretrained(arguments.checkpoint).dtype or torch.float32
     shutil.rmtree(temporary, ignore_errors=True)
@@ -153,7 +154,7 @@ def save_adapted(trainer: AdaptationTrainer, arguments: AdaptationArguments) -> 
     student.to(dtype)
     encoder.float()
     student.save_pretrained(temporary)
-    trainer.processing_class.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     return target
@@ -167,7 +168,7 @@ def adapt(arguments: AdaptationArguments, training: AdaptationTrainingArguments)
         ValueError: `output_dir` holds a run with other options.
     """
     trainer = build_trainer(arguments, training)
-    output_dir = Path(trainer.args.output_dir)
+    output_dir = trainer.output_dir
     _check_same_run(output_dir, arguments, training)
     last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
     if last is None and training.eval_strategy != "no":

@@ -122,7 +122,7 @@ class AdaptationTrainingArguments(TrainingArguments):
     eval_steps: float | None = 100
     save_steps: float = 50
     save_total_limit: int | None = 1
-    report_to: None | str | list[str] = "none"
+    report_to: None | str | list[str] = "none"  # noqa: RUF036 (HfArgumentParser reads no other order)
     remove_unused_columns: bool = False
     seed: int = 0
 

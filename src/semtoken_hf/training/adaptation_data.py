@@ -1,6 +1,6 @@
 """Batches for adaptation: blocks of real text, cut to a context and a target, with the ratio to read the context at.
 
-Everything about a batch follows from the index of its first block, so a resumed run sees the batches it would have seen.
+All of a batch follows from the index of its first block, so a resumed run sees the batches it would have seen.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""`transformers.Trainer` for adaptation: what it saves, how it evaluates, and checkpoints that are whole or not there."""
+"""`transformers.Trainer` for adaptation: how it evaluates, what it saves, checkpoints that are whole or not there."""
 
 from __future__ import annotations
 
 import math
 import os
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +53,19 @@ class AdaptationTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        self.output_dir = Path(self.args.output_dir or ".")
         self.windows, self.target_length, self.target_ratio = windows, target_length, target_ratio
         self.schedule, self.merger_learning_rate = schedule, merger_learning_rate
-        self.count_flops, self.flops = count_flops, 0
+        self.count_flops, self._flops_of_step = count_flops, 0
         self._full_loss: float | None = None
         self._components: dict[str, list[Tensor]] = {}
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         # The blocks are shuffled already, in an order that a resumed run repeats.
-        return SequentialSampler(self.train_dataset)
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        assert self.model is not None
         if self.optimizer is None:
             groups = parameter_groups(self.model, self.merger_learning_rate)
             self.optimizer = torch.optim.AdamW(
@@ -76,12 +77,16 @@ class AdaptationTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) if self.count_flops else nullcontext()
-        with counter:
+        if not self.count_flops:
+            return super().training_step(*args, **kwargs)
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             loss = super().training_step(*args, **kwargs)
-        if self.count_flops:
-            self.flops += counter.get_total_flops()
+        self._flops_of_step = counter.get_total_flops()
         return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As counted, where it is; Trainer adds it up in `state.total_flos`, through checkpoints, too."""
+        return self._flops_of_step
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         progress = self.state.global_step / max(1, self.state.max_steps)
@@ -116,10 +121,11 @@ class AdaptationTrainer(Trainer):
         if has_teacher:
             metrics["eval_uncompressed_drift"] = math.exp(totals["uncompressed"] - totals["full"]) - 1
         if self.count_flops:
-            metrics["flops"] = self.flops
+            self.store_flos()
+            metrics["flops"] = self.state.total_flos
         self.log(metrics)
         if self.is_world_process_zero():
-            write_curve(self.state.log_history, Path(self.args.output_dir))
+            write_curve(self.state.log_history, self.output_dir)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         module.train()
         return metrics
@@ -139,7 +145,7 @@ class AdaptationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """What was trained, and nothing that the converted folder holds already."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         parameters = self.accelerator.unwrap_model(self.model).named_parameters()
         save_file({n: p.detach().cpu().contiguous() for n, p in parameters if p.requires_grad}, folder / TRAINED)

@@ -50,6 +50,11 @@ def is_held_out(document: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
+def read_held_out(file: Path, share: float) -> str:
+    """The held-out documents of a file as one text."""
+    return "\n\n\n".join(d for d in read_documents(file) if is_held_out(d, share))
+
+
 def iter_training_text(files: list[Path], held_out_share: float) -> Iterator[str]:
     """Training documents of all files, for building a vocabulary."""
     for file in files:

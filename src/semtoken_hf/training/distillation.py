@@ -1,4 +1,4 @@
-"""One step of adaptation: the student reads a compressed context, the teacher the whole one, KL between what they predict."""
+"""One step of adaptation: the student reads a compressed context, the teacher the whole one; KL between the two."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def kl_divergence_by_row(student: Tensor, teacher: Tensor) -> Tensor:
-    """As `kl_divergence` over [B, T, V], recomputing each row in the backward pass: one row of float32 logits at a time."""
+    """As `kl_divergence` over [B, T, V]; rows are recomputed in the backward pass, so one at a time is in float32."""
     rows = [checkpoint(kl_divergence, s, t, use_reentrant=False) for s, t in zip(student, teacher, strict=True)]
     return torch.stack(rows).mean()
 
@@ -95,6 +95,7 @@ class DistillationModel(nn.Module):
         slots, states = read.hidden_states[0], read.hidden_states[-1]
         first = slots.shape[1] - read.compressed_lengths
         columns = (read.span_ids + first[:, None]).where(read.span_ids >= 0, -1)
+        assert self.head is not None
         vocabulary = self.student.get_output_embeddings().weight
         return {
             "reconstruction": reconstruction_loss(self.head, slots, columns, input_ids, vocabulary),

@@ -37,7 +37,8 @@ def choose_trainable(model: Any, trainable: str, lora_rank: int, lora_alpha: int
 
 def parameter_groups(module: nn.Module, merger_learning_rate: float) -> list[dict[str, Any]]:
     """Optimiser groups: the merger and the auxiliary heads, which start from nothing, and what was trained before."""
-    fresh, trained = [], []
+    fresh: list[nn.Parameter] = []
+    trained: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             is_fresh = "learned_merger" in name or name.startswith("head.")

@@ -1,0 +1,114 @@
+#!/usr/bin/env python
+"""What adaptation is worth: context-compressed perplexity of one checkpoint and its adapted versions, with baselines.
+
+    python scripts/measure_adaptation.py --checkpoint semtoken --text_file wiki.test.txt \\
+        --held_out corpus/english_novels_100.txt.xz --ratios 2.4 4 \\
+        --adapted "merger only=runs/merger/model" "full=runs/full/model" --output model_cards/NAME/adaptation.md
+
+Every text is read by the same windows in every way. Baselines are read by the checkpoint itself, uncompressed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import semtoken_hf  # noqa: F401 (registers the classes)
+from semtoken_hf.evaluation.compressed_perplexity import (
+    PerplexityResult,
+    evaluate_reader,
+    make_windows,
+    perplexity_table,
+    read_compressed,
+    read_subset,
+    reference_readers,
+)
+from semtoken_hf.evaluation.provenance import publish_report
+from semtoken_hf.training.corpus import read_held_out
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="the checkpoint before its adaptation")
+    parser.add_argument("--adapted", nargs="+", required=True, metavar="NAME=FOLDER")
+    parser.add_argument("--text_file", type=Path, nargs="*", default=[], help="texts that nobody trained on")
+    parser.add_argument("--held_out", type=Path, nargs="*", default=[], help="corpus files: their held-out documents")
+    parser.add_argument("--held_out_share", type=float, default=0.01, help="as in training")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[2.4, 4.0])
+    parser.add_argument("--keep_last", type=int, help="instead of the checkpoint's")
+    parser.add_argument("--context", type=int, default=1792, help="context tokens of a window")
+    parser.add_argument("--target", type=int, default=256, help="scored tokens of a window")
+    parser.add_argument("--windows", type=int, default=60)
+    parser.add_argument("--output", type=Path, help="Markdown file to write")
+    return parser.parse_args()
+
+
+def load(folder: str, keep_last: int | None) -> Any:
+    fields = {} if keep_last is None else {"keep_last": keep_last}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **fields).eval()
+
+
+def load_windows(arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Windows of every text, by its name."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    texts = {f.name: f.read_text(encoding="utf-8") for f in arguments.text_file}
+    texts |= {f"held out of {f.name}": read_held_out(f, arguments.held_out_share) for f in arguments.held_out}
+    windows = {}
+    for name, text in texts.items():
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+        windows[name] = make_windows(
+            ids, arguments.context, arguments.target, tokenizer.bos_token_id, arguments.windows
+        )
+    return windows
+
+
+def measure(arguments: argparse.Namespace, windows: dict[str, torch.Tensor]) -> dict[tuple[str, float], list[Any]]:
+    """Results of every way to read, by text and ratio; the first two are the full context and none."""
+    context, results = arguments.context, {}
+    plain = load(arguments.checkpoint, arguments.keep_last)
+    for text, rows in windows.items():
+        for ratio in arguments.ratios:
+            readers = reference_readers(plain.config, context, math.ceil(context / ratio))
+            results[text, ratio] = [evaluate_reader(n, plain, rows, read, context) for n, read in readers.items()]
+            read = read_compressed(context, target_ratio=ratio)
+            results[text, ratio].append(evaluate_reader("SemToken, untrained", plain, rows, read, context))
+            own, plain.config.segmentation_mode = plain.config.segmentation_mode, "uniform"
+            results[text, ratio].append(evaluate_reader("uniform spans, untrained", plain, rows, read, context))
+            plain.config.segmentation_mode = own
+    for name, folder in (pair.split("=", 1) for pair in arguments.adapted):
+        model = load(folder, arguments.keep_last)
+        changed = (model.config.adapted_for or {}).get("trainable") == "full"
+        for text, rows in windows.items():
+            whole: list[PerplexityResult] = []
+            if changed:
+                read = read_subset(context, lambda n: torch.arange(n))
+                whole = [evaluate_reader(f"{name}, read uncompressed", model, rows, read, context)]
+            for ratio in arguments.ratios:
+                read = read_compressed(context, target_ratio=ratio)
+                results[text, ratio] += [evaluate_reader(name, model, rows, read, context), *whole]
+    return results
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    windows = load_windows(arguments)
+    lines = ["# Adaptation", ""]
+    lines.append(
+        f"Context-compressed perplexity: {arguments.context} context and {arguments.target} target tokens a window; "
+        "the targets are scored whole and never seen by the planner. Cost: perplexity against the full context read by "
+        "the checkpoint before adaptation. Spread: standard error of the paired loss difference over windows."
+    )
+    for (text, ratio), results in measure(arguments, windows).items():
+        full, none = results[:2]
+        lines += ["", f"## {text}, ratio {ratio}, {len(full.losses)} windows", ""]
+        lines += perplexity_table(results, full, none)
+    publish_report(lines, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
