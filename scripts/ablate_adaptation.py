@@ -86,6 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--transformer_checkpoint", help="the same model converted with a transformer encoder")
     parser.add_argument("--text", required=True, help="folder to adapt on")
     parser.add_argument("--weights", nargs="*", default=[], help="FILE=WEIGHT as in adapt.py")
+    parser.add_argument("--held_out_share", type=float, default=0.01, help="as in adapt.py")
     parser.add_argument("--text_file", required=True, type=Path, help="text to measure on")
     parser.add_argument("--runs", required=True, type=Path, help="where the runs go")
     parser.add_argument("--suite", required=True, choices=SUITES)
@@ -121,6 +122,7 @@ def train(name: str, variant: Variant, seed: int, arguments: argparse.Namespace)
         "target_length": arguments.target,
         "trainable": arguments.trainable,
         "weights": arguments.weights,
+        "held_out_share": arguments.held_out_share,
         "set_fields": [f"{k}={v}" for k, v in variant.fields.items()],
         **variant.options,
     }

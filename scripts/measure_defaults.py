@@ -26,12 +26,13 @@ from semtoken_hf.evaluation.compressed_perplexity import (
 )
 from semtoken_hf.evaluation.provenance import publish_report
 
-# (segmentation, k, tau or None for solved, whether chance replaces entropy)
+# (segmentation, k, tau or None for solved, recency, whether chance replaces entropy)
 PLANS = (
-    ("uniform", 0, None, False),
-    *(("boundary", radius, None, False) for radius in (0, 2, 4)),
-    *(("greedy", radius, tau, False) for tau in (None, 0.5, 0.0, -1.0) for radius in (0, 2, 4)),
-    ("greedy", 2, -1.0, True),
+    ("uniform", 0, None, 0, False),
+    *(("boundary", radius, None, 0, False) for radius in (0, 2, 4)),
+    *(("greedy", radius, tau, 0, False) for tau in (None, 0.5, 0.0, -1.0) for radius in (0, 2, 4)),
+    *(("greedy", 2, -1.0, recency, False) for recency in (0.5, 1, 2, 4, 16)),
+    *(("greedy", 2, -1.0, recency, True) for recency in (0, 1, 2, 4, 16)),
 )
 MERGE_MODES = ("mean", "representative")
 
@@ -74,16 +75,20 @@ def measure_variant(
     segmentation_mode: str,
     radius: int,
     tau: float | None,
+    recency: float,
     by_chance: bool,
     arguments: argparse.Namespace,
 ) -> PerplexityResult:
     """Perplexity with these fields; `by_chance` keeps random spans fine instead of those of highest entropy."""
     config = model.config
     config.merge_mode, config.segmentation_mode, config.similarity_threshold = merge_mode, segmentation_mode, tau
+    config.recency = recency
     model.model.semantic_encoder.radius = radius
     name = f"{merge_mode} of {segmentation_mode} spans, k = {radius}"
     if segmentation_mode == "greedy":
         name += ", tau solved" if tau is None else f", tau <= {tau:g}"
+    if recency:
+        name += f", recency {recency:g}"
     entropy, generator = granularity.span_entropy, torch.Generator().manual_seed(0)
     if by_chance:
         name += ", chance instead of entropy"

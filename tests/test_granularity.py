@@ -250,3 +250,28 @@ def test_at_minus_one_spans_grow_to_the_cap_as_a_solved_search_would() -> None:
     ]
     assert torch.equal(*plans)
     assert int(plans[0].sum()) <= 150
+
+
+def test_recency_moves_the_budget_to_where_it_is_read() -> None:
+    """Spans of equal entropy: chance of the order decides at 0, the place at any higher power."""
+    h = F.normalize(torch.randn(2, 8), dim=1).repeat(60, 1)
+    layout = stretches_of([120])
+    starts = torch.arange(120) % 4 == 0
+    budget = torch.tensor([30 + 3 * 10])
+    plain = spend_budget(starts, h, layout, budget)
+    recent = spend_budget(starts, h, layout, budget, recency=1.0)
+    assert plain.sum() == recent.sum() == 60
+    assert torch.equal(recent[:80], starts[:80])
+    assert recent[80:].all()
+    assert not torch.equal(plain, recent)
+
+
+def test_recency_counts_along_each_stretch() -> None:
+    """A stretch's plan is the same whatever lies before it."""
+    h = F.normalize(torch.randn(96, 8), dim=1)
+    alone, behind = stretches_of([48]), stretches_of([48, 48])
+    starts = torch.arange(48) % 3 == 0
+    budget = torch.tensor([20])
+    one = spend_budget(starts, h[48:], alone, budget, recency=2.0)
+    two = spend_budget(starts.repeat(2), h, behind, budget.repeat(2), recency=2.0)
+    assert torch.equal(two[48:], one)

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from semtoken_hf.training.corpus import BlockSampler, is_held_out, list_text_files, read_documents, tokenize_file
+from semtoken_hf.training.corpus import (
+    BlockSampler,
+    is_held_out,
+    iter_training_text,
+    list_text_files,
+    read_documents,
+    read_held_out,
+    tokenize_file,
+)
 
 
 def word_tokenizer():
@@ -77,3 +85,13 @@ def test_sampler_weights_order_and_errors():
         BlockSampler(streams, 10, {"c": 1.0}, seed=0)
     with pytest.raises(ValueError, match="no file holds"):
         BlockSampler(streams, 2000, {}, seed=0)
+
+
+def test_held_out_documents_are_those_that_training_leaves_out(tmp_path):
+    documents = [f"document {i} of a small corpus" for i in range(60)]
+    file = tmp_path / "a.txt"
+    file.write_text("\n\n\n".join(documents))
+    held_out = read_held_out(file, 0.3).split("\n\n\n")
+    training = list(iter_training_text([file], 0.3))
+    assert 5 < len(held_out) < 40
+    assert sorted(held_out + training) == sorted(documents)

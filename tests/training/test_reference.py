@@ -87,8 +87,21 @@ def test_resuming_checks_the_configuration(config):
     trainer.save_checkpoint()
     with pytest.raises(ValueError, match="learning_rate"):
         ReferenceTrainer(replace(config, learning_rate=1.0))
-    with pytest.raises(ValueError, match="already decaying"):
+    with pytest.raises(ValueError, match=r"already decaying.*cycle_start=10"):
         ReferenceTrainer(replace(config, steps=20))
+
+
+def test_a_finished_run_is_trained_on_by_a_new_cycle(config):
+    ReferenceTrainer(config).train()
+    longer = replace(config, steps=20, cycle_start=12)
+    factors = [learning_rate_factor(step, longer) for step in range(12, 20)]
+    assert factors == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    trainer = ReferenceTrainer(longer)
+    assert trainer.step == 12
+    trainer.train()
+    assert trainer.step == 20
+    with pytest.raises(ValueError, match="cycle_start"):
+        replace(config, steps=17, cycle_start=12)
 
 
 @pytest.mark.parametrize(

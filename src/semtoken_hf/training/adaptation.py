@@ -171,8 +171,7 @@ def adapt(arguments: AdaptationArguments, training: AdaptationTrainingArguments)
     output_dir = trainer.output_dir
     _check_same_run(output_dir, arguments, training)
     last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-    if last is None and training.eval_strategy != "no":
-        trainer.evaluate()
+    training.eval_on_start = last is None and training.eval_strategy != "no"
     trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():
         folder = save_adapted(trainer, arguments)

@@ -1,0 +1,83 @@
+"""The scripts that measure adaptation, on a tiny checkpoint and a few steps."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.text import PROSE
+from tests.fixtures.tiny import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with a converted checkpoint, a text to adapt on and one to measure on."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model = tiny_model(initializer_range=0.05)
+    model.save_pretrained(folder / "semtoken")
+    tiny_tokenizer().save_pretrained(folder / "semtoken")
+    (folder / "corpus").mkdir()
+    documents = [PROSE.replace("Bennet", f"Bennet{i}") for i in range(30)]
+    (folder / "corpus" / "novels.txt").write_text("\n\n\n".join(documents))
+    (folder / "test.txt").write_text(PROSE)
+    return folder
+
+
+def run(script: str, *arguments: str | Path) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def costs_of(report: str) -> dict[str, str]:
+    rows = [line.split(" | ") for line in report.splitlines() if line.startswith("| ")]
+    return {row[0].removeprefix("| "): row[1] for row in rows}
+
+
+def test_an_ablation_trains_every_variant_once_and_reports_it(inputs: Path, tmp_path: Path) -> None:
+    def ablate(*more: str | Path) -> str:
+        return run(
+            "ablate_adaptation.py",
+            *("--checkpoint", inputs / "semtoken", "--text", inputs / "corpus", "--text_file", inputs / "test.txt"),
+            *("--runs", tmp_path / "runs", "--suite", "tasks", "--seeds", "0", "--steps", "2", "--windows", "2"),
+            *("--context", "64", "--target", "16", "--held_out_share", "0.2", *more),
+        )
+
+    assert "# Ablation" not in ablate("--shard", "0/2")
+    done = {f: f.stat().st_mtime_ns for f in (tmp_path / "runs" / "tasks").glob("*/model/config.json")}
+    assert len(done) == 2
+    report = ablate("--output", tmp_path / "report.md")
+    assert (tmp_path / "report.md").read_text() in report
+    costs = costs_of(report)
+    assert {"single task", "fixed multi-task", "diminish", "switch"} <= costs.keys()
+    assert costs["(full context)"] == "+0.00 %"
+    assert all(f.stat().st_mtime_ns == time for f, time in done.items())
+    flops = [line for line in report.splitlines() if line.startswith("| single task | 0 |")]
+    assert len(flops) == 1
+    assert float(flops[0].split(" | ")[2].removesuffix(" T")) >= 0
+
+
+def test_the_table_of_adapted_checkpoints(inputs: Path, tmp_path: Path) -> None:
+    report = run(
+        "measure_adaptation.py",
+        *("--checkpoint", inputs / "semtoken", "--adapted", f"merger only={inputs / 'semtoken'}"),
+        *("--text_file", inputs / "test.txt", "--held_out", inputs / "corpus" / "novels.txt"),
+        *("--held_out_share", "0.2", "--ratios", "2.4", "--context", "64", "--target", "16", "--windows", "2"),
+        *("--output", tmp_path / "adaptation.md"),
+    )
+    assert report.count("| full context | 1.00 |") == 2
+    tables = report.split("## ")[1:]
+    for table in tables:
+        costs = costs_of(table)
+        assert {"random dropping", "truncation (first + last)", "uniform spans, untrained"} <= costs.keys()
+        rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in table.splitlines() if line.startswith("| ")}
+        # The same weights under another name give the same row.
+        assert rows["| merger only"] == rows["| SemToken, untrained"]
