@@ -50,16 +50,20 @@ class Variant:
     with_transformer: bool = False
 
 
-SOLVED = {"similarity_threshold": "null"}
+PAPER = {"recency": 0}
+SOLVED = {"recency": 0, "similarity_threshold": "null"}
 SUITES = {
     "segmentation": {
-        "greedy spans at the cap, entropy budget (default)": Variant(),
+        "greedy at the cap, entropy x recency (default)": Variant(),
         "the same, chance instead of entropy": Variant(by_chance=True),
-        "greedy, tau solved (no entropy)": Variant(SOLVED),
+        "recency alone (power 64)": Variant({"recency": 64}),
+        "greedy at the cap, entropy": Variant(PAPER),
+        "chance instead of entropy, no recency": Variant(PAPER, by_chance=True),
+        "greedy, tau solved, no budget for entropy": Variant(SOLVED),
         "boundary": Variant({"segmentation_mode": "boundary"}),
         "uniform": Variant({"segmentation_mode": "uniform"}),
         "default, transformer encoder": Variant(with_transformer=True),
-        "greedy, tau solved, transformer encoder": Variant(SOLVED, with_transformer=True),
+        "greedy at the cap, entropy, transformer encoder": Variant(PAPER, with_transformer=True),
     },
     "merging": {
         "representative + residual (default)": Variant(),

@@ -29,6 +29,7 @@ from semtoken_hf.evaluation.compressed_perplexity import (
     reference_readers,
 )
 from semtoken_hf.evaluation.provenance import publish_report
+from semtoken_hf.training.adaptation import parse_fields
 from semtoken_hf.training.corpus import read_held_out
 
 
@@ -40,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--held_out", type=Path, nargs="*", default=[], help="corpus files: their held-out documents")
     parser.add_argument("--held_out_share", type=float, default=0.01, help="as in training")
     parser.add_argument("--ratios", type=float, nargs="+", default=[2.4, 4.0])
-    parser.add_argument("--keep_last", type=int, help="instead of the checkpoint's")
+    parser.add_argument("--set_fields", nargs="*", default=[], help="FIELD=VALUE for every checkpoint: recency=0")
     parser.add_argument("--context", type=int, default=1792, help="context tokens of a window")
     parser.add_argument("--target", type=int, default=256, help="scored tokens of a window")
     parser.add_argument("--windows", type=int, default=60)
@@ -48,9 +49,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(folder: str, keep_last: int | None) -> Any:
-    fields = {} if keep_last is None else {"keep_last": keep_last}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **fields).eval()
+def load(folder: str, pairs: list[str]) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **parse_fields(pairs)).eval()
 
 
 def load_windows(arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
@@ -70,7 +70,7 @@ def load_windows(arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
 def measure(arguments: argparse.Namespace, windows: dict[str, torch.Tensor]) -> dict[tuple[str, float], list[Any]]:
     """Results of every way to read, by text and ratio; the first two are the full context and none."""
     context, results = arguments.context, {}
-    plain = load(arguments.checkpoint, arguments.keep_last)
+    plain = load(arguments.checkpoint, arguments.set_fields)
     for text, rows in windows.items():
         for ratio in arguments.ratios:
             readers = reference_readers(plain.config, context, math.ceil(context / ratio))
@@ -81,7 +81,7 @@ def measure(arguments: argparse.Namespace, windows: dict[str, torch.Tensor]) -> 
             results[text, ratio].append(evaluate_reader("uniform spans, untrained", plain, rows, read, context))
             plain.config.segmentation_mode = own
     for name, folder in (pair.split("=", 1) for pair in arguments.adapted):
-        model = load(folder, arguments.keep_last)
+        model = load(folder, arguments.set_fields)
         changed = (model.config.adapted_for or {}).get("trainable") == "full"
         for text, rows in windows.items():
             whole: list[PerplexityResult] = []
@@ -103,6 +103,8 @@ def main() -> None:
         "the targets are scored whole and never seen by the planner. Cost: perplexity against the full context read by "
         "the checkpoint before adaptation. Spread: standard error of the paired loss difference over windows."
     )
+    if arguments.set_fields:
+        lines += ["", f"Every checkpoint with `{' '.join(arguments.set_fields)}`, whatever it was adapted with."]
     for (text, ratio), results in measure(arguments, windows).items():
         full, none = results[:2]
         lines += ["", f"## {text}, ratio {ratio}, {len(full.losses)} windows", ""]

@@ -37,20 +37,23 @@ def trained_merger(span_length: int = 8, rank: int = 3) -> LearnedMerger:
 
 
 def by_loop(merger: LearnedMerger, embeddings: Tensor, slots: Tensor, lengths: Tensor = LENGTHS) -> Tensor:
-    """Slots with their residual, span by span and token by token, in double precision."""
-    w_in, gate, bias, w_out = (p.double() for p in merger.parameters())
-    rows, start, known = [], 0, merger.span_length
+    """Slots with their residual, span by span, mixture by mixture and token by token, in double precision."""
+    weights = {name: p.double() for name, p in merger.named_parameters()}
+    rows, start = [], 0
     for n, slot in zip(lengths.tolist(), slots.double(), strict=True):
         tokens = embeddings[start : start + n].double()
         start += n
         if n == 1:
             rows.append(slot)
             continue
-        rms = [(token.square().mean() + EPSILON**2).sqrt() for token in tokens]
-        hidden = bias[min(n, known) - 1]
-        for p, token in enumerate(tokens):
-            hidden = hidden + gate[min(n, known) - 1, min(p, known - 1)] * (w_in @ (token / rms[p]))
-        rows.append(slot + sum(rms) / n * (w_out @ F.silu(hidden)))
+        seen = min(n, len(weights["place_mix"]))
+        mixtures = []
+        for mix in weights["place_mix"][seen - 1]:
+            mixtures.append(sum(mix[p] * tokens[p] for p in range(seen)))
+        mixture = torch.cat(mixtures)
+        rms = (mixture.square().mean() + EPSILON**2).sqrt()
+        hidden = F.silu(weights["in_proj"] @ (mixture / rms) + weights["length_bias"][seen - 1])
+        rows.append(slot + rms * (weights["out_proj"] @ hidden))
     return torch.stack(rows)
 
 
@@ -109,7 +112,7 @@ def test_only_lone_tokens_change_no_bit_and_no_tokens_are_none() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16(autocast: bool) -> None:
-    """The residual of a bfloat16 stream is computed in float32 and rounded once; under autocast it may lose more."""
+    """The residual comes in the dtype of the stream and is as exact as that allows."""
     merger, embeddings = trained_merger(), torch.randn(TOKENS, WIDTH).bfloat16()
     bare, _ = merge_spans(embeddings, spans(), "mean")
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -117,7 +120,7 @@ def test_bfloat16(autocast: bool) -> None:
     expected = by_loop(merger, embeddings, bare)
     assert slots.dtype == torch.bfloat16
     scale = expected.abs().max()
-    assert (slots.double() - expected).abs().max() < (5e-2 if autocast else 1e-2) * scale
+    assert (slots.double() - expected).abs().max() < 3e-2 * scale
     assert torch.equal(slots[LENGTHS == 1], embeddings[FIRST[LENGTHS == 1]])
 
 
@@ -146,18 +149,30 @@ def residual(merger: LearnedMerger, tokens: Tensor) -> Tensor:
 def test_place_matters() -> None:
     merger, tokens = trained_merger(), torch.randn(3, WIDTH)
     assert not torch.allclose(residual(merger, tokens), residual(merger, tokens.flip(0)))
-    # Without gates of their own, places are all alike.
-    torch.nn.init.ones_(merger.place_gate)
-    torch.testing.assert_close(residual(merger, tokens), residual(merger, tokens.flip(0)))
+    # Mixtures that weigh all places alike know none.
+    torch.nn.init.ones_(merger.place_mix)
+    torch.testing.assert_close(residual(merger, tokens), residual(merger, tokens.flip(0)), rtol=1e-4, atol=1e-4)
 
 
 def test_length_matters_up_to_the_longest_known() -> None:
     merger, token = trained_merger(span_length=4), torch.randn(1, WIDTH)
-    torch.nn.init.zeros_(merger.place_gate)  # what is left is the bias of the length
+    # Mixtures of the first token alone: what is left to differ is the bias of the length.
+    torch.nn.init.zeros_(merger.place_mix)
+    with torch.no_grad():
+        merger.place_mix[..., 0] = 1
     by_length = {n: residual(merger, token.repeat(n, 1)) for n in (2, 3, 4, 6)}
     assert not torch.allclose(by_length[2], by_length[3])
     assert not torch.allclose(by_length[3], by_length[4])
     torch.testing.assert_close(by_length[4], by_length[6])
+
+
+def test_a_short_span_looks_at_no_neighbour() -> None:
+    merger, tokens = trained_merger(), torch.randn(6, WIDTH)
+    pairs = spans(torch.tensor([2, 2, 2]))
+    changed = tokens.clone()
+    changed[[0, 1, 4, 5]] = 100.0
+    zero = torch.zeros(3, WIDTH)
+    torch.testing.assert_close(merger(tokens, pairs, zero)[1], merger(changed, pairs, zero)[1])
 
 
 @pytest.fixture(scope="module", params=BASES)

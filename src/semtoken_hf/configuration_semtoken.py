@@ -63,8 +63,7 @@ class SemTokenConfigMixin:
             entropy alone decides, which measured best.
         entropy_threshold: delta of the paper, in [0, 1]: spans above it stay fine when no budget is set.
         recency: how much less a distant span's entropy counts for the budget: it is multiplied by the span's place
-            along the stretch, in (0, 1], to this power. 0 is the paper's budget; 2 measured best (see `defaults.md` of the embedded
-            checkpoint).
+            along the stretch, in (0, 1], to this power. 0 is the paper's budget; 2 measured well.
         max_span_length: L of the paper: no slot holds more tokens.
         keep_first: tokens at the start of a row that stay whole.
         keep_last: tokens before every position that is read that stay whole.

@@ -49,6 +49,10 @@ class DistillationModel(nn.Module):
     def teacher(self) -> Any:
         return self.student if self._teacher[0] is None else self._teacher[0]
 
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """For `Trainer`: of the student."""
+        self.student.gradient_checkpointing_enable(**kwargs)
+
     def forward(
         self,
         input_ids: Tensor,
