@@ -62,6 +62,8 @@ class SemTokenConfigMixin:
             what it leaves of the budget keeps the spans of highest entropy fine. At -1 spans grow to the cap and
             entropy alone decides, which measured best.
         entropy_threshold: delta of the paper, in [0, 1]: spans above it stay fine when no budget is set.
+        recency: how much less a distant span's entropy counts for the budget: it is multiplied by the span's place
+            along the stretch, in (0, 1], to this power. 0 is the paper's budget; 2 measured well.
         max_span_length: L of the paper: no slot holds more tokens.
         keep_first: tokens at the start of a row that stay whole.
         keep_last: tokens before every position that is read that stay whole.
@@ -94,6 +96,7 @@ class SemTokenConfigMixin:
     max_kept_tokens: int | None = None
     similarity_threshold: float | int | None = -1.0
     entropy_threshold: float | int | None = None
+    recency: float | int = 2.0
     max_span_length: int = 8
     keep_first: int = 4
     keep_last: int = 64
@@ -180,6 +183,12 @@ def _check_single_fields(config: Any) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (is_number and lowest <= value <= 1):
             raise ValueError(f"`{name}` must be a number in [{lowest:g}, 1] or None, got {value!r}")
+    if (
+        isinstance(config.recency, bool)
+        or not isinstance(config.recency, (int, float))
+        or not 0 <= config.recency <= 64
+    ):
+        raise ValueError(f"`recency` must be a number in [0, 64], got {config.recency!r}")
     for name, modes in (
         ("position_mode", POSITION_MODES),
         ("segmentation_mode", SEGMENTATION_MODES),

@@ -1,6 +1,7 @@
 """Stage 3: which spans stay fine and which merge (SemToken, section 3.3).
 
 - Semantic entropy of a span: H(T) = tr Cov{h_i : i in T}. With unit fingerprints this is 1 - |mean|^2, in [0, 1].
+- Recency: far from where it is read, the same entropy is worth less; a power of the place weighs it.
 - Budget: maximise the sum of H of the spans kept fine, subject to kept slots <= B. The greedy mode finds spans at tau
   (lowered until merging all of them is enough) and spends what is left of the budget on the highest entropies.
 - The boundary and uniform modes reach the budget exactly by themselves and leave nothing to spend.
@@ -39,6 +40,7 @@ class Granularity:
     max_span_length: int
     min_prompt_length: int
     segmentation_mode: str
+    recency: float = 0.0
 
     @property
     def has_budget(self) -> bool:
@@ -92,13 +94,13 @@ def find_span_starts(fingerprints: Tensor | None, layout: TokenLayout, granulari
         # Every cosine passes: spans grow to the cap, and there is nothing to solve.
         passing = fingerprints.new_zeros(1).expand(cap - 1, len(joinable))
         starts = greedy_spans(passing, passing.new_full((len(joinable),), -1.0), joinable)
-        return spend_budget(starts, fingerprints, layout, budget)
+        return spend_budget(starts, fingerprints, layout, budget, granularity.recency)
     similarities = shifted_similarities(fingerprints, cap - 1)
     if not granularity.has_budget:
         starts = greedy_spans(similarities, similarities.new_full((len(joinable),), float(tau or 0.0)), joinable)
         return _keep_above_entropy(starts, fingerprints, granularity.entropy_threshold)
     starts = solve_threshold(similarities, layout, budget, 1.0 if tau is None else tau)
-    return spend_budget(starts, fingerprints, layout, budget)
+    return spend_budget(starts, fingerprints, layout, budget, granularity.recency)
 
 
 def solve_threshold(similarities: Tensor, layout: TokenLayout, budget: Tensor, highest: float) -> Tensor:
@@ -126,14 +128,22 @@ def solve_threshold(similarities: Tensor, layout: TokenLayout, budget: Tensor, h
     return starts_at(low)
 
 
-def spend_budget(starts: Tensor, fingerprints: Tensor, layout: TokenLayout, budget: Tensor) -> Tensor:
-    """Keep the spans of highest entropy fine, in order of entropy, as long as the stretch's budget lasts."""
+def spend_budget(
+    starts: Tensor, fingerprints: Tensor, layout: TokenLayout, budget: Tensor, recency: float = 0.0
+) -> Tensor:
+    """Keep the spans of highest worth fine, in order of worth, as long as the stretch's budget lasts.
+
+    A span's worth is its entropy times `place ** recency`, its place in (0, 1] along the stretch; 0 is the paper.
+    """
     spans = Spans.from_starts(starts)
     if len(spans) == 0:
         return starts
-    entropy, span_stretch = span_entropy(fingerprints, spans), layout.stretch[spans.first]
+    worth, span_stretch = span_entropy(fingerprints, spans), layout.stretch[spans.first]
+    if recency:
+        place = (spans.first - layout.starts[span_stretch] + 1) / layout.lengths[span_stretch]
+        worth = worth * place**recency
     slack = budget - count_per_stretch(starts, layout.stretch, len(budget))
-    order = entropy.sort(descending=True, stable=True).indices
+    order = worth.sort(descending=True, stable=True).indices
     order = order[span_stretch[order].sort(stable=True).indices]
     cost = (spans.lengths - 1)[order]
     spent = cost.cumsum(0)

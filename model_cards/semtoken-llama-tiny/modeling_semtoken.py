@@ -142,7 +142,9 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         """bool [B], rows with merged slots, on which an adapter acts; None where there is no adapter."""
         if self.config.adapter_subfolder is None:
             return None
-        return cache.compressed_rows if cache is not None else prompt.kept_lengths < prompt.original_lengths
+        if cache is None and prompt is not None:
+            return prompt.kept_lengths < prompt.original_lengths
+        return cache.compressed_rows
 
     def _run_layers(
         self,

@@ -62,6 +62,7 @@ def granularity_of(config: Any, target_ratio: float | None) -> Granularity:
         max_span_length=config.max_span_length,
         min_prompt_length=config.min_prompt_length,
         segmentation_mode=config.segmentation_mode,
+        recency=config.recency,
     )
 
 

@@ -6,12 +6,15 @@ answer travels in a context variable, so that threads sharing one model do not d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import cached_file, is_peft_available
@@ -35,24 +38,40 @@ def adapter_acts_on(rows: Tensor | bool | None) -> Iterator[None]:
         _ACTS_ON.reset(token)
 
 
-def _skip_layer(layer: nn.Module, inputs: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def remembering_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as the adapter acts now, whenever it is called: for layers recomputed in the backward pass."""
+    gate = _ACTS_ON.get()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        token = _ACTS_ON.set(gate)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _ACTS_ON.reset(token)
+
+    return call
+
+
+def _skip_layer(layer: Any, inputs: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """PEFT's own way to run the base layer alone: name no adapter for any row."""
-    if _ACTS_ON.get() is not False:
+    if _ACTS_ON.get() is not False or layer.active_adapters != [ADAPTER_NAME]:
         return None
     return inputs, {**kwargs, "adapter_names": ["__base__"] * len(inputs[0])}
 
 
 def _mask_rows(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
     gate = _ACTS_ON.get()
+    if gate is False:  # beside an adapter of the user's own
+        return torch.zeros_like(output)
     return output * gate.to(output.device, output.dtype) if isinstance(gate, Tensor) else None
 
 
+# PEFT is imported by name: a plain import would be a need of every checkpoint's remote code.
 def gate_adapter(model: nn.Module) -> None:
     """Make the adapter `ADAPTER_NAME` of `model` obey `adapter_acts_on`."""
-    from peft.tuners.lora import LoraLayer
-
+    lora_layer = import_module("peft.tuners.lora").LoraLayer
     for layer in list(model.modules()):
-        if isinstance(layer, LoraLayer) and ADAPTER_NAME in layer.lora_B:
+        if isinstance(layer, lora_layer) and ADAPTER_NAME in layer.lora_B:
             layer.register_forward_pre_hook(_skip_layer, with_kwargs=True)
             layer.lora_B[ADAPTER_NAME].register_forward_hook(_mask_rows)
 
@@ -84,13 +103,17 @@ def load_adapter(model: Any, checkpoint: str | Path, **hub: Any) -> None:
             f"the checkpoint reads merged slots through a PEFT adapter (`{subfolder}`): install `peft`, or load with "
             "`adapter_subfolder=None` to go without it, at a loss of quality"
         )
-    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
-
-    config_file, weights = (str(cached_file(checkpoint, name, subfolder=subfolder, **hub)) for name in ADAPTER_FILES)
-    inject_adapter_in_model(PeftConfig.from_pretrained(str(Path(config_file).parent)), model, ADAPTER_NAME)
-    prefix = PREFIX if model.base_model is not model else f"{PREFIX}{model.base_model_prefix}."
-    state = {name.removeprefix(prefix): tensor for name, tensor in load_file(weights).items()}
-    outcome: Any = set_peft_model_state_dict(model, state, adapter_name=ADAPTER_NAME)
+    peft, outer = import_module("peft"), hub.pop("subfolder", None)
+    folder = f"{outer}/{subfolder}" if outer else subfolder
+    config_file, weights = (str(cached_file(checkpoint, name, subfolder=folder, **hub)) for name in ADAPTER_FILES)
+    trains = {id(p): p.requires_grad for p in model.parameters()}
+    peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(str(Path(config_file).parent)), model, ADAPTER_NAME)
+    for parameter in model.parameters():  # PEFT freezes the base
+        parameter.requires_grad_(trains.get(id(parameter), True))
+    base = f"{model.base_model_prefix}."
+    own = "" if model.base_model is model else base
+    state = {own + name.removeprefix(PREFIX).removeprefix(base): tensor for name, tensor in load_file(weights).items()}
+    outcome = peft.set_peft_model_state_dict(model, state, adapter_name=ADAPTER_NAME)
     if outcome.unexpected_keys or any(".lora_" in key for key in outcome.missing_keys):
         raise OSError(f"the adapter in {subfolder} does not fit the model: convert and adapt the checkpoint again")
     model._hf_peft_config_loaded = True
@@ -109,13 +132,22 @@ def without_adapter(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def save_adapter(model: Any, folder: Path) -> None:
     """Adapter weights and configuration in PEFT's format."""
-    from peft import get_peft_model_state_dict
-
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME)
+    state = import_module("peft").get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME)
     tensors = {PREFIX + name: tensor.contiguous().cpu() for name, tensor in state.items()}
     save_file(tensors, folder / ADAPTER_FILES[1], metadata={"format": "pt"})
-    model.peft_config[ADAPTER_NAME].save_pretrained(folder)
+    config = copy.copy(model.peft_config[ADAPTER_NAME])
+    # The base lies beside it, not where it was loaded from once.
+    config.base_model_name_or_path = None
+    config.save_pretrained(folder)
 
 
-__all__ = ["adapter_acts_on", "add_adapter", "has_adapter", "load_adapter", "save_adapter", "without_adapter"]
+__all__ = [
+    "adapter_acts_on",
+    "add_adapter",
+    "has_adapter",
+    "load_adapter",
+    "remembering_rows",
+    "save_adapter",
+    "without_adapter",
+]

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from .adapter_semtoken import has_adapter, load_adapter, save_adapter, without_adapter
+from .adapter_semtoken import has_adapter, load_adapter, remembering_rows, save_adapter, without_adapter
 from .cache_semtoken import tracks_slots
 from .compression import CompressedPrompt, compress_prompt
 from .learned_merger import LearnedMerger
 from .semantic_encoder import SemanticEncoder
 
 # Of `from_pretrained`, for the files that are fetched beside the model's own.
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 
 
 class SemTokenPreTrainedMixin:
@@ -83,6 +84,19 @@ class SemTokenPreTrainedMixin:
             return super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self._hf_peft_config_loaded = True
+
+    def _get_files_timestamps(self, working_dir: Any) -> dict[str, float]:
+        # The adapter is written before Transformers notes what was there, and has to count as new when it pushes.
+        known = super()._get_files_timestamps(working_dir)
+        return {name: time for name, time in known.items() if name != self.config.adapter_subfolder}
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+    ) -> None:
+        def run(function: Any, *inputs: Any, **options: Any) -> Any:
+            return gradient_checkpointing_func(remembering_rows(function), *inputs, **options)
+
+        super()._set_gradient_checkpointing(enable, run, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any):
         """As in Transformers; new tokens get the encoder's mean state."""

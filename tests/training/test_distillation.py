@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from torch.distributions import Categorical, kl_divergence as kl_of
+from torch.distributions import Categorical
+from torch.distributions import kl_divergence as kl_of
 
 from semtoken_hf.training.auxiliary_tasks import reconstruction_loss, state_matching_loss
 from semtoken_hf.training.distillation import DistillationModel, kl_divergence, kl_divergence_by_row

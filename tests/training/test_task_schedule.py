@@ -1,5 +1,6 @@
 """Weights of auxiliary tasks over a run."""
 
+import itertools
 import math
 
 import pytest
@@ -47,7 +48,7 @@ def test_switch_drops_the_tasks(switch_at):
 )
 def test_no_weight_grows_or_leaves_its_range(kind, weight, rate, power, switch_at):
     ours = weights(kind=kind, weight=weight, rate=rate, power=power, switch_at=switch_at)
-    assert all(0 <= later <= earlier <= weight for earlier, later in zip(ours, ours[1:], strict=False))
+    assert all(0 <= later <= earlier <= weight for earlier, later in itertools.pairwise(ours))
 
 
 @pytest.mark.parametrize(

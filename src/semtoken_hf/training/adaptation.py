@@ -51,12 +51,17 @@ def load_student(arguments: AdaptationArguments) -> Any:
     config = AutoConfig.from_pretrained(arguments.checkpoint)
     if config.adapter_subfolder is not None:
         raise ValueError(f"{arguments.checkpoint} carries an adapter already: adapt the folder it came from")
+    if unknown := [name for name in fields if not hasattr(config, name)]:
+        raise ValueError(f"the configuration has no fields {unknown}")
+    dtype = getattr(torch, arguments.model_dtype)
+    if dtype not in (torch.float32, config.dtype):
+        raise ValueError(
+            f"model_dtype {arguments.model_dtype} would round the weights, which are {config.dtype}: use float32"
+        )
     if config.merge_mode != "learned":
         # The residual is added to what the checkpoint merges by now.
         fields.setdefault("merger_base", config.merge_mode)
-    return AutoModelForCausalLM.from_pretrained(
-        arguments.checkpoint, dtype=getattr(torch, arguments.model_dtype), **fields
-    )
+    return AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=dtype, **fields)
 
 
 def build_trainer(arguments: AdaptationArguments, training: AdaptationTrainingArguments) -> AdaptationTrainer:
@@ -150,9 +155,7 @@ def save_adapted(trainer: AdaptationTrainer, arguments: AdaptationArguments) -> 
     target, temporary = output_dir / "model", output_dir / "model.tmp"
     dtype = AutoConfig.from_pretrained(arguments.checkpoint).dtype or torch.float32
     shutil.rmtree(temporary, ignore_errors=True)
-    encoder = student.base_model.semantic_encoder
     student.to(dtype)
-    encoder.float()
     student.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(target, ignore_errors=True)
@@ -187,9 +190,14 @@ def _check_same_run(output_dir: Path, arguments: AdaptationArguments, training: 
         "max_steps": training.max_steps,
         "batch": training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size,
         "learning_rate": training.learning_rate,
+        "lr_scheduler_type": str(training.lr_scheduler_type),
+        "warmup_steps": training.warmup_steps,
         "seed": training.seed,
+        # Not where they lie, which may change.
+        "text": Path(arguments.text).name,
+        "checkpoint": Path(arguments.checkpoint).name,
     }
-    for name in ("evaluation_windows", "count_flops", "checkpoint", "text"):
+    for name in ("evaluation_windows", "count_flops"):
         now.pop(name)
     if record.exists():
         before = json.loads(record.read_text(encoding="utf-8"))

@@ -69,6 +69,10 @@ class AdaptationArguments:
             self.uncompressed_share = 0.25 if self.trainable == "full" else 0.0
         if not 0 <= self.uncompressed_share < 1:
             raise ValueError(f"uncompressed_share must be in [0, 1), got {self.uncompressed_share}")
+        if self.uncompressed_share and self.trainable != "full":
+            raise ValueError(
+                f"uncompressed_share must be 0 with trainable={self.trainable!r}, which cannot change the model"
+            )
         if any(not re.fullmatch(r".+=\d+(\.\d+)?", w) for w in self.weights):
             raise ValueError(f"weights must read FILE=NUMBER, got {self.weights}")
         if any("=" not in f for f in self.set_fields):
@@ -130,3 +134,5 @@ class AdaptationTrainingArguments(TrainingArguments):
         # Transformers refuses bf16 on a machine without an accelerator unless it is told that this is meant.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        if self.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end is not supported: the last model is the adapted one")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def export_dataset(name: str, config: str | None, split: str, column: str, folde
             if column not in document:
                 raise ValueError(f"'{name}' has the columns {sorted(document)}, not '{column}': pass --text_column")
             # Three newlines part documents in `corpus.read_documents`.
-            handle.write(document[column].strip("\n").replace("\n\n\n", "\n\n") + "\n\n\n")
+            handle.write(re.sub(r"\n{3,}", "\n\n", document[column].strip("\n")) + "\n\n\n")
     temporary.rename(target)
     return target.parent
 

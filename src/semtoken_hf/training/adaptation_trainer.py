@@ -69,7 +69,6 @@ class AdaptationTrainer(Trainer):
         self.windows, self.target_length, self.target_ratio = windows, target_length, target_ratio
         self.schedule, self.merger_learning_rate = schedule, merger_learning_rate
         self.count_flops, self._flops_of_step = count_flops, 0
-        self._full_loss: float | None = None
         self._components: dict[str, list[Tensor]] = {}
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
@@ -176,10 +175,14 @@ class AdaptationTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Written beside its place and renamed, so that a kill never leaves half a checkpoint to resume from.
         final, self._writing = Path(self._get_output_dir(trial=trial)), True
+        if self.args.should_save:
+            shutil.rmtree(final / "writing", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._writing = False
+        self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
         for written in (final / "writing").glob("checkpoint-*"):

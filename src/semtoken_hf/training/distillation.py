@@ -77,8 +77,10 @@ class DistillationModel(nn.Module):
         call = {"input_ids": input_ids, "logits_to_keep": target_length + 1, "use_cache": False}
         call["output_hidden_states"] = with_tasks
         self.teacher.to(input_ids.device)
-        with torch.no_grad():
-            taught = self.teacher(**call, compression=False)
+        training = self.teacher.training
+        with torch.no_grad():  # and without dropout, where the student teaches itself
+            taught = self.teacher.eval()(**call, compression=False)
+        self.teacher.train(training)
         read = self.student(**call, compression=compression, target_ratio=target_ratio)
         logits = read.logits[:, :-1]
         losses = {"kl": kl_divergence_by_row(logits, taught.logits[:, :-1])}
@@ -90,6 +92,8 @@ class DistillationModel(nn.Module):
         if with_tasks and (tasks := self._task_losses(read, taught, input_ids)):
             losses |= tasks
             loss = loss + task_weight * sum(tasks.values())
+        if not loss.requires_grad:  # nothing merged, and what is trained acts on merged slots alone
+            loss = loss + 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
         return {"loss": loss, **{name: value.detach() for name, value in losses.items()}}
 
     def _task_losses(self, read: Any, taught: Any, input_ids: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,113 @@
+"""Options of an adaptation that make no sense are refused before anything is trained."""
+
+from __future__ import annotations
+
+import pytest
+
+from semtoken_hf.training.adaptation import adapt, build_trainer, load_student, parse_fields
+from semtoken_hf.training.adaptation_arguments import LEARNING_RATES, AdaptationArguments
+from tests.training.adaptation_runs import make_inputs, options
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"trainable": "head"}, "trainable must be one of"),
+        ({"model_dtype": "int8"}, "model_dtype must be"),
+        ({"model_dtype": "bfloat16", "trainable": "full"}, "lost in rounding"),
+        ({"ratios": [2.0]}, "ratios must be two numbers"),
+        ({"ratios": [0.5, 2.0]}, "ratios must be two numbers"),
+        ({"ratios": [4.0, 2.0]}, "ratios must be two numbers"),
+        ({"uncompressed_share": 1.0}, "uncompressed_share must be"),
+        ({"uncompressed_share": -0.1}, "uncompressed_share must be"),
+        ({"weights": ["a.txt"]}, "weights must read"),
+        ({"weights": ["a.txt=much"]}, "weights must read"),
+        ({"set_fields": ["position_mode"]}, "set_fields must read"),
+        ({"min_context_length": 0}, "at least 1"),
+        ({"target_length": 0}, "at least 1"),
+        ({"evaluation_windows": 0}, "at least 1"),
+        ({"tasks": "often"}, "task schedule"),
+        ({"switch_at": 2.0}, "task schedule"),
+    ],
+)
+def test_nonsense_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptationArguments("checkpoint", "text", **fields)
+
+
+@pytest.mark.parametrize("trainable", ["merger", "lora"])
+def test_uncompressed_steps_need_something_to_train(inputs, tmp_path, trainable):
+    """Where the uncompressed model cannot change, a step without compression has no gradient."""
+    with pytest.raises(ValueError, match="uncompressed_share"):
+        adapt(*options(inputs, tmp_path, {"trainable": trainable, "uncompressed_share": 0.25}))
+
+
+def test_defaults_follow_what_is_trained():
+    shares = {t: AdaptationArguments("c", "t", trainable=t).uncompressed_share for t in LEARNING_RATES}
+    assert shares == {"merger": 0.0, "lora": 0.0, "full": 0.25}
+    assert AdaptationArguments("c", "t", trainable="full", uncompressed_share=0.0).uncompressed_share == 0.0
+
+
+@pytest.mark.parametrize("trainable", ["merger", "lora", "full"])
+def test_learning_rates(inputs, tmp_path, trainable):
+    trainer = build_trainer(*options(inputs, tmp_path, {"trainable": trainable, "merger_learning_rate": 0.02}))
+    rates = [group["lr"] for group in trainer.create_optimizer().param_groups]
+    assert rates == [0.02, LEARNING_RATES[trainable]][: 1 + (trainable != "merger")]
+    trainer = build_trainer(*options(inputs, tmp_path, {"trainable": "full"}, learning_rate=0.07))
+    assert trainer.create_optimizer().param_groups[1]["lr"] == 0.07
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"context_length": 120}, r"120 \+ target_length 16 exceed the model's 128 positions"),
+        ({"context_length": 12}, "min_prompt_length 16"),
+        ({"min_context_length": 65}, r"min_context_length \(65\)"),
+        ({"set_fields": ["merge_mode=mean"]}, "leave merge_mode out"),
+        ({"set_fields": ["merger_base=best"]}, "`merger_base`"),
+        ({"set_fields": ["position_mode=near"]}, "`position_mode`"),
+        ({"set_fields": ["postion_mode=compact"]}, "postion_mode"),
+        ({"weights": ["other.txt=2"]}, "unknown files"),
+        ({"held_out_share": 0.0}, "held_out_share"),
+    ],
+)
+def test_what_does_not_fit_is_refused(inputs, tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        build_trainer(*options(inputs, tmp_path, fields))
+
+
+def test_a_folder_without_text(inputs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no text files"):
+        build_trainer(*options(inputs, tmp_path, {"text": str(tmp_path / "empty")}))
+
+
+def test_the_longest_context_fits_the_model(inputs, tmp_path):
+    trainer = build_trainer(*options(inputs, tmp_path, {"context_length": None}))
+    assert trainer.windows.shape == (2, 128)
+    assert trainer.data_collator.shape.context_length == 112
+
+
+def test_fields():
+    pairs = ["position_mode=compact", "max_span_length=4", "target_ratio=2.5", "max_kept_tokens=null", "a=b=c"]
+    assert parse_fields(pairs) == {
+        "position_mode": "compact",
+        "max_span_length": 4,
+        "target_ratio": 2.5,
+        "max_kept_tokens": None,
+        "a": "b=c",
+    }
+
+
+@pytest.mark.parametrize("mode", ["mean", "representative"])
+def test_the_residual_starts_on_what_the_checkpoint_merges_by(tmp_path, mode):
+    inputs = make_inputs(tmp_path, merge_mode=mode)
+    student = load_student(options(inputs, tmp_path)[0])
+    assert (student.config.merge_mode, student.config.merger_base) == ("learned", mode)
+    other = load_student(options(inputs, tmp_path, {"set_fields": ["merger_base=mean"]})[0])
+    assert other.config.merger_base == "mean"
