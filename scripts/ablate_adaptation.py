@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from semtoken_hf import granularity
+from semtoken_hf.evaluation.ablations import chance_instead_of_entropy
 from semtoken_hf.evaluation.compressed_perplexity import (
     PerplexityResult,
     evaluate_reader,
@@ -94,6 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text_file", required=True, type=Path, help="text to measure on")
     parser.add_argument("--runs", required=True, type=Path, help="where the runs go")
     parser.add_argument("--suite", required=True, choices=SUITES)
+    parser.add_argument("--set_fields", nargs="*", default=[], help="FIELD=VALUE of every run, such as recency=0")
     parser.add_argument("--trainable", default="full")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
@@ -116,9 +117,6 @@ def train(name: str, variant: Variant, seed: int, arguments: argparse.Namespace)
     if not (folder / "tokens").exists():  # one cache of token ids for all runs
         (arguments.runs / "tokens").mkdir(exist_ok=True)
         (folder / "tokens").symlink_to((arguments.runs / "tokens").resolve())
-    entropy, generator = granularity.span_entropy, torch.Generator().manual_seed(seed)
-    if variant.by_chance:
-        granularity.span_entropy = lambda fingerprints, spans: torch.rand(len(spans), generator=generator)
     checkpoint = arguments.transformer_checkpoint if variant.with_transformer else arguments.checkpoint
     options = {
         "context_length": arguments.context,
@@ -127,28 +125,21 @@ def train(name: str, variant: Variant, seed: int, arguments: argparse.Namespace)
         "trainable": arguments.trainable,
         "weights": arguments.weights,
         "held_out_share": arguments.held_out_share,
-        "set_fields": [f"{k}={v}" for k, v in variant.fields.items()],
+        "set_fields": arguments.set_fields + [f"{k}={v}" for k, v in variant.fields.items()],
         **variant.options,
     }
     training = AdaptationTrainingArguments(
         output_dir=str(folder), max_steps=arguments.steps, seed=seed, eval_steps=max(1, arguments.steps // 8)
     )
-    try:
+    with chance_instead_of_entropy(seed, variant.by_chance):
         return adapt(AdaptationArguments(checkpoint=str(checkpoint), text=arguments.text, **options), training)
-    finally:
-        granularity.span_entropy = entropy
 
 
 def evaluate(name: str, folder: Path, variant: Variant, windows: torch.Tensor, arguments: Any) -> PerplexityResult:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    entropy, generator = granularity.span_entropy, torch.Generator().manual_seed(0)
-    if variant.by_chance:
-        granularity.span_entropy = lambda fingerprints, spans: torch.rand(len(spans), generator=generator)
-    try:
-        read = read_compressed(arguments.context, target_ratio=arguments.ratio)
+    read = read_compressed(arguments.context, target_ratio=arguments.ratio)
+    with chance_instead_of_entropy(0, variant.by_chance):
         return evaluate_reader(name, model, windows, read, arguments.context)
-    finally:
-        granularity.span_entropy = entropy
 
 
 def flops_of(folder: Path) -> str:
@@ -204,7 +195,8 @@ def report(runs: list[tuple[str, Variant, int]], folders: dict[Any, Path], argum
         f"{arguments.context // 2} to {arguments.context} tokens, from the same start; seeds {arguments.seeds} change "
         f"the order of the text and the ratios. Measured on `{arguments.text_file.name}`, {len(windows)} windows of "
         f"{arguments.context} + {arguments.target} tokens at ratio {arguments.ratio}. Cost: perplexity against the "
-        "full context before adaptation; spread: standard deviation over seeds.",
+        "full context before adaptation; spread: standard deviation over seeds."
+        + (f" Every run with `{' '.join(arguments.set_fields)}`." if arguments.set_fields else ""),
         "",
         "| variant | cost, mean over seeds | spread | each seed |",
         "|---|---|---|---|",

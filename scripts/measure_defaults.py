@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from semtoken_hf import granularity
+from semtoken_hf.evaluation.ablations import chance_instead_of_entropy
 from semtoken_hf.evaluation.compressed_perplexity import (
     PerplexityResult,
     evaluate_reader,
@@ -89,15 +89,11 @@ def measure_variant(
         name += ", tau solved" if tau is None else f", tau <= {tau:g}"
     if recency:
         name += f", recency {recency:g}"
-    entropy, generator = granularity.span_entropy, torch.Generator().manual_seed(0)
     if by_chance:
         name += ", chance instead of entropy"
-        granularity.span_entropy = lambda fingerprints, spans: torch.rand(len(spans), generator=generator)
-    try:
-        read = read_compressed(arguments.context, target_ratio=arguments.ratio)
+    read = read_compressed(arguments.context, target_ratio=arguments.ratio)
+    with chance_instead_of_entropy(0, by_chance):
         return evaluate_reader(name, model, windows, read, arguments.context)
-    finally:
-        granularity.span_entropy = entropy
 
 
 def report(
