@@ -95,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--runs", required=True, type=Path, help="where the runs go")
     parser.add_argument("--suite", required=True, choices=SUITES)
     parser.add_argument("--set_fields", nargs="*", default=[], help="FIELD=VALUE of every run, such as recency=0")
-    parser.add_argument("--trainable", default="full")
+    parser.add_argument("--trainable", default="lora")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--context", type=int, default=768)
