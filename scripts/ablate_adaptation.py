@@ -24,11 +24,11 @@ from semtoken_hf.evaluation.ablations import chance_instead_of_entropy
 from semtoken_hf.evaluation.compressed_perplexity import (
     PerplexityResult,
     evaluate_reader,
-    make_windows,
     read_compressed,
     reference_readers,
 )
 from semtoken_hf.evaluation.provenance import publish_report
+from semtoken_hf.evaluation.texts import add_text_arguments, load_windows
 from semtoken_hf.training.adaptation import adapt
 from semtoken_hf.training.adaptation_arguments import AdaptationArguments, AdaptationTrainingArguments
 
@@ -90,18 +90,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--transformer_checkpoint", help="the same model converted with a transformer encoder")
     parser.add_argument("--text", required=True, help="folder to adapt on")
     parser.add_argument("--weights", nargs="*", default=[], help="FILE=WEIGHT as in adapt.py")
-    parser.add_argument("--held_out_share", type=float, default=0.01, help="as in adapt.py")
-    parser.add_argument("--text_file", required=True, type=Path, help="text to measure on")
+    add_text_arguments(parser, context=768, target=128)
     parser.add_argument("--runs", required=True, type=Path, help="where the runs go")
     parser.add_argument("--suite", required=True, choices=SUITES)
     parser.add_argument("--set_fields", nargs="*", default=[], help="FIELD=VALUE of every run, such as recency=0")
     parser.add_argument("--trainable", default="lora")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--context", type=int, default=768)
-    parser.add_argument("--target", type=int, default=128)
     parser.add_argument("--ratio", type=float, default=2.4)
-    parser.add_argument("--windows", type=int, default=60)
     parser.add_argument("--shard", help="I/N: train every N-th run and report nothing")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
@@ -135,11 +131,14 @@ def train(name: str, variant: Variant, seed: int, arguments: argparse.Namespace)
         return adapt(AdaptationArguments(checkpoint=str(checkpoint), text=arguments.text, **options), training)
 
 
-def evaluate(name: str, folder: Path, variant: Variant, windows: torch.Tensor, arguments: Any) -> PerplexityResult:
+def evaluate(
+    folder: Path, variant: Variant, windows: dict[str, torch.Tensor], arguments: argparse.Namespace
+) -> dict[str, PerplexityResult]:
+    """Results of one run, by text."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    read = read_compressed(arguments.context, target_ratio=arguments.ratio)
+    read, context = read_compressed(arguments.context, target_ratio=arguments.ratio), arguments.context
     with chance_instead_of_entropy(0, variant.by_chance):
-        return evaluate_reader(name, model, windows, read, arguments.context)
+        return {text: evaluate_reader(text, model, rows, read, context) for text, rows in windows.items()}
 
 
 def flops_of(folder: Path) -> str:
@@ -172,43 +171,55 @@ def main() -> None:
         report(runs, folders, arguments)
 
 
-def report(runs: list[tuple[str, Variant, int]], folders: dict[Any, Path], arguments: argparse.Namespace) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    text = arguments.text_file.read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    windows = make_windows(ids, arguments.context, arguments.target, tokenizer.bos_token_id, arguments.windows)
+def reference_rows(windows: dict[str, torch.Tensor], arguments: Any) -> tuple[dict[str, float], list[str]]:
+    """Perplexity of the full context by text, and table rows of the references."""
     plain = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
     kept = math.ceil(arguments.context / arguments.ratio)
-    references = [
-        evaluate_reader(name, plain, windows, read, arguments.context)
-        for name, read in reference_readers(plain.config, arguments.context, kept).items()
-    ]
-    full = references[0].perplexity
-    costs: dict[str, list[float]] = {}
+    cells: dict[str, list[float]] = {}
+    for rows in windows.values():
+        for name, read in reference_readers(plain.config, arguments.context, kept).items():
+            result = evaluate_reader(name, plain, rows, read, arguments.context)
+            cells.setdefault(name, []).append(result.perplexity)
+    full = next(iter(cells.values()))
+    lines = []
+    for name, values in cells.items():
+        costs = (f"{100 * (value / f - 1):+.2f} %" for value, f in zip(values, full, strict=True))
+        lines.append(f"| ({name}) | {' | '.join(costs)} |")
+    return dict(zip(windows, full, strict=True)), lines
+
+
+def report(runs: list[tuple[str, Variant, int]], folders: dict[Any, Path], arguments: argparse.Namespace) -> None:
+    windows = load_windows(arguments, AutoTokenizer.from_pretrained(arguments.checkpoint))
+    full, references = reference_rows(windows, arguments)
+    costs: dict[str, dict[str, list[float]]] = {}
     for name, variant, seed in runs:
-        result = evaluate(name, folders[name, seed], variant, windows, arguments)
-        costs.setdefault(name, []).append(100 * (result.perplexity / full - 1))
+        for text, result in evaluate(folders[name, seed], variant, windows, arguments).items():
+            of_variant = costs.setdefault(name, {}).setdefault(text, [])
+            of_variant.append(100 * (result.perplexity / full[text] - 1))
     lines = [
         f"# Ablation: {arguments.suite}",
         "",
         f"Every run: {arguments.steps} steps of 4 windows, `--trainable {arguments.trainable}`, contexts of "
         f"{arguments.context // 2} to {arguments.context} tokens, from the same start; seeds {arguments.seeds} change "
-        f"the order of the text and the ratios. Measured on `{arguments.text_file.name}`, {len(windows)} windows of "
-        f"{arguments.context} + {arguments.target} tokens at ratio {arguments.ratio}. Cost: perplexity against the "
-        "full context before adaptation; spread: standard deviation over seeds."
+        f"the order of the text and the ratios. Measured on {', '.join(f'{len(w)}' for w in windows.values())} windows "
+        f"of {arguments.context} + {arguments.target} tokens at ratio {arguments.ratio}. Cost: perplexity against the "
+        "full context before adaptation, mean and standard deviation over seeds."
         + (f" Every run with `{' '.join(arguments.set_fields)}`." if arguments.set_fields else ""),
         "",
-        "| variant | cost, mean over seeds | spread | each seed |",
-        "|---|---|---|---|",
+        f"| variant | {' | '.join(windows)} |",
+        "|---|" + "---|" * len(windows),
+        *references,
     ]
-    lines += [f"| ({r.name}) | {100 * (r.perplexity / full - 1):+.2f} % | | |" for r in references]
-    for name, values in costs.items():
-        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        each = ", ".join(f"{v:+.2f}" for v in values)
-        lines.append(f"| {name} | {statistics.mean(values):+.2f} % | {spread} | {each} |")
+    for name, by_text in costs.items():
+        lines.append(f"| {name} | {' | '.join(map(mean_and_spread, by_text.values()))} |")
     if arguments.suite == "tasks":
         lines += ["", *flops_table(runs, folders)]
     publish_report(lines, arguments.output)
+
+
+def mean_and_spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.2f}{spread} %"
 
 
 def flops_table(runs: list[tuple[str, Variant, int]], folders: dict[Any, Path]) -> list[str]:

@@ -22,49 +22,29 @@ import semtoken_hf  # noqa: F401 (registers the classes)
 from semtoken_hf.evaluation.compressed_perplexity import (
     PerplexityResult,
     evaluate_reader,
-    make_windows,
     perplexity_table,
     read_compressed,
     read_subset,
     reference_readers,
 )
 from semtoken_hf.evaluation.provenance import publish_report
+from semtoken_hf.evaluation.texts import add_text_arguments, load_windows
 from semtoken_hf.training.adaptation import parse_fields
-from semtoken_hf.training.corpus import read_held_out
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="the checkpoint before its adaptation")
     parser.add_argument("--adapted", nargs="+", required=True, metavar="NAME=FOLDER")
-    parser.add_argument("--text_file", type=Path, nargs="*", default=[], help="texts that nobody trained on")
-    parser.add_argument("--held_out", type=Path, nargs="*", default=[], help="corpus files: their held-out documents")
-    parser.add_argument("--held_out_share", type=float, default=0.01, help="as in training")
+    add_text_arguments(parser, context=1792, target=256)
     parser.add_argument("--ratios", type=float, nargs="+", default=[2.4, 4.0])
     parser.add_argument("--set_fields", nargs="*", default=[], help="FIELD=VALUE for every checkpoint: recency=0")
-    parser.add_argument("--context", type=int, default=1792, help="context tokens of a window")
-    parser.add_argument("--target", type=int, default=256, help="scored tokens of a window")
-    parser.add_argument("--windows", type=int, default=60)
     parser.add_argument("--output", type=Path, help="Markdown file to write")
     return parser.parse_args()
 
 
 def load(folder: str, pairs: list[str]) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **parse_fields(pairs)).eval()
-
-
-def load_windows(arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Windows of every text, by its name."""
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    texts = {f.name: f.read_text(encoding="utf-8") for f in arguments.text_file}
-    texts |= {f"held out of {f.name}": read_held_out(f, arguments.held_out_share) for f in arguments.held_out}
-    windows = {}
-    for name, text in texts.items():
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-        windows[name] = make_windows(
-            ids, arguments.context, arguments.target, tokenizer.bos_token_id, arguments.windows
-        )
-    return windows
 
 
 def measure(arguments: argparse.Namespace, windows: dict[str, torch.Tensor]) -> dict[tuple[str, float], list[Any]]:
@@ -96,7 +76,7 @@ def measure(arguments: argparse.Namespace, windows: dict[str, torch.Tensor]) -> 
 
 def main() -> None:
     arguments = parse_arguments()
-    windows = load_windows(arguments)
+    windows = load_windows(arguments, AutoTokenizer.from_pretrained(arguments.checkpoint))
     lines = ["# Adaptation", ""]
     lines.append(
         f"Context-compressed perplexity: {arguments.context} context and {arguments.target} target tokens a window; "

@@ -39,7 +39,7 @@ def run(script: str, *arguments: str | Path) -> str:
 
 def costs_of(report: str) -> dict[str, str]:
     rows = [line.split(" | ") for line in report.splitlines() if line.startswith("| ")]
-    return {row[0].removeprefix("| "): row[1] for row in rows}
+    return {row[0].removeprefix("| "): row[1].removesuffix(" |") for row in rows}
 
 
 def test_an_ablation_trains_every_variant_once_and_reports_it(inputs: Path, tmp_path: Path) -> None:
