@@ -95,6 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--suite", required=True, choices=SUITES)
     parser.add_argument("--set_fields", nargs="*", default=[], help="FIELD=VALUE of every run, such as recency=0")
     parser.add_argument("--trainable", default="lora")
+    parser.add_argument("--learning_rate", type=float, help="of every run; that of adapt.py if unset")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--ratio", type=float, default=2.4)
@@ -125,7 +126,11 @@ def train(name: str, variant: Variant, seed: int, arguments: argparse.Namespace)
         **variant.options,
     }
     training = AdaptationTrainingArguments(
-        output_dir=str(folder), max_steps=arguments.steps, seed=seed, eval_steps=max(1, arguments.steps // 8)
+        output_dir=str(folder),
+        max_steps=arguments.steps,
+        seed=seed,
+        eval_steps=max(1, arguments.steps // 8),
+        learning_rate=arguments.learning_rate,
     )
     with chance_instead_of_entropy(seed, variant.by_chance):
         return adapt(AdaptationArguments(checkpoint=str(checkpoint), text=arguments.text, **options), training)
@@ -199,7 +204,9 @@ def report(runs: list[tuple[str, Variant, int]], folders: dict[Any, Path], argum
     lines = [
         f"# Ablation: {arguments.suite}",
         "",
-        f"Every run: {arguments.steps} steps of 4 windows, `--trainable {arguments.trainable}`, contexts of "
+        f"Every run: {arguments.steps} steps of 4 windows, `--trainable {arguments.trainable}`"
+        + (f", learning rate {arguments.learning_rate:g}" if arguments.learning_rate else "")
+        + ", contexts of "
         f"{arguments.context // 2} to {arguments.context} tokens, from the same start; seeds {arguments.seeds} change "
         f"the order of the text and the ratios. Measured on {', '.join(f'{len(w)}' for w in windows.values())} windows "
         f"of {arguments.context} + {arguments.target} tokens at ratio {arguments.ratio}. Cost: perplexity against the "
