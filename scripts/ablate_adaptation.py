@@ -68,8 +68,8 @@ SUITES = {
     "merging": {
         "representative + residual (default)": Variant(),
         "mean + residual": Variant({"merger_base": "mean"}),
-        "span cap 4 (two slots per long span)": Variant({"max_span_length": 4}),
-        "span cap 16": Variant({"max_span_length": 16}),
+        "span cap 8 (two slots per long span)": Variant({"max_span_length": 8}),
+        "span cap 4 (four slots per long span)": Variant({"max_span_length": 4}),
         "wider residual (rank 512)": Variant({"merger_rank": 512}),
         "cross entropy beside the KL": Variant(options={"cross_entropy_weight": 0.5}),
         "ratios 2 to 3 only": Variant(options={"ratios": [2.0, 3.0]}),
