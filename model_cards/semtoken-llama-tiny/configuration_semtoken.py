@@ -97,7 +97,7 @@ class SemTokenConfigMixin:
     similarity_threshold: float | int | None = -1.0
     entropy_threshold: float | int | None = None
     recency: float | int = 2.0
-    max_span_length: int = 8
+    max_span_length: int = 16
     keep_first: int = 4
     keep_last: int = 64
     min_prompt_length: int = 256
