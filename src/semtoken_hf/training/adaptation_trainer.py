@@ -193,6 +193,7 @@ class AdaptationTrainer(Trainer):
                 others = sorted(final.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
                 for old in others[: -self.args.save_total_limit]:
                     shutil.rmtree(old)
+        shutil.rmtree(final / "writing", ignore_errors=True)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
