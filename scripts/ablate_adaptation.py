@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +23,14 @@ from semtoken_hf.evaluation.ablations import chance_instead_of_entropy
 from semtoken_hf.evaluation.compressed_perplexity import (
     PerplexityResult,
     evaluate_reader,
+    evaluate_references,
     read_compressed,
-    reference_readers,
 )
 from semtoken_hf.evaluation.provenance import publish_report
 from semtoken_hf.evaluation.texts import add_text_arguments, load_windows
 from semtoken_hf.training.adaptation import adapt
 from semtoken_hf.training.adaptation_arguments import AdaptationArguments, AdaptationTrainingArguments
+from semtoken_hf.training.adaptation_curve import read_curve
 
 
 @dataclass
@@ -146,18 +146,9 @@ def evaluate(
         return {text: evaluate_reader(text, model, rows, read, context) for text, rows in windows.items()}
 
 
-def flops_of(folder: Path) -> str:
-    """FLOPs of a run, from the last line of its curve, as a cell of the table."""
-    lines = (folder.parent / "curve.csv").read_text(encoding="utf-8").splitlines()
-    values = dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))
-    return f"{float(values['flops']) / 1e12:.2f} T" if "flops" in values else ""
-
-
-def flops_to_reach(folder: Path, kl: float) -> float | None:
-    """FLOPs at which the run's held-out KL first was at most `kl`, interpolated; None: never."""
-    header, *lines = (folder.parent / "curve.csv").read_text(encoding="utf-8").splitlines()
-    rows = [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]
-    points = [(float(r["flops"] or 0), float(r["eval_kl"])) for r in rows]
+def flops_to_reach(curve: list[dict[str, float]], kl: float) -> float | None:
+    """FLOPs at which a run's held-out KL first was at most `kl`, interpolated; None: never."""
+    points = [(row["flops"], row["eval_kl"]) for row in curve]
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if y1 <= kl:
             return x1 if y0 <= kl or y0 == y1 else x0 + (x1 - x0) * (y0 - kl) / (y0 - y1)
@@ -179,12 +170,10 @@ def main() -> None:
 def reference_rows(windows: dict[str, torch.Tensor], arguments: Any) -> tuple[dict[str, float], list[str]]:
     """Perplexity of the full context by text, and table rows of the references."""
     plain = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
-    kept = math.ceil(arguments.context / arguments.ratio)
     cells: dict[str, list[float]] = {}
     for rows in windows.values():
-        for name, read in reference_readers(plain.config, arguments.context, kept).items():
-            result = evaluate_reader(name, plain, rows, read, arguments.context)
-            cells.setdefault(name, []).append(result.perplexity)
+        for result in evaluate_references(plain, rows, arguments.context, [arguments.ratio])[arguments.ratio]:
+            cells.setdefault(result.name, []).append(result.perplexity)
     full = next(iter(cells.values()))
     lines = []
     for name, values in cells.items():
@@ -232,14 +221,13 @@ def mean_and_spread(values: list[float]) -> str:
 def flops_table(runs: list[tuple[str, Variant, int]], folders: dict[Any, Path]) -> list[str]:
     """FLOPs spent, and FLOPs to the held-out KL that single-task training of the same seed ends with."""
     lines = ["| tasks | seed | FLOPs | final KL | FLOPs to the single task's final KL |", "|---|---|---|---|---|"]
+    curves = {run: read_curve(folder.parent) for run, folder in folders.items()}
     for name, _, seed in runs:
-        curve = (folders["single task", seed].parent / "curve.csv").read_text(encoding="utf-8").splitlines()
-        goal = float(dict(zip(curve[0].split(","), curve[-1].split(","), strict=True))["eval_kl"])
-        own = (folders[name, seed].parent / "curve.csv").read_text(encoding="utf-8").splitlines()
-        final = float(dict(zip(own[0].split(","), own[-1].split(","), strict=True))["eval_kl"])
-        reached = flops_to_reach(folders[name, seed], goal)
+        own, goal = curves[name, seed], curves["single task", seed][-1]["eval_kl"]
+        reached = flops_to_reach(own, goal)
         needed = "never" if reached is None else f"{reached / 1e12:.2f} T"
-        lines.append(f"| {name} | {seed} | {flops_of(folders[name, seed])} | {final:.4f} | {needed} |")
+        spent, final = own[-1]["flops"] / 1e12, own[-1]["eval_kl"]
+        lines.append(f"| {name} | {seed} | {spent:.2f} T | {final:.4f} | {needed} |")
     return lines
 
 

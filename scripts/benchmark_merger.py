@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from semtoken_hf import SemTokenLlamaConfig, SemTokenLlamaForCausalLM
 from semtoken_hf.evaluation.provenance import publish_report
+from semtoken_hf.evaluation.side_by_side import timed
 from semtoken_hf.span_planner import plan_spans
 
 SHAPE_1B: dict[str, Any] = {
@@ -46,12 +45,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def seconds_of(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 @torch.no_grad()
 def measure(name: str, model: Any, ids: Tensor, repetitions: int) -> str:
     """One table row: medians of the merger's own call and of the whole prefill."""
@@ -66,7 +59,7 @@ def measure(name: str, model: Any, ids: Tensor, repetitions: int) -> str:
         return model.model.learned_merger(embeddings, spans, slots)
 
     prefill(), merge()
-    pairs = [(seconds_of(merge), seconds_of(prefill)) for _ in range(repetitions)]
+    pairs = [(timed(merge)[0], timed(prefill)[0]) for _ in range(repetitions)]
     own, whole = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
     share = 100 * statistics.median(m / p for m, p in pairs)
     return f"| {name} | {ids.shape[1]} | {len(spans)} | {own:.2f} | {whole:.1f} | {share:.2f} % |"

@@ -11,7 +11,6 @@ Every text is read by the same windows in every way. Baselines are read by the c
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ import semtoken_hf  # noqa: F401 (registers the classes)
 from semtoken_hf.evaluation.compressed_perplexity import (
     PerplexityResult,
     evaluate_reader,
+    evaluate_references,
     perplexity_table,
     read_compressed,
     read_subset,
-    reference_readers,
 )
 from semtoken_hf.evaluation.provenance import publish_report
 from semtoken_hf.evaluation.texts import add_text_arguments, load_windows
@@ -52,9 +51,8 @@ def measure(arguments: argparse.Namespace, windows: dict[str, torch.Tensor]) -> 
     context, results = arguments.context, {}
     plain = load(arguments.checkpoint, arguments.set_fields)
     for text, rows in windows.items():
-        for ratio in arguments.ratios:
-            readers = reference_readers(plain.config, context, math.ceil(context / ratio))
-            results[text, ratio] = [evaluate_reader(n, plain, rows, read, context) for n, read in readers.items()]
+        for ratio, references in evaluate_references(plain, rows, context, arguments.ratios).items():
+            results[text, ratio] = references
             read = read_compressed(context, target_ratio=ratio)
             results[text, ratio].append(evaluate_reader("SemToken, untrained", plain, rows, read, context))
             own, plain.config.segmentation_mode = plain.config.segmentation_mode, "uniform"

@@ -27,6 +27,7 @@ from .read_positions import (
     kept_states,
     labelled_slot_states,
     read_mask_of,
+    slot_columns,
 )
 
 logger = logging.get_logger(__name__)
@@ -133,9 +134,8 @@ class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
         by_labels = labels if isinstance(logits_to_keep, int) and logits_to_keep == 0 else None
         columns = None
         if span_ids is not None:
-            first = states.shape[1] - outputs.compressed_lengths
             # The last layer may live on another device than the tokens.
-            columns = (span_ids + first[:, None]).where(span_ids >= 0, -1).to(states.device)
+            columns = slot_columns(span_ids, outputs.compressed_lengths, states.shape[1]).to(states.device)
         if columns is not None and by_labels is not None:
             states, targets, index = labelled_slot_states(states, columns, by_labels.to(states.device))
             scored = self.lm_head(states)

@@ -40,6 +40,17 @@ def read_mask_of(input_ids: Tensor, labels: Tensor | None, logits_to_keep: int |
     return None if bool(read[:, :-1].all()) else read
 
 
+def slot_columns(span_ids: Tensor, compressed_lengths: Tensor, width: int) -> Tensor:
+    """Column of each token's slot among the `width` columns of left-padded rows, -1 for padding: int64 [B, T].
+
+    Args:
+        span_ids: int64 [B, T], slot of every token counted from 0 in its row, -1 for padding.
+        compressed_lengths: int64 [B], slots of each row.
+        width: columns of the batch.
+    """
+    return (span_ids + (width - compressed_lengths)[:, None]).where(span_ids >= 0, -1)
+
+
 def kept_states(states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """The states [B, T, H] that `logits_to_keep` asks for, as the plain model picks them."""
     if isinstance(logits_to_keep, int):
@@ -130,4 +141,12 @@ def fit_to_call(values: Tensor | None, name: str, start: int, tokens: int, draft
     raise ValueError(f"`{name}` has {length} columns, but this call has {tokens} tokens behind {start} in the cache")
 
 
-__all__ = ["IGNORED_LABEL", "fit_to_call", "kept_slot_states", "kept_states", "labelled_slot_states", "read_mask_of"]
+__all__ = [
+    "IGNORED_LABEL",
+    "fit_to_call",
+    "kept_slot_states",
+    "kept_states",
+    "labelled_slot_states",
+    "read_mask_of",
+    "slot_columns",
+]

@@ -130,6 +130,21 @@ def reference_readers(config: Any, context_length: int, kept: int) -> dict[str, 
     }
 
 
+def evaluate_references(
+    model: Any, windows: Tensor, context_length: int, ratios: list[float]
+) -> dict[float, list[PerplexityResult]]:
+    """`reference_readers` at every ratio; the first two, full context and none, are the same at each and read once."""
+    once: list[PerplexityResult] = []
+    results = {}
+    for ratio in ratios:
+        readers = list(reference_readers(model.config, context_length, math.ceil(context_length / ratio)).items())
+        if not once:
+            once = [evaluate_reader(name, model, windows, read, context_length) for name, read in readers[:2]]
+        rest = [evaluate_reader(name, model, windows, read, context_length) for name, read in readers[2:]]
+        results[ratio] = [*once, *rest]
+    return results
+
+
 def perplexity_table(results: list[PerplexityResult], full: PerplexityResult, none: PerplexityResult) -> list[str]:
     """Markdown lines: cost against `full`, its spread over windows, and the context gain kept.
 

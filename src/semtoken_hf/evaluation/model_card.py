@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from .compressed_perplexity import (
-    PerplexityResult,
     context_gain_kept,
     evaluate_reader,
+    evaluate_references,
     make_windows,
     read_compressed,
-    reference_readers,
 )
 from .files import write_text
 from .provenance import markdown_provenance, provenance
@@ -33,15 +32,10 @@ def measure_costs(
         One record a row: ratio asked for, method, tokens per slot, perplexity, cost, context gain kept.
     """
     records: list[dict[str, Any]] = []
-    references: dict[str, PerplexityResult] = {}
+    references = evaluate_references(model, windows, context, ratios)
     own_mode = model.config.segmentation_mode
     for ratio in ratios:
-        results = []
-        for name, read in reference_readers(model.config, context, math.ceil(context / ratio)).items():
-            by_ratio = name.startswith(("truncation", "random"))
-            if by_ratio or name not in references:
-                references[name] = evaluate_reader(name, model, windows, read, context)
-            results.append(references[name])
+        results = list(references[ratio])
         for mode in modes:
             model.config.segmentation_mode = mode
             name = f"SemToken, {mode}" if mode != "uniform" else "uniform spans (no encoder)"

@@ -68,7 +68,8 @@ class CallTimer:
         self.seconds += time.perf_counter() - self._since
 
 
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that `call` took on its device, and its result."""
     wait_for_device()
     start = time.perf_counter()
     result = call()
@@ -106,10 +107,10 @@ def read_side_by_side(
         for name, call in calls.items():
             options = {"do_sample": False, "return_full_text": False, **call}
             with CallTimer(encoder) as timer:
-                first, _ = _timed(partial(pipe, prompt, max_new_tokens=1, **options))
+                first, _ = timed(partial(pipe, prompt, max_new_tokens=1, **options))
             # `min_new_tokens` as well, so that an early end of text does not shorten the measurement.
             lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens}
-            whole, output = _timed(partial(pipe, prompt, **lengths, **options))
+            whole, output = timed(partial(pipe, prompt, **lengths, **options))
             readings[name].continuation = output[0]["generated_text"]
             if repetition:
                 readings[name].prefill_seconds.append(first)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
 
 from .adaptation_data import BatchShape
+from .corpus import parse_file_weights
 from .task_schedule import TaskSchedule
 
 TRAINABLE = ("merger", "lora", "full")
@@ -73,8 +73,7 @@ class AdaptationArguments:
             raise ValueError(
                 f"uncompressed_share must be 0 with trainable={self.trainable!r}, which cannot change the model"
             )
-        if any(not re.fullmatch(r".+=\d+(\.\d+)?", w) for w in self.weights):
-            raise ValueError(f"weights must read FILE=NUMBER, got {self.weights}")
+        parse_file_weights(self.weights)
         if any("=" not in f for f in self.set_fields):
             raise ValueError(f"set_fields must read FIELD=VALUE, got {self.set_fields}")
         if self.min_context_length < 1 or self.target_length < 1 or self.evaluation_windows < 1:
@@ -85,7 +84,7 @@ class AdaptationArguments:
         return TaskSchedule(self.tasks, self.task_weight, self.task_rate, self.task_power, self.switch_at)
 
     def file_weights(self) -> dict[str, float]:
-        return {name: float(weight) for name, weight in (w.rsplit("=", 1) for w in self.weights)}
+        return parse_file_weights(self.weights)
 
     def batch_shape(self, context_length: int, batch_size: int, seed: int) -> BatchShape:
         """The shape of batches for a context of at most `context_length` tokens.

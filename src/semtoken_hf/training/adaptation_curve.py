@@ -26,6 +26,12 @@ def write_curve(history: list[dict[str, Any]], folder: Path) -> None:
     _plot(records, folder / "curve.png")
 
 
+def read_curve(folder: Path) -> list[dict[str, float]]:
+    """The rows of `folder/curve.csv`; an empty cell counts as 0."""
+    with (folder / "curve.csv").open(encoding="utf-8", newline="") as handle:
+        return [{name: float(value or 0) for name, value in row.items()} for row in csv.DictReader(handle)]
+
+
 def _plot(records: list[dict[str, Any]], file: Path) -> None:
     from matplotlib.figure import Figure
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..read_positions import slot_columns
 from .auxiliary_tasks import ReconstructionHead, reconstruction_loss, state_matching_loss
 
 
@@ -101,8 +102,7 @@ class DistillationModel(nn.Module):
         if read.get("span_ids") is None:
             return {}
         slots, states = read.hidden_states[0], read.hidden_states[-1]
-        first = slots.shape[1] - read.compressed_lengths
-        columns = (read.span_ids + first[:, None]).where(read.span_ids >= 0, -1)
+        columns = slot_columns(read.span_ids, read.compressed_lengths, slots.shape[1])
         assert self.head is not None
         vocabulary = self.student.get_output_embeddings().weight
         return {

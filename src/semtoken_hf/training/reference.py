@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .corpus import BlockSampler, iter_training_text, list_text_files, tokenize_file
+from .corpus import BlockSampler, iter_training_text, list_text_files, parse_file_weights, tokenize_file
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
@@ -74,12 +73,11 @@ class ReferenceConfig:
             raise ValueError("sequence_length must divide long_sequence_length, and that tokens_per_micro_batch")
         if self.steps - self.cycle_start < self.decay_steps + self.warmup_steps:
             raise ValueError("steps must cover cycle_start + warmup_steps + decay_steps")
-        if any(not re.fullmatch(r".+=\d+(\.\d+)?", w) for w in self.weights):
-            raise ValueError(f"weights must read FILE=NUMBER, got {self.weights}")
+        parse_file_weights(self.weights)
 
     @property
     def file_weights(self) -> dict[str, float]:
-        return {name: float(weight) for name, weight in (w.rsplit("=", 1) for w in self.weights)}
+        return parse_file_weights(self.weights)
 
 
 def train_tokenizer(files: list[Path], vocab_size: int, held_out_share: float) -> PreTrainedTokenizerFast:
