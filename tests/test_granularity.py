@@ -101,10 +101,10 @@ def expected_fine(starts: Tensor, fingerprints: Tensor, layout: TokenLayout, bud
         mine = [p for p in range(len(spans)) if layout.stretch[spans.first[p]] == number]
         slack = allowed - len(mine)
         for p in sorted(mine, key=lambda p: (-entropy[p], p)):
+            fine = min(max(slack, 0), int(spans.lengths[p]) - 1)
             slack -= int(spans.lengths[p]) - 1
-            if slack < 0:
-                break
-            out[spans.first[p] : spans.first[p] + spans.lengths[p]] = [True] * int(spans.lengths[p])
+            end = int(spans.first[p] + spans.lengths[p])
+            out[end - fine : end] = [True] * fine
     return out
 
 
@@ -115,7 +115,7 @@ def test_what_is_left_goes_to_the_highest_entropy(lengths: list[int], seed: int)
     starts, fingerprints = random_starts(total, seed) | ~layout.joinable, drifting(total, seed)
     generator = torch.Generator().manual_seed(seed)
     budget = torch.stack([torch.randint(1, n + 1, (), generator=generator) for n in lengths])
-    fine = spend_budget(starts, fingerprints, layout, budget)
+    fine = spend_budget(starts, fingerprints, layout, budget, granularity())
     assert fine.tolist() == expected_fine(starts, fingerprints, layout, budget)
     before, after = (count_per_stretch(s, layout.stretch, len(lengths)) for s in (starts, fine))
     assert (after <= budget.maximum(before)).all()
@@ -258,8 +258,8 @@ def test_recency_moves_the_budget_to_where_it_is_read() -> None:
     layout = stretches_of([120])
     starts = torch.arange(120) % 4 == 0
     budget = torch.tensor([30 + 3 * 10])
-    plain = spend_budget(starts, h, layout, budget)
-    recent = spend_budget(starts, h, layout, budget, recency=1.0)
+    plain = spend_budget(starts, h, layout, budget, granularity())
+    recent = spend_budget(starts, h, layout, budget, granularity(recency=1.0))
     assert plain.sum() == recent.sum() == 60
     assert torch.equal(recent[:80], starts[:80])
     assert recent[80:].all()
@@ -272,6 +272,6 @@ def test_recency_counts_along_each_stretch() -> None:
     alone, behind = stretches_of([48]), stretches_of([48, 48])
     starts = torch.arange(48) % 3 == 0
     budget = torch.tensor([20])
-    one = spend_budget(starts, h[48:], alone, budget, recency=2.0)
-    two = spend_budget(starts.repeat(2), h, behind, budget.repeat(2), recency=2.0)
+    one = spend_budget(starts, h[48:], alone, budget, granularity(recency=2.0))
+    two = spend_budget(starts.repeat(2), h, behind, budget.repeat(2), granularity(recency=2.0))
     assert torch.equal(two[48:], one)

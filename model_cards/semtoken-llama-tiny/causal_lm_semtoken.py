@@ -33,7 +33,7 @@ from .read_positions import (
 logger = logging.get_logger(__name__)
 
 # What `forward` takes beyond the plain model.
-OWN_ARGUMENTS = ("compression", "target_ratio", "span_ids", "protected_mask", "prefill_chunk_size")
+OWN_ARGUMENTS = ("compression", "target_ratio", "span_ids", "protected_mask", "query_mask", "prefill_chunk_size")
 
 
 @dataclass
@@ -62,6 +62,7 @@ class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
         target_ratio: float | None = None,
         span_ids: Tensor | None = None,
         protected_mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
         prefill_chunk_size: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -74,6 +75,7 @@ class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
             target_ratio: tokens per slot, >= 1, for this call.
             span_ids: int [B, T], a plan made beforehand, -1 for padding.
             protected_mask: [B, T], non-zero for tokens that stay whole.
+            query_mask: [B, T], non-zero for the tokens of the question (see `query_weight`), which stay whole.
             prefill_chunk_size: run the layers over this many slots at a time.
 
         Returns:
@@ -119,6 +121,7 @@ class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
             target_ratio=target_ratio,
             span_ids=fit_to_call(span_ids, "span_ids", start, tokens, drafted),
             protected_mask=fit_to_call(protected_mask, "protected_mask", start, tokens, drafted),
+            query_mask=fit_to_call(query_mask, "query_mask", start, tokens, drafted),
             read_mask=read,
             prefill_chunk_size=prefill_chunk_size,
             **{**kwargs, "return_dict": True},

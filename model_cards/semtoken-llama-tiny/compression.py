@@ -71,8 +71,8 @@ def compress_prompt(
         position_offset: int64 [B], added to the positions that are counted here: what the cache already holds.
         position_mode: instead of the configuration's.
         merger: the learned residual, if the checkpoint has one.
-        planning: `attention_mask`, `read_mask`, `protected_mask`, `span_ids`, `target_ratio`, `opens_row` of
-            `plan_spans`.
+        planning: `attention_mask`, `read_mask`, `protected_mask`, `span_ids`, `target_ratio`, `opens_row`,
+            `query_mask` of `plan_spans`.
 
     Raises:
         ValueError: an argument has the wrong shape or values.

@@ -64,6 +64,9 @@ class SemTokenConfigMixin:
         entropy_threshold: delta of the paper, in [0, 1]: spans above it stay fine when no budget is set.
         recency: how much less a distant span's entropy counts for the budget: it is multiplied by the span's place
             along the stretch, in (0, 1], to this power. 0 is the paper's budget; 2 measured well.
+        query_weight: how much more a span counts that is like the question: times exp(this * z), z its cosine with the
+            question in standard deviations of the prompt's spans. The question is `query_mask` of the call, or the
+            last `keep_last` tokens. In [0, 16]; 0: no conditioning. Greedy mode only.
         max_span_length: L of the paper: no slot holds more tokens.
         keep_first: tokens at the start of a row that stay whole.
         keep_last: tokens before every position that is read that stay whole.
@@ -97,6 +100,7 @@ class SemTokenConfigMixin:
     similarity_threshold: float | int | None = -1.0
     entropy_threshold: float | int | None = None
     recency: float | int = 2.0
+    query_weight: float | int = 0.0
     max_span_length: int = 16
     keep_first: int = 4
     keep_last: int = 64
@@ -183,12 +187,10 @@ def _check_single_fields(config: Any) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (is_number and lowest <= value <= 1):
             raise ValueError(f"`{name}` must be a number in [{lowest:g}, 1] or None, got {value!r}")
-    if (
-        isinstance(config.recency, bool)
-        or not isinstance(config.recency, (int, float))
-        or not 0 <= config.recency <= 64
-    ):
-        raise ValueError(f"`recency` must be a number in [0, 64], got {config.recency!r}")
+    for name, highest in (("recency", 64), ("query_weight", 16)):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= highest:
+            raise ValueError(f"`{name}` must be a number in [0, {highest}], got {value!r}")
     for name, modes in (
         ("position_mode", POSITION_MODES),
         ("segmentation_mode", SEGMENTATION_MODES),
@@ -220,6 +222,11 @@ def _check_fields_together(config: Any) -> None:
     if longest is not None and config.encoder_window > longest:
         raise ValueError(
             f"`encoder_window` must be at most the encoder's {longest} positions, got {config.encoder_window}"
+        )
+    if config.query_weight and config.segmentation_mode != "greedy":
+        raise ValueError(
+            f"`query_weight` must be 0 with segmentation_mode='{config.segmentation_mode}': only the greedy mode has "
+            "an entropy budget to condition"
         )
     tau = config.similarity_threshold
     by_threshold = config.segmentation_mode == "greedy" and tau is not None and tau > -1

@@ -2,6 +2,7 @@
 
 - Semantic entropy of a span: H(T) = tr Cov{h_i : i in T}. With unit fingerprints this is 1 - |mean|^2, in [0, 1].
 - Recency: far from where it is read, the same entropy is worth less; a power of the place weighs it.
+- Query: what is like the question is worth more, if the configuration says so (`query_conditioning.py`).
 - Budget: maximise the sum of H of the spans kept fine, subject to kept slots <= B. The greedy mode finds spans at tau
   (lowered until merging all of them is enough) and spends what is left of the budget on the highest entropies.
 - The boundary and uniform modes reach the budget exactly by themselves and leave nothing to spend.
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .query_conditioning import query_similarity
 from .span_clustering import (
     Spans,
     boundary_spans,
@@ -23,7 +25,7 @@ from .span_clustering import (
     shifted_similarities,
     uniform_spans,
 )
-from .token_layout import TokenLayout
+from .token_layout import TokenLayout, distance_to_end
 
 # Halvings of the interval of tau: the solved threshold is within 2 / 2**18 of the best one.
 THRESHOLD_ROUNDS = 18
@@ -41,6 +43,7 @@ class Granularity:
     min_prompt_length: int
     segmentation_mode: str
     recency: float = 0.0
+    query_weight: float = 0.0
 
     @property
     def has_budget(self) -> bool:
@@ -69,13 +72,16 @@ def span_entropy(fingerprints: Tensor, spans: Spans) -> Tensor:
     return entropy.clamp(min=0).where(spans.lengths > 1, 0.0)
 
 
-def find_span_starts(fingerprints: Tensor | None, layout: TokenLayout, granularity: Granularity) -> Tensor:
+def find_span_starts(
+    fingerprints: Tensor | None, layout: TokenLayout, granularity: Granularity, query: Tensor | None = None
+) -> Tensor:
     """Where the slots of a stream begin.
 
     Args:
         fingerprints: float32 [N, D] of unit norm; None in uniform mode.
         layout: the stream's stretches.
         granularity: ratio, thresholds and mode.
+        query: bool [N], tokens of the question; read where `query_weight` is not 0.
 
     Returns:
         bool [N], True at the first token of every slot.
@@ -94,13 +100,13 @@ def find_span_starts(fingerprints: Tensor | None, layout: TokenLayout, granulari
         # Every cosine passes: spans grow to the cap, and there is nothing to solve.
         passing = fingerprints.new_zeros(1).expand(cap - 1, len(joinable))
         starts = greedy_spans(passing, passing.new_full((len(joinable),), -1.0), joinable)
-        return spend_budget(starts, fingerprints, layout, budget, granularity.recency)
+        return spend_budget(starts, fingerprints, layout, budget, granularity, query)
     similarities = shifted_similarities(fingerprints, cap - 1)
     if not granularity.has_budget:
         starts = greedy_spans(similarities, similarities.new_full((len(joinable),), float(tau or 0.0)), joinable)
         return _keep_above_entropy(starts, fingerprints, granularity.entropy_threshold)
     starts = solve_threshold(similarities, layout, budget, 1.0 if tau is None else tau)
-    return spend_budget(starts, fingerprints, layout, budget, granularity.recency)
+    return spend_budget(starts, fingerprints, layout, budget, granularity, query)
 
 
 def solve_threshold(similarities: Tensor, layout: TokenLayout, budget: Tensor, highest: float) -> Tensor:
@@ -128,30 +134,50 @@ def solve_threshold(similarities: Tensor, layout: TokenLayout, budget: Tensor, h
     return starts_at(low)
 
 
+def span_worth(
+    spans: Spans, fingerprints: Tensor, layout: TokenLayout, granularity: Granularity, query: Tensor | None
+) -> Tensor:
+    """What keeping each span fine is worth, float32 [P]: its entropy, which is all there is in the paper,
+
+    times `place ** recency`, its place in (0, 1] along the stretch, and exp(`query_weight` * its similarity to the
+    question).
+    """
+    worth, span_stretch = span_entropy(fingerprints, spans), layout.stretch[spans.first]
+    if granularity.recency:
+        place = (spans.first - layout.starts[span_stretch] + 1) / layout.lengths[span_stretch]
+        worth = worth * place**granularity.recency
+    if granularity.query_weight and query is not None:
+        worth = worth * (granularity.query_weight * query_similarity(fingerprints, spans, layout, query)).exp()
+    return worth
+
+
 def spend_budget(
-    starts: Tensor, fingerprints: Tensor, layout: TokenLayout, budget: Tensor, recency: float = 0.0
+    starts: Tensor,
+    fingerprints: Tensor,
+    layout: TokenLayout,
+    budget: Tensor,
+    granularity: Granularity,
+    query: Tensor | None = None,
 ) -> Tensor:
     """Keep the spans of highest worth fine, in order of worth, as long as the stretch's budget lasts.
 
-    A span's worth is its entropy times `place ** recency`, its place in (0, 1] along the stretch; 0 is the paper.
+    Of the span for which the budget no longer suffices, the last tokens stay fine: every slot is spent.
     """
     spans = Spans.from_starts(starts)
     if len(spans) == 0:
         return starts
-    worth, span_stretch = span_entropy(fingerprints, spans), layout.stretch[spans.first]
-    if recency:
-        place = (spans.first - layout.starts[span_stretch] + 1) / layout.lengths[span_stretch]
-        worth = worth * place**recency
+    worth, span_stretch = span_worth(spans, fingerprints, layout, granularity, query), layout.stretch[spans.first]
     slack = budget - count_per_stretch(starts, layout.stretch, len(budget))
     order = worth.sort(descending=True, stable=True).indices
     order = order[span_stretch[order].sort(stable=True).indices]
     cost = (spans.lengths - 1)[order]
     spent = cost.cumsum(0)
     per_stretch = torch.zeros_like(budget).index_add_(0, span_stretch, spans.lengths - 1)
-    spent = spent - (per_stretch.cumsum(0) - per_stretch)[span_stretch[order]]
-    fine = torch.zeros_like(order, dtype=torch.bool)
-    fine[order] = spent <= slack[span_stretch[order]]
-    return starts | fine[spans.index]
+    before = spent - cost - (per_stretch.cumsum(0) - per_stretch)[span_stretch[order]]
+    fine = torch.zeros_like(order)
+    fine[order] = (slack[span_stretch[order]] - before).clamp(min=0).minimum(cost)
+    to_end = distance_to_end(spans.index, spans.first, spans.lengths)
+    return starts | (to_end < fine[spans.index])
 
 
 def _keep_above_entropy(starts: Tensor, fingerprints: Tensor, threshold: float | None) -> Tensor:

@@ -58,6 +58,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         target_ratio: float | None = None,
         span_ids: Tensor | None = None,
         protected_mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
         read_mask: Tensor | None = None,
         prefill_chunk_size: int | None = None,
         **kwargs: Any,
@@ -66,7 +67,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
 
         Args:
             compression: True merges the tokens that `read_mask` and the protections leave free.
-            target_ratio, span_ids, protected_mask, read_mask: as in `compress`.
+            target_ratio, span_ids, protected_mask, query_mask, read_mask: as in `compress`.
             prefill_chunk_size: run the layers over this many columns at a time, to bound the working memory.
 
         Returns:
@@ -82,6 +83,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
                 read_mask,
                 position_ids,
                 past_key_values=past_key_values,
+                query_mask=query_mask,
             )
             if prompt.is_merged:
                 return self._forward_slots(prompt, past_key_values, use_cache, prefill_chunk_size, **kwargs)

@@ -115,6 +115,7 @@ class SemTokenPreTrainedMixin:
         position_ids: Tensor | None = None,
         position_mode: str | None = None,
         past_key_values: Any = None,
+        query_mask: Tensor | None = None,
     ) -> CompressedPrompt:
         """The compression stage alone.
 
@@ -128,6 +129,7 @@ class SemTokenPreTrainedMixin:
             position_ids: int64 [B, T], positions of the tokens; None: counted along each row.
             position_mode: "original" or "compact", instead of the configuration's.
             past_key_values: a SemTokenCache that the slots will be appended to.
+            query_mask: [B, T], non-zero for the tokens of the question, which stay whole (see `query_weight`).
 
         Raises:
             ValueError: a mask or `span_ids` has the wrong shape or values, or the ratio is below 1.
@@ -152,6 +154,7 @@ class SemTokenPreTrainedMixin:
             span_ids=span_ids,
             target_ratio=target_ratio,
             opens_row=offset is None,
+            query_mask=query_mask,
         )
 
 

@@ -108,8 +108,8 @@ def fit_to_call(values: Tensor | None, name: str, start: int, tokens: int, draft
     and to later ones, which hold new tokens only.
 
     Args:
-        values: `span_ids` or `protected_mask` [B, n], or None.
-        name: which of the two.
+        values: `span_ids`, `protected_mask` or `query_mask` [B, n], or None.
+        name: which of them.
         start: tokens that the cache holds.
         tokens: tokens of this call.
         drafted: how many of them, at the end, may be speculative.

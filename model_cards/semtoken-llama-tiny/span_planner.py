@@ -63,6 +63,7 @@ def granularity_of(config: Any, target_ratio: float | None) -> Granularity:
         min_prompt_length=config.min_prompt_length,
         segmentation_mode=config.segmentation_mode,
         recency=config.recency,
+        query_weight=config.query_weight,
     )
 
 
@@ -98,6 +99,7 @@ def plan_spans(
     span_ids: Tensor | None = None,
     target_ratio: float | None = None,
     opens_row: bool = True,
+    query_mask: Tensor | None = None,
 ) -> SpanPlan:
     """Plan the slots of a batch of prompts.
 
@@ -112,6 +114,8 @@ def plan_spans(
             that are read or protected are still taken out of their spans.
         target_ratio: tokens per slot, instead of the configuration's.
         opens_row: False for a later turn, where `keep_first` has had its effect.
+        query_mask: [B, T], non-zero for the tokens of the question, which stay whole; None: the last `keep_last`
+            tokens before what is read. Read where `query_weight` is not 0.
 
     Raises:
         ValueError: a mask or `span_ids` has the wrong shape or values, or the ratio is below 1.
@@ -123,6 +127,9 @@ def plan_spans(
     protected = torch.isin(input_ids, torch.tensor(always_protected(config), device=input_ids.device))
     if protected_mask is not None:
         protected = protected | check_mask(protected_mask, input_ids, "protected_mask")
+    if query_mask is not None:
+        query_mask = check_mask(query_mask, input_ids, "query_mask")
+        protected = protected | query_mask
     granularity = granularity_of(config, target_ratio)
     layout = build_layout(
         valid, read, protected, config.keep_first if opens_row else 0, config.keep_last, config.min_prompt_length
@@ -136,7 +143,11 @@ def plan_spans(
     if span_ids is not None:
         starts = starts_from_span_ids(span_ids, valid, layout)
     else:
-        starts = find_span_starts(fingerprints, layout, granularity)
+        query = None
+        if config.query_weight:
+            tail = layout.to_end < config.keep_last
+            query = tail if query_mask is None else query_mask.flatten()[layout.token_index]
+        starts = find_span_starts(fingerprints, layout, granularity, query)
     return _finish_plan(starts, fingerprints, layout, granularity, valid)
 
 

@@ -40,6 +40,11 @@ class TokenLayout:
         return TokenLayout(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 
     @property
+    def to_end(self) -> Tensor:
+        """int64 [N]: tokens between each token and the end of its stretch."""
+        return distance_to_end(self.stretch, self.starts, self.lengths)
+
+    @property
     def joinable(self) -> Tensor:
         """bool [N]: True where a token may share a slot with the token before it."""
         free = ~self.solo
@@ -86,11 +91,15 @@ def build_layout(
     total = torch.full_like(starts[:1], token_index.numel())
     lengths = torch.cat([starts, total]).diff()
 
-    offset = torch.arange(token_index.numel(), device=valid.device) - starts[stretch]
-    to_end = lengths[stretch] - 1 - offset
+    to_end = distance_to_end(stretch, starts, lengths)
     solo = is_read | scored | protected.flatten()[token_index]
     solo |= (position < keep_first) | (to_end < keep_last) | (lengths[stretch] < min_length)
     return TokenLayout(token_index, row, position, stretch, starts, lengths, solo)
 
 
-__all__ = ["TokenLayout", "build_layout"]
+def distance_to_end(index: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+    """int64 [N]: tokens between each token and the end of its part, for parts `index` [N] of a stream."""
+    return (starts + lengths - 1)[index] - torch.arange(len(index), device=index.device)
+
+
+__all__ = ["TokenLayout", "build_layout", "distance_to_end"]
