@@ -7,15 +7,13 @@ import torch
 from semtoken_hf.evaluation.compressed_perplexity import (
     PerplexityResult,
     context_gain_kept,
-    evaluate_reader,
-    keep_ends,
-    keep_random,
-    make_windows,
+    evaluate_method,
+    evaluate_references,
+    evaluate_semtoken,
     perplexity_table,
-    read_compressed,
-    read_subset,
-    reference_readers,
 )
+from semtoken_hf.evaluation.methods import METHODS
+from semtoken_hf.evaluation.texts import make_windows
 from tests.fixtures.tiny import plain_twin, random_ids, tiny_model
 
 CONTEXT, TARGET = 60, 12
@@ -23,7 +21,7 @@ CONTEXT, TARGET = 60, 12
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model()
+    return tiny_model(min_prompt_length=0)
 
 
 @pytest.fixture
@@ -43,7 +41,7 @@ def test_windows_are_consecutive_and_opened_by_bos():
 
 
 def test_full_context_is_the_plain_perplexity(model, windows):
-    result = evaluate_reader("full", model, windows, read_subset(CONTEXT, torch.arange), CONTEXT)
+    result = evaluate_method("full", model, windows, METHODS["full"], CONTEXT, 1.0)
     labels = windows.clone()
     labels[:, :CONTEXT] = -100
     with torch.no_grad():
@@ -52,34 +50,32 @@ def test_full_context_is_the_plain_perplexity(model, windows):
     assert result.ratio == 1
 
 
-def test_compressed_context_reads_the_slots_of_the_stage(model, windows):
-    result = evaluate_reader("ours", model, windows, read_compressed(CONTEXT, target_ratio=3.0), CONTEXT)
+def test_compressed_context_costs_what_labels_behind_it_cost(model, windows):
+    """One forward with labels (law 2) and a prefill with scored tokens behind it are the same measurement."""
+    result = evaluate_semtoken("ours", model, windows, CONTEXT, 3.0)
     assert result.ratio == pytest.approx(3.0)
     labels = windows[:1].clone()
     labels[:, :CONTEXT] = -100
     with torch.no_grad():
-        assert result.losses[0] == pytest.approx(float(model(windows[:1], labels=labels, target_ratio=3.0).loss))
-    full = evaluate_reader("full", model, windows, read_subset(CONTEXT, torch.arange), CONTEXT)
+        expected = model(windows[:1], labels=labels, target_ratio=3.0).loss
+    assert float(result.losses[0]) == pytest.approx(float(expected), rel=1e-5)
+    full = evaluate_method("full", model, windows, METHODS["full"], CONTEXT, 1.0)
     assert result.perplexity != pytest.approx(full.perplexity, rel=1e-6)
 
 
 def test_reading_all_tokens_compressed_at_ratio_one_is_the_full_context(model, windows):
-    ours = evaluate_reader("ours", model, windows, read_compressed(CONTEXT, target_ratio=1), CONTEXT)
-    full = evaluate_reader("full", model, windows, read_subset(CONTEXT, torch.arange), CONTEXT)
+    ours = evaluate_semtoken("ours", model, windows, CONTEXT, 1.0)
+    full = evaluate_method("full", model, windows, METHODS["full"], CONTEXT, 1.0)
     torch.testing.assert_close(ours.losses, full.losses, rtol=1e-5, atol=1e-5)
 
 
-def test_references_keep_what_they_say(model):
-    assert keep_ends(2, 3)(10).tolist() == [0, 1, 7, 8, 9]
-    assert keep_ends(4, 9)(6).tolist() == [0, 1, 2, 3, 4, 5]
-    chosen = keep_random(8, 2, 3, seed=0)(20).tolist()
-    assert len(chosen) == 8
-    assert chosen == sorted(set(chosen))
-    assert {0, 1, 17, 18, 19} <= set(chosen)
-    readers = reference_readers(model.config, CONTEXT, kept=25)
-    window = random_ids(1, CONTEXT + TARGET)
-    kept = {name: int(read(model, window)[1]) for name, read in readers.items()}
-    assert list(kept.values()) == [CONTEXT, 2 + 4, 25, 25]
+def test_references_have_as_many_slots_as_they_say(model, windows):
+    results = evaluate_references(model, windows, CONTEXT, [2.4, 4.0])
+    slots = {ratio: [round(CONTEXT / r.ratio) for r in of_ratio] for ratio, of_ratio in results.items()}
+    assert slots == {2.4: [CONTEXT, 2 + 4, 25, 25], 4.0: [CONTEXT, 2 + 4, 15, 15]}
+    # The same object: full context and none are read once.
+    assert results[2.4][0] is results[4.0][0]
+    assert results[2.4][1] is results[4.0][1]
 
 
 def test_context_gain():

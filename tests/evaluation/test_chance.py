@@ -1,7 +1,7 @@
 import torch
 
 from semtoken_hf import granularity
-from semtoken_hf.evaluation.ablations import chance_instead_of_entropy
+from semtoken_hf.evaluation.chance import chance_instead_of_entropy
 from semtoken_hf.span_planner import plan_spans
 from tests.fixtures.tiny import random_ids, tiny_model
 

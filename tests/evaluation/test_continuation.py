@@ -1,0 +1,174 @@
+import copy
+import math
+
+import pytest
+import torch
+
+from semtoken_hf.evaluation.continuation import decode_greedily, extend, kv_bytes, score_target
+from semtoken_hf.evaluation.methods import METHODS, Compressed
+from semtoken_hf.evaluation.methods.compressed import changed_fields
+from semtoken_hf.evaluation.prompts import Prompt
+from tests.fixtures.tiny import LLAMA, plain_twin, random_ids, tiny_model
+
+LENGTH, RATIO, NEW = 90, 2.5, 14
+WAYS = ["full", "truncation", "semtoken", "semtoken_compact"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(min_prompt_length=0)
+
+
+def prompt_of(seed=0, question=9, target=8):
+    ids = random_ids(1, LENGTH + target, seed)[0]
+    none = torch.zeros(LENGTH, dtype=torch.bool)
+    return Prompt(id=f"p{seed}", ids=ids[:LENGTH], question_length=question, target=ids[LENGTH:], answer=none)
+
+
+def read(model, prompt, way="full"):
+    return METHODS[way].read(model, prompt, prompt.budget(RATIO))
+
+
+def never(ids):
+    return False
+
+
+def labels_of(prompt):
+    ids = torch.cat([prompt.ids, prompt.target])[None]
+    labels = ids.clone()
+    labels[:, : prompt.length] = -100
+    return ids, labels
+
+
+@pytest.mark.parametrize("target", [1, 2, 12])
+def test_the_score_is_the_plain_model_s_loss(model, target):
+    prompt = prompt_of(target=target)
+    nll = score_target(model, read(model, prompt), prompt.target)
+    ids, labels = labels_of(prompt)
+    with torch.no_grad():
+        logits = plain_twin(model)(ids).logits[0]
+    wanted = -logits.double().log_softmax(-1)[torch.arange(LENGTH - 1, LENGTH + target - 1), prompt.target]
+    assert nll.dtype == torch.float64
+    torch.testing.assert_close(nll, wanted, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert nll.mean().item() == pytest.approx(plain_twin(model)(ids, labels=labels).loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["original", "compact"])
+def test_the_score_behind_merged_slots_is_the_model_s_loss(model, mode):
+    # Law 3 makes it so: the plan of the prompt knows nothing of what is scored behind it.
+    prompt = prompt_of(question=0, target=12)
+    method = METHODS["semtoken" if mode == "original" else "semtoken_compact"]
+    prefill = method.read(model, prompt, prompt.budget(RATIO))
+    assert prefill.slots == math.ceil(LENGTH / RATIO)
+    assert prefill.next_position == (LENGTH if mode == "original" else prefill.slots)
+    ids, labels = labels_of(prompt)
+    with torch.no_grad(), changed_fields(model, position_mode=mode):
+        wanted = model(ids, labels=labels, target_ratio=RATIO).loss
+    nll = score_target(model, prefill, prompt.target)
+    assert nll.mean().item() == pytest.approx(wanted.item(), rel=1e-4)
+    other = score_target(model, read(model, prompt), prompt.target)
+    assert nll.mean().item() != pytest.approx(other.mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("target", [1, 8])
+def test_scoring_leaves_the_cache_as_it_was(model, way, target):
+    prompt = prompt_of(target=target)
+    prefill = read(model, prompt, way)
+    before = copy.deepcopy(prefill.cache)
+    first = score_target(model, prefill, prompt.target)
+    assert len(prefill.cache.layers) == LLAMA["num_hidden_layers"]
+    for layer, old in zip(prefill.cache.layers, before.layers, strict=True):
+        assert torch.equal(layer.keys, old.keys)
+        assert torch.equal(layer.values, old.values)
+    assert prefill.cache.get_seq_length() == before.get_seq_length()
+    assert torch.equal(first, score_target(model, prefill, prompt.target))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_answer_after_scoring_is_the_same_answer(model, way):
+    prompt = prompt_of(seed=1)
+    fresh, scored = read(model, prompt, way), read(model, prompt, way)
+    score_target(model, scored, prompt.target)
+    answer = decode_greedily(model, fresh, NEW, never)
+    assert decode_greedily(model, scored, NEW, never) == answer
+    assert len(set(answer)) > 3  # else the model only repeats itself and the test says little
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_decoding_the_full_context_is_generate(model, seed):
+    prompt = prompt_of(seed)
+    answer = decode_greedily(model, read(model, prompt), NEW, lambda ids: ids[-1] == LLAMA["eos_token_id"])
+    out = plain_twin(model).generate(prompt.ids[None], do_sample=False, max_new_tokens=NEW)
+    assert answer == out[0, LENGTH:].tolist()
+
+
+@pytest.mark.parametrize("mode", ["original", "compact"])
+@pytest.mark.parametrize("budget", ["target_ratio", "max_kept_tokens"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_decoding_behind_merged_slots_is_generate(model, mode, budget, seed):
+    prompt = prompt_of(seed)
+    prefill = read(model, prompt, "semtoken" if mode == "original" else "semtoken_compact")
+    answer = decode_greedily(model, prefill, NEW, lambda ids: ids[-1] == LLAMA["eos_token_id"])
+    fields = {"target_ratio": RATIO} if budget == "target_ratio" else {"max_kept_tokens": prompt.budget(RATIO)}
+    with changed_fields(model, position_mode=mode, **{"target_ratio": 1.0, **fields}):
+        out = model.generate(
+            prompt.ids[None], do_sample=False, max_new_tokens=NEW, protected_mask=prompt.question[None]
+        )
+    assert answer == out[0, LENGTH:].tolist()
+    assert answer != decode_greedily(model, read(model, prompt), NEW, never)[: len(answer)]
+
+
+def test_decoding_grows_the_cache_by_all_but_the_last_token(model):
+    prompt = prompt_of()
+    prefill = read(model, prompt, "semtoken")
+    ids = decode_greedily(model, prefill, 5, never)
+    assert len(ids) == 5
+    assert prefill.cache.physical_length() == prefill.slots + 4
+
+
+@pytest.mark.parametrize("most", [0, 1, 3])
+def test_no_answer_is_longer_than_allowed(model, most):
+    prompt = prompt_of()
+    whole = decode_greedily(model, read(model, prompt), 6, never)
+    assert decode_greedily(model, read(model, prompt), most, never) == whole[:most]
+
+
+def test_an_answer_ends_where_it_is_complete(model):
+    prompt, seen = prompt_of(), []
+
+    def is_end(ids):
+        seen.append(list(ids))
+        return len(ids) == 3
+
+    ids = decode_greedily(model, read(model, prompt), 6, is_end)
+    assert len(ids) == 3
+    assert seen == [ids[:1], ids[:2], ids]
+
+
+def test_appended_tokens_stand_behind_the_prompt(model):
+    """`extend` in two pieces is one pass over all of them."""
+    prompt = prompt_of(target=6)
+    prefill = read(model, prompt)
+    with torch.no_grad():
+        pieces = torch.cat([extend(model, prefill, prompt.target[:4], 0), extend(model, prefill, prompt.target[4:], 4)])
+        whole = plain_twin(model)(torch.cat([prompt.ids, prompt.target])[None]).logits[0, LENGTH:]
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bytes_are_those_of_the_slots(model, way):
+    prefill = read(model, prompt_of(), way)
+    assert prefill.slots == (LENGTH if way == "full" else math.ceil(LENGTH / RATIO))
+    heads, width = LLAMA["num_key_value_heads"], LLAMA["hidden_size"] // LLAMA["num_attention_heads"]
+    assert kv_bytes(prefill.cache) == 2 * LLAMA["num_hidden_layers"] * heads * width * 4 * prefill.slots
+
+
+def test_a_checkpoint_that_is_compact_by_itself_goes_on_behind_its_slots():
+    model = tiny_model(min_prompt_length=0, position_mode="compact")
+    prompt = prompt_of()
+    prefill = Compressed("").read(model, prompt, 40)
+    assert prefill.next_position == prefill.slots == 40
+    original = Compressed("", fields={"position_mode": "original"}).read(model, prompt, 40)
+    assert original.next_position == LENGTH
