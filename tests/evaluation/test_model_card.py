@@ -1,11 +1,11 @@
 import json
 from pathlib import Path
 
-from semtoken_hf.evaluation.model_card import CardSources, describe_adaptation, write_card
-from tests.fixtures.text import PROSE
-from tests.fixtures.tiny import tiny_model, tiny_tokenizer
+from huggingface_hub import ModelCard
 
-COLUMNS = {"target_ratio", "method", "tokens_per_slot", "perplexity", "cost", "context_gain_kept"}
+from semtoken_hf.evaluation.model_card import CardSources, describe_adaptation, write_card
+from tests.fixtures.metrics import make_metrics
+from tests.fixtures.tiny import tiny_model
 
 
 def test_the_card_holds_what_was_measured(tmp_path):
@@ -17,27 +17,32 @@ def test_the_card_holds_what_was_measured(tmp_path):
         + json.dumps({"step": 2, "tokens": 2_000_000, "loss": 3.5, "held_out": {"novels.txt": 3.25}})
         + "\n"
     )
-    text = tmp_path / "text.txt"
-    text.write_text(PROSE)
-    model = tiny_model()
-    mode = model.config.segmentation_mode
-    sources = CardSources(template, log, "train me", text, 60, 12, windows=2, ratios=[2.0, 3.0])
-    metrics = write_card(model, tiny_tokenizer(), tmp_path / "tiny", sources)
-    assert model.config.segmentation_mode == mode
-    assert json.loads((tmp_path / "tiny" / "metrics.json").read_text()) == metrics
-    assert all(set(record) == COLUMNS for record in metrics["costs"])
-    assert len(metrics["costs"]) == 2 * 7
-    card = (tmp_path / "tiny" / "README.md").read_text()
+    measured = make_metrics()
+    source, folder = tmp_path / "measured.json", tmp_path / "tiny"
+    source.write_text(json.dumps(measured))
+    write_card(tiny_model(), folder, CardSources(template, log, "train me", source))
+    card = (folder / "README.md").read_text()
     assert "$" not in card
     assert "2 steps, 2.0 M tokens" in card
     assert "train me" in card
     assert "Not adapted" in card
     assert "| `novels.txt` | 3.25 |" in card
-    for record in metrics["costs"]:
-        assert f"| {record['method']} | {record['tokens_per_slot']:.2f} | {record['perplexity']:.2f} |" in card
+    for cell in measured["cells"]:
+        assert f"{100 * cell['cost']:+,.1f} %" in card
+    assert card.count(measured["provenance"]["command"]) == 1
+
+    copied = json.loads((folder / "metrics.json").read_text())
+    assert copied["cells"] == measured["cells"]
+    assert copied["config"]["data_dir"] == "data"
+    shown = {part.split(")")[0] for part in card.split("](plots/")[1:]}
+    assert shown == {file.name for file in (folder / "plots").iterdir()}
+    data = ModelCard.load(folder / "README.md").data
+    assert data.model_name == "tiny"
+    assert "semtoken" in data.tags
+    assert {r.dataset_name for r in data.eval_results} == {"WikiText-103", "HotpotQA", "needle in a haystack"}
 
 
-def test_the_card_of_an_adapted_checkpoint_says_how(tmp_path):
+def test_the_card_of_an_adapted_checkpoint_says_how():
     config = tiny_model().config
     config.adapted_for = {"trainable": "full", "ratios": [1.5, 6.0], "steps": 700, "position_mode": "compact"}
     text = describe_adaptation(config, "adapt me")

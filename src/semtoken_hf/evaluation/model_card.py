@@ -1,4 +1,4 @@
-"""A checkpoint's card, its figures measured here and written next to it as `metrics.json`."""
+"""A checkpoint's card: how the model was made, and the figures of its evaluation."""
 
 from __future__ import annotations
 
@@ -9,65 +9,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from .compressed_perplexity import (
-    context_gain_kept,
-    evaluate_reader,
-    evaluate_references,
-    make_windows,
-    read_compressed,
-)
 from .files import write_text
-from .provenance import markdown_provenance, provenance
-
-
-def measure_costs(
-    model: Any, windows: Tensor, context: int, ratios: list[float], modes: list[str]
-) -> list[dict[str, Any]]:
-    """Context-compressed perplexity of every mode and reference at every ratio.
-
-    Returns:
-        One record a row: ratio asked for, method, tokens per slot, perplexity, cost, context gain kept.
-    """
-    records: list[dict[str, Any]] = []
-    references = evaluate_references(model, windows, context, ratios)
-    own_mode = model.config.segmentation_mode
-    for ratio in ratios:
-        results = list(references[ratio])
-        for mode in modes:
-            model.config.segmentation_mode = mode
-            name = f"SemToken, {mode}" if mode != "uniform" else "uniform spans (no encoder)"
-            read = read_compressed(context, target_ratio=ratio)
-            results.append(evaluate_reader(name, model, windows, read, context))
-        model.config.segmentation_mode = own_mode
-        full, none = results[0], results[1]
-        records.extend(
-            {
-                "target_ratio": ratio,
-                "method": r.name,
-                "tokens_per_slot": r.ratio,
-                "perplexity": r.perplexity,
-                "cost": r.perplexity / full.perplexity - 1,
-                "context_gain_kept": context_gain_kept(r, full, none),
-            }
-            for r in results
-        )
-    return records
-
-
-def cost_table(records: list[dict[str, Any]]) -> str:
-    lines = [
-        "| ratio | context read as | tokens per slot | perplexity | cost | context gain kept |",
-        "|---|---|---|---|---|---|",
-    ]
-    for r in records:
-        lines.append(
-            f"| {r['target_ratio']} | {r['method']} | {r['tokens_per_slot']:.2f} | {r['perplexity']:.2f} "
-            f"| {100 * r['cost']:+.1f} % | {100 * r['context_gain_kept']:.0f} % |"
-        )
-    return "\n".join(lines)
+from .report.detail_tables import without_folders
+from .report.model_index import updated_card
+from .report.report import draw_if_possible, linked_plots, markdown_section, save_plots
 
 
 def describe_architecture(model: Any) -> str:
@@ -121,54 +66,29 @@ class CardSources:
     """What a card is made from, beside the checkpoint.
 
     Attributes:
-        template: Markdown with `$placeholders`.
+        template: Markdown with `$placeholders` and the markers of the evaluation.
         training_log: `log.jsonl` of the plain model's training.
         training_command, adaptation_command: what was run.
-        text_file: held-out text to measure on.
-        context, target: tokens of a window.
-        windows: at most so many.
-        ratios: tokens per slot to measure at.
+        metrics: `metrics.json` of the checkpoint's evaluation.
     """
 
     template: Path
     training_log: Path
     training_command: str
-    text_file: Path
-    context: int
-    target: int
-    windows: int
-    ratios: list[float]
+    metrics: Path
     adaptation_command: str | None = None
 
 
-def write_card(model: Any, tokenizer: Any, folder: Path, sources: CardSources) -> dict[str, Any]:
-    """Measure, then write `metrics.json` and `README.md` into `folder`; returns the metrics."""
-    context, target = sources.context, sources.target
-    text = sources.text_file.read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    windows = make_windows(ids, context, target, tokenizer.bos_token_id, sources.windows)
-    # An adapted checkpoint reads the spans that it was adapted to.
-    modes = [model.config.segmentation_mode] if model.config.adapted_for else ["boundary", "greedy", "uniform"]
-    costs = measure_costs(model, windows, context, sources.ratios, modes)
-    bytes_per_token = len(text.encode()) / len(ids)
+def write_card(model: Any, folder: Path, sources: CardSources) -> None:
+    """Write `README.md` into `folder`, and beside it the `metrics.json` and the plots that it shows.
+
+    Raises:
+        ValueError: the template lacks the markers of the evaluation.
+    """
+    metrics = json.loads(sources.metrics.read_text(encoding="utf-8"))
+    metrics["config"] = without_folders(metrics["config"])
+    plots = draw_if_possible(metrics)
     sentence, held_out = describe_training(sources.training_log)
-    full = next(r for r in costs if r["method"] == "full context")
-    metrics = {
-        "text": sources.text_file.name,
-        "windows": len(windows),
-        "context": context,
-        "target": target,
-        "bits_per_byte_full_context": math.log2(full["perplexity"]) / bytes_per_token,
-        "costs": costs,
-        "provenance": provenance(),
-    }
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    summary = (
-        f"Context-compressed perplexity on `{sources.text_file.name}`: {len(windows)} "
-        f"windows of {context} context and {target} target tokens; the targets are scored whole and the planner never "
-        f"sees them. Full context: {metrics['bits_per_byte_full_context']:.3f} bits per byte. Cost is against the full "
-        'context; "context gain kept" is the share of the full context\'s benefit over the protected tokens alone.'
-    )
     parameters = sum(p.numel() for p in model.parameters()) - sum(
         p.numel() for p in model.base_model.semantic_encoder.parameters()
     )
@@ -183,8 +103,8 @@ def write_card(model: Any, tokenizer: Any, folder: Path, sources: CardSources) -
         adaptation=describe_adaptation(model.config, sources.adaptation_command),
         context=model.config.max_position_embeddings,
         held_out=held_out,
-        evaluation=f"{summary}\n\n{cost_table(costs)}",
-        provenance=markdown_provenance(),
     )
+    card = updated_card(card, metrics, markdown_section(metrics, plots), folder.name)
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
+    save_plots(linked_plots(plots), folder / "plots", ("png",))
     write_text(folder / "README.md", card)
-    return metrics
