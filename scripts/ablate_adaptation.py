@@ -19,13 +19,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from semtoken_hf.evaluation.ablations import chance_instead_of_entropy
-from semtoken_hf.evaluation.compressed_perplexity import (
-    PerplexityResult,
-    evaluate_reader,
-    evaluate_references,
-    read_compressed,
-)
+from semtoken_hf.evaluation.chance import chance_instead_of_entropy
+from semtoken_hf.evaluation.compressed_perplexity import PerplexityResult, evaluate_references, evaluate_semtoken
 from semtoken_hf.evaluation.provenance import publish_report
 from semtoken_hf.evaluation.texts import add_text_arguments, load_windows
 from semtoken_hf.training.adaptation import adapt
@@ -141,9 +136,9 @@ def evaluate(
 ) -> dict[str, PerplexityResult]:
     """Results of one run, by text."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    read, context = read_compressed(arguments.context, target_ratio=arguments.ratio), arguments.context
+    context, ratio = arguments.context, arguments.ratio
     with chance_instead_of_entropy(0, variant.by_chance):
-        return {text: evaluate_reader(text, model, rows, read, context) for text, rows in windows.items()}
+        return {text: evaluate_semtoken(text, model, rows, context, ratio) for text, rows in windows.items()}
 
 
 def flops_to_reach(curve: list[dict[str, float]], kl: float) -> float | None:

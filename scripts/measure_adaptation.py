@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import semtoken_hf  # noqa: F401 (registers the classes)
 from semtoken_hf.evaluation.compressed_perplexity import (
     PerplexityResult,
-    evaluate_reader,
+    evaluate_method,
     evaluate_references,
+    evaluate_semtoken,
     perplexity_table,
-    read_compressed,
-    read_subset,
 )
+from semtoken_hf.evaluation.methods import METHODS
 from semtoken_hf.evaluation.provenance import publish_report
 from semtoken_hf.evaluation.texts import add_text_arguments, load_windows
 from semtoken_hf.training.adaptation import parse_fields
@@ -53,22 +53,18 @@ def measure(arguments: argparse.Namespace, windows: dict[str, torch.Tensor]) -> 
     for text, rows in windows.items():
         for ratio, references in evaluate_references(plain, rows, context, arguments.ratios).items():
             results[text, ratio] = references
-            read = read_compressed(context, target_ratio=ratio)
-            results[text, ratio].append(evaluate_reader("SemToken, untrained", plain, rows, read, context))
-            own, plain.config.segmentation_mode = plain.config.segmentation_mode, "uniform"
-            results[text, ratio].append(evaluate_reader("uniform spans, untrained", plain, rows, read, context))
-            plain.config.segmentation_mode = own
+            for name, method in (("SemToken", "semtoken"), ("uniform spans", "uniform")):
+                way = (f"{name}, untrained", plain, rows, METHODS[method], context, ratio)
+                results[text, ratio].append(evaluate_method(*way))
     for name, folder in (pair.split("=", 1) for pair in arguments.adapted):
         model = load(folder, arguments.set_fields)
         changed = (model.config.adapted_for or {}).get("trainable") == "full"
         for text, rows in windows.items():
             whole: list[PerplexityResult] = []
             if changed:
-                read = read_subset(context, lambda n: torch.arange(n))
-                whole = [evaluate_reader(f"{name}, read uncompressed", model, rows, read, context)]
+                whole = [evaluate_method(f"{name}, read uncompressed", model, rows, METHODS["full"], context, 1.0)]
             for ratio in arguments.ratios:
-                read = read_compressed(context, target_ratio=ratio)
-                results[text, ratio] += [evaluate_reader(name, model, rows, read, context), *whole]
+                results[text, ratio] += [evaluate_semtoken(name, model, rows, context, ratio), *whole]
     return results
 
 

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from semtoken_hf.evaluation.ablations import chance_instead_of_entropy
+from semtoken_hf.evaluation.chance import chance_instead_of_entropy
 from semtoken_hf.evaluation.compressed_perplexity import (
     PerplexityResult,
-    evaluate_reader,
-    make_windows,
+    evaluate_method,
+    evaluate_references,
     perplexity_table,
-    read_compressed,
-    reference_readers,
 )
+from semtoken_hf.evaluation.methods import Compressed
 from semtoken_hf.evaluation.provenance import publish_report
+from semtoken_hf.evaluation.texts import make_windows
 
 # (segmentation, k, tau or None for solved, recency, whether chance replaces entropy)
 PLANS = (
@@ -57,11 +57,7 @@ def main() -> None:
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     windows = make_windows(ids, arguments.context, arguments.target, tokenizer.bos_token_id, arguments.windows)
 
-    kept = -(-arguments.context // arguments.ratio)
-    results = [
-        evaluate_reader(name, model, windows, read, arguments.context)
-        for name, read in reference_readers(model.config, arguments.context, int(kept)).items()
-    ]
+    results = evaluate_references(model, windows, arguments.context, [arguments.ratio])[arguments.ratio]
     full, none = results[0], results[1]
     for merge_mode, plan in itertools.product(MERGE_MODES, PLANS):
         results.append(measure_variant(model, windows, merge_mode, *plan, arguments))
@@ -80,10 +76,8 @@ def measure_variant(
     arguments: argparse.Namespace,
 ) -> PerplexityResult:
     """Perplexity with these fields; `by_chance` keeps random spans fine instead of those of highest entropy."""
-    config = model.config
-    config.merge_mode, config.segmentation_mode, config.similarity_threshold = merge_mode, segmentation_mode, tau
-    config.recency = recency
-    model.model.semantic_encoder.radius = radius
+    fields = {"merge_mode": merge_mode, "segmentation_mode": segmentation_mode, "similarity_threshold": tau}
+    fields |= {"merger_base": merge_mode, "recency": recency, "fingerprint_radius": radius}
     name = f"{merge_mode} of {segmentation_mode} spans, k = {radius}"
     if segmentation_mode == "greedy":
         name += ", tau solved" if tau is None else f", tau <= {tau:g}"
@@ -91,9 +85,10 @@ def measure_variant(
         name += f", recency {recency:g}"
     if by_chance:
         name += ", chance instead of entropy"
-    read = read_compressed(arguments.context, target_ratio=arguments.ratio)
     with chance_instead_of_entropy(0, by_chance):
-        return evaluate_reader(name, model, windows, read, arguments.context)
+        return evaluate_method(
+            name, model, windows, Compressed(name, fields=fields), arguments.context, arguments.ratio
+        )
 
 
 def report(

@@ -10,7 +10,27 @@ import torch
 from torch import Tensor
 
 from ..training.corpus import read_held_out
-from .compressed_perplexity import make_windows
+from .prompts import Prompt
+
+
+def make_windows(ids: Tensor, context_length: int, target_length: int, bos_id: int, limit: int) -> Tensor:
+    """Consecutive windows int64 [W, context_length + target_length] of a text, each opened by BOS; at most `limit`.
+
+    Raises:
+        ValueError: the text is shorter than one window.
+    """
+    length = context_length + target_length
+    windows = ids[: len(ids) // length * length].view(-1, length)[:limit].clone()
+    if not len(windows):
+        raise ValueError(f"the text has {len(ids)} tokens, one window needs {length}")
+    windows[:, 0] = bos_id
+    return windows
+
+
+def window_prompt(number: int, window: Tensor, context_length: int) -> Prompt:
+    """A window int64 [context + target] as a prompt without a question, and what is scored behind it."""
+    nothing = torch.zeros(context_length, dtype=torch.bool, device=window.device)
+    return Prompt(f"window-{number}", window[:context_length], 0, window[context_length:], nothing)
 
 
 def add_text_arguments(parser: argparse.ArgumentParser, context: int, target: int) -> None:

@@ -1,0 +1,100 @@
+"""The whole evaluation of a SemToken checkpoint: quality, memory and time beside its baselines, and the ablations.
+
+    semtoken evaluate --checkpoint model_cards/semtoken-llama-tiny --data_dir data --workers 2
+    semtoken evaluate --checkpoint ... --data_dir data --fraction 0.02 --tasks needle tables   # a smoke run
+    semtoken evaluate --checkpoint ... --data_dir data --report                                # render what is there
+
+A killed run goes on where it was when it is started again. `scripts/kvpress_baselines.sh` with the same options adds
+the presses of kvpress.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from transformers import HfArgumentParser
+
+from .cells import Cell, list_cells, run_cells, why_not
+from .configuration import EvaluationConfig
+from .files import write_text
+from .long_context import measure_long_contexts
+from .metrics import collect
+from .report import write_report
+from .speed import measure_speed
+
+
+def evaluate(config: EvaluationConfig) -> Path:
+    """Measure what is missing, then write `metrics.json` and the report; returns the folder of the results.
+
+    Raises:
+        ValueError: nothing can be measured: no task has data; or another run writes into the same folder.
+    """
+    if not config.report:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(config.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"another evaluation is running in {config.folder}: wait for it, or stop it") from None
+        with lock:
+            measure(config)
+    elif not list((config.folder / "cells").glob("*/*.jsonl")):
+        raise ValueError(f"nothing is measured yet in {config.folder}: run the same command without --report")
+    measured = {name: read_measured(config, name)["records"] for name in ("speed", "long_contexts")}
+    write_report(collect(config, measured["speed"], measured["long_contexts"]), config.folder)
+    return config.folder
+
+
+def measure(config: EvaluationConfig) -> None:
+    """Measure what is missing in the configuration's folder."""
+    config.save()
+    run_cells(config, cells_with_data(config))
+    if config.settings("needle", 0).haystack and config.lengths:
+        measure_once(config, "long_contexts", measure_long_contexts)
+        measure_once(config, "speed", measure_speed)
+
+
+def cells_with_data(config: EvaluationConfig) -> list[Cell]:
+    """The cells that can be run; says which cannot, and why.
+
+    Raises:
+        ValueError: there are none.
+    """
+    reasons = {cell: why_not(config, cell) for cell in list_cells(config)}
+    # Once for all ratios.
+    for line in dict.fromkeys(f"left out of {cell.task}: {reason}" for cell, reason in reasons.items() if reason):
+        print(line)
+    cells = [cell for cell, reason in reasons.items() if reason is None]
+    if not cells:
+        raise ValueError("nothing to evaluate: no task has data. Pass --data_dir, or --sources TASK=FILE_OR_HUB_ID")
+    return cells
+
+
+def measure_once(config: EvaluationConfig, name: str, find: Callable[[EvaluationConfig], list[dict[str, Any]]]) -> None:
+    """Write what `find` measures to `NAME.json`, unless it is there for the same lengths and ratios."""
+    asked = {"lengths": config.lengths, "ratios": config.ratios, "checkpoints": config.checkpoints}
+    if any(read_measured(config, name).get(key) != value for key, value in asked.items()):
+        text = json.dumps({**asked, "records": find(config)}, indent=1)
+        write_text(config.folder / f"{name}.json", text + "\n")
+
+
+def read_measured(config: EvaluationConfig, name: str) -> dict[str, Any]:
+    """`NAME.json` of the folder; no records if there is none."""
+    path = config.folder / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"records": []}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line: the fields of `EvaluationConfig` as options."""
+    parser = HfArgumentParser(EvaluationConfig, description=__doc__)  # type: ignore[arg-type]
+    try:
+        (config,) = parser.parse_args_into_dataclasses(arguments)
+        folder = evaluate(config)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(f"report: {folder / 'report.html'}")
