@@ -6,12 +6,8 @@ import pytest
 from semtoken_hf.evaluation.cells import Cell
 from semtoken_hf.evaluation.configuration import EvaluationConfig
 from semtoken_hf.evaluation.metrics import (
-    WORST_COST,
-    WORST_ENCODER_SHARE,
-    WORST_LOSS_OF_SCORE,
     by_id,
     collect,
-    find_alarms,
     list_press_cells,
     summarise,
 )
@@ -142,50 +138,6 @@ def test_an_example_without_a_gold_answer_is_left_out_of_the_likelihood():
     ours = records({"nll": 6.0, "scored": 2, "score": 100.0}, {"score": 0.0})
     figures = summarise(QUESTIONS, ours, ours, ours)
     assert (figures["score"], figures["nll"]) == (50, 3.0)
-
-
-WHERE = "Text, SemToken, 2 tokens per slot"
-
-
-def cell_of(**fields):
-    usual = {"task_title": "Text", "title": "SemToken", "ratio": 2.0, "method": "semtoken", "ablation": None}
-    return {**usual, "is_perplexity": False, "metric": "F1", **fields}
-
-
-@pytest.mark.parametrize(
-    ("cell", "alarm"),
-    [
-        ({"is_perplexity": True, "cost": WORST_COST}, None),
-        (
-            {"is_perplexity": True, "cost": 0.0501},
-            f"{WHERE}: perplexity +5.0 % (alarm above +5 %)",
-        ),
-        ({"is_perplexity": False, "metric": "found", "cost": 9.0, "score_lost": 9.0}, None),
-        ({"is_perplexity": True}, None),
-        ({"score_lost": WORST_LOSS_OF_SCORE}, None),
-        ({"score_lost": 2.04}, f"{WHERE}: 2.0 points of F1 lost (alarm above 2)"),
-        ({"score_lost": -7.0}, None),
-        ({"score_lost": 9.0, "metric": "ROUGE-L"}, None),
-        ({"score_lost": 9.0, "method": "truncation"}, None),
-        ({"score_lost": 9.0, "ablation": "span"}, None),
-        ({}, None),
-    ],
-)
-def test_alarms_of_quality_are_semtoken_s_above_the_threshold(cell, alarm):
-    assert find_alarms([cell_of(**cell)], []) == ([alarm] if alarm else [])
-
-
-@pytest.mark.parametrize(("share", "alarms"), [(WORST_ENCODER_SHARE, 0), (0.301, 1), (0.0, 0)])
-def test_the_encoder_may_take_its_share_of_the_latency(share, alarms):
-    found = find_alarms([], [{"title": "SemToken", "length": 2048, "encoder_share": share}])
-    assert len(found) == alarms
-    assert all(
-        line == "SemToken, 2,048 tokens: the encoder takes 30 % of the latency (alarm above 30 %)" for line in found
-    )
-
-
-def test_the_thresholds_are_the_paper_s():
-    assert (WORST_COST, WORST_LOSS_OF_SCORE, WORST_ENCODER_SHARE) == (0.05, 2.0, 0.30)
 
 
 def test_everything_that_was_measured_is_collected(tmp_path):

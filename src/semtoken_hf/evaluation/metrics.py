@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .alarms import find_alarms
 from .cells import Cell, list_cells, title_of
 from .configuration import EvaluationConfig, chosen
 from .files import write_text
@@ -19,9 +20,6 @@ from .provenance import provenance
 from .tasks import TASKS
 
 Records = dict[str, dict[str, Any]]
-
-# The paper's signs of failure.
-WORST_COST, WORST_LOSS_OF_SCORE, WORST_ENCODER_SHARE = 0.05, 2.0, 0.30
 
 
 def collect(config: EvaluationConfig, speed: list[dict[str, Any]], long: list[dict[str, Any]]) -> dict[str, Any]:
@@ -168,23 +166,3 @@ def _all(rows: list[dict[str, Any]], name: str) -> bool | None:
     """Whether it holds for all examples that say so; None if none does."""
     values = [r[name] for r in rows if name in r]
     return all(values) if values else None
-
-
-def find_alarms(cells: list[dict[str, Any]], speed: list[dict[str, Any]]) -> list[str]:
-    """What the paper calls failure, where SemToken shows it."""
-    alarms = []
-    for cell in cells:
-        if cell["method"] != "semtoken" or cell["ablation"]:
-            continue
-        where = f"{cell['task_title']}, {cell['title']}, {cell['ratio']:g} tokens per slot"
-        if cell["is_perplexity"] and cell.get("cost", 0) > WORST_COST:
-            alarms.append(f"{where}: perplexity {100 * cell['cost']:+.1f} % (alarm above +{100 * WORST_COST:g} %)")
-        if cell["metric"] == "F1" and cell.get("score_lost", 0) > WORST_LOSS_OF_SCORE:
-            alarms.append(f"{where}: {cell['score_lost']:.1f} points of F1 lost (alarm above {WORST_LOSS_OF_SCORE:g})")
-    for row in speed:
-        if row["encoder_share"] > WORST_ENCODER_SHARE:
-            alarms.append(
-                f"{row['title']}, {row['length']:,} tokens: the encoder takes {100 * row['encoder_share']:.0f} % "
-                f"of the latency (alarm above {100 * WORST_ENCODER_SHARE:g} %)"
-            )
-    return alarms

@@ -83,7 +83,13 @@ def _section(section: Section) -> list[str]:
     parts = [f"### {escaped(section.title)}"]
     if section.alarming:
         return [*parts, "\n".join(f"- **{escaped(b.text)}**" for b in section.blocks if isinstance(b, Paragraph))]
-    return [*parts, *(text for block in section.blocks for text in _block(block))]
+    return [*parts, *(text for block in folded(section.blocks) for text in _block(block))]
+
+
+def folded(blocks: list[Block]) -> list[Block]:
+    """All titled tables but the first as folds: a card shows what matters most, and the rest on demand."""
+    titled = [block for block in blocks if isinstance(block, Table) and block.title]
+    return [Fold(b.title, [b]) if isinstance(b, Table) and b in titled[1:] else b for b in blocks]
 
 
 def _block(block: Block) -> list[str]:
