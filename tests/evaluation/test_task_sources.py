@@ -96,6 +96,14 @@ def test_a_task_without_data_says_what_it_needs(tokenizer, name):
         TASKS[name].prompts(tokenizer, settings())
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_without_lm_eval_its_tasks_are_left_out(monkeypatch, name):
+    monkeypatch.setattr("semtoken_hf.evaluation.tasks.base.find_spec", lambda module: None)
+    lacking = TASKS[name].lacks(settings("source", haystack="text"))
+    assert (lacking is None) == (name in ("wikitext", "kv_retrieval", "needle"))
+    assert lacking is None or "semtoken-hf[evaluate]" in lacking
+
+
 def test_wikitext_comes_from_the_hub(tokenizer, hub):
     asked, rows = hub
     rows += [{"text": line + "\n"} for line in PROSE.splitlines()]

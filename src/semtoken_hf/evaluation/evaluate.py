@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from .long_context import measure_long_contexts
 from .metrics import collect
 from .report import write_report
 from .speed import measure_speed
+from .tasks import TASKS
 
 
 def evaluate(config: EvaluationConfig) -> Path:
@@ -89,9 +91,20 @@ def read_measured(config: EvaluationConfig, name: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"records": []}
 
 
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Defaults, and examples as they are written."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line: the fields of `EvaluationConfig` as options."""
-    parser = HfArgumentParser(EvaluationConfig, description=__doc__)  # type: ignore[arg-type]
+    files = [f"  {name:12s} {task.file or '(made here)':30s} {task.hub_id or ''}" for name, task in TASKS.items()]
+    parser = HfArgumentParser(
+        EvaluationConfig,  # type: ignore[arg-type]
+        prog="semtoken evaluate",
+        description=__doc__,
+        epilog="\n".join(["tasks, their files in --data_dir, and where the Hub has them:", *files]),
+        formatter_class=_HelpFormatter,
+    )
     try:
         (config,) = parser.parse_args_into_dataclasses(arguments)
         folder = evaluate(config)

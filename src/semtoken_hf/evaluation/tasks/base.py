@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, ClassVar
 
 from ..prompts import Example, Prompt, tokenise
 from .sources import spread
@@ -49,7 +50,10 @@ class Task(ABC):
         file: name inside the data folder; None: the task makes its own data.
         hub_id: where the data is if there is no such file.
         is_perplexity: the target is text and not an answer; nothing is generated.
+        uses_lm_eval: lm-eval has the prompts or the metric.
     """
+
+    uses_lm_eval: ClassVar[bool] = False
 
     title: str
     metric: str
@@ -58,7 +62,9 @@ class Task(ABC):
     is_perplexity: bool = False
 
     def lacks(self, settings: TaskSettings) -> str | None:
-        """What is missing to make the prompts, or None."""
+        """What is missing to make the prompts or to score the answers, or None."""
+        if self.uses_lm_eval and find_spec("lm_eval") is None:
+            return "lm-eval, which has its metric, is not installed: pip install 'semtoken-hf[evaluate]'"
         if settings.source is not None:
             return None
         hub = f"; on the Hub it is {self.hub_id}" if self.hub_id else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -79,6 +79,8 @@ def official_score(subset: str, answer: str, answers: list[str], all_classes: li
 @dataclass
 class LongBench(TextTask):
     """All of LongBench, or some of its tasks; the score is the mean of each example's official metric."""
+
+    uses_lm_eval: ClassVar[bool] = True
 
     subsets: tuple[str, ...] = SUBSETS
 

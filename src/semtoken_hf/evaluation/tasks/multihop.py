@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..prompts import Example, Prompt
 from .base import TaskSettings, TextTask
@@ -19,6 +19,8 @@ INSTRUCTION = (
 @dataclass
 class MultiHop(TextTask):
     """F1 over words between the answer and the best gold answer, as SQuAD and LongBench count it."""
+
+    uses_lm_eval: ClassVar[bool] = True
 
     hub_name: str | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..prompts import Example, Prompt
 from .base import TaskSettings, TextTask
@@ -16,6 +17,8 @@ WHOLE = "Write a summary of the text."
 @dataclass
 class Summaries(TextTask):
     """ROUGE-L (F) between the answer and the best gold summary, as LongBench counts it."""
+
+    uses_lm_eval: ClassVar[bool] = True
 
     tokens: int = 512
 

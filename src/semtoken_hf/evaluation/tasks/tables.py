@@ -7,7 +7,7 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..prompts import Example, Prompt
 from .base import TaskSettings, TextTask
@@ -19,6 +19,8 @@ INSTRUCTION = "Answer the question about the table. Only give me the answer and 
 @dataclass
 class Tables(TextTask):
     """Relaxed accuracy: words must match, numbers may be 5 % off."""
+
+    uses_lm_eval: ClassVar[bool] = True
 
     def examples(self, source: str, settings: TaskSettings) -> list[Example]:
         folder = Path(source)
