@@ -91,11 +91,6 @@ def test_figures_of_answers():
     assert summarise(QUESTIONS, ours, full, none)["question_kept"] is False
 
 
-def test_the_time_is_the_median():
-    rows = records(*({"nll": 1, "scored": 1, "read_seconds": s} for s in (0.01, 0.02, 9.0)))
-    assert summarise(TEXT, rows, {}, {})["read_ms"] == pytest.approx(20)
-
-
 def test_groups_are_summed_up_by_themselves():
     def rows(scores):
         groups = ("trec", "lcc", "lcc")

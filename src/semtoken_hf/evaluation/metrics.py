@@ -76,7 +76,6 @@ def summarise(cell: Cell, records: Records, full: Records, none: Records) -> dic
         examples: how many.
         tokens_per_slot: of whole prompts.
         kv_bytes, kv_share: of the cache behind the prompt, mean, and against the full context.
-        read_ms: median time to read a prompt, encoder and choice included.
         nll: nats per scored token; perplexity where the task is one.
         cost: exp(nll - nll of the full context) - 1, the rise in perplexity of what is scored.
         spread: standard error of that, by the paired differences over examples.
@@ -117,7 +116,6 @@ def _figures(is_perplexity: bool, records: Records, full: Records, none: Records
         "examples": len(rows),
         "tokens_per_slot": tokens / slots,
         "kv_bytes": _mean(rows, "kv_bytes"),
-        "read_ms": 1e3 * statistics.median(r["read_seconds"] for r in rows),
         "nll": _nll(rows),
         "score": _mean(rows, "score"),
         "answer_kept": _mean(rows, "answer_kept"),

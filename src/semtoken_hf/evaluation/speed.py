@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .cells import load_model, load_tokenizer
-from .configuration import EvaluationConfig
+from .configuration import EvaluationConfig, chosen
 from .continuation import Prefill, decode_greedily, kv_bytes
 from .methods import METHODS, Method
 from .prompts import Prompt
@@ -38,14 +38,19 @@ def measure_speed(config: EvaluationConfig) -> list[dict[str, Any]]:
     return records
 
 
-def _ways(config: EvaluationConfig, length: int) -> list[tuple[str, Method, Any, float | None]]:
-    """(checkpoint, method, its name, ratio): the plain model over n and over m tokens, and SemToken."""
-    first = config.ratios[0]
-    ways: list[tuple[str, Method, Any, float | None]] = [("", METHODS["full"], "full", None)]
-    if length < LONG:
-        ways.append(("", METHODS["self_information"], "self_information", first))
-    for ratio in config.ratios:
+def _ways(config: EvaluationConfig, length: int) -> list[tuple[str, Method, str, float | None]]:
+    """(checkpoint, method, its name, ratio): the plain model over n and over m tokens, and SemToken.
+
+    At the shortest length every method, and those at every ratio of the curve: for quality against time.
+    """
+    first, is_shortest = config.ratios[0], length == min(config.lengths)
+    ways: list[tuple[str, Method, str, float | None]] = [("", METHODS["full"], "full", None)]
+    for ratio in config.curve_ratios if is_shortest else config.ratios:
         ways += [("", METHODS[name], name, ratio) for name in ("truncation", "semtoken")]
+    if is_shortest:
+        model, known = load_model(config.checkpoint), {name for _, _, name, _ in ways}
+        others = [n for n in chosen(config.methods, METHODS) if n not in known and METHODS[n].unfit(model) is None]
+        ways += [("", METHODS[name], name, first if METHODS[name].has_budget else None) for name in others]
     return ways + [(name, METHODS["semtoken"], "semtoken", first) for name in config.checkpoint_of]
 
 

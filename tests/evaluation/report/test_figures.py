@@ -2,7 +2,7 @@ import pytest
 
 from semtoken_hf.evaluation.report.figures import (
     cost_against,
-    cost_against_end_to_end,
+    cost_against_speed,
     gain_against_memory,
     methods_only,
     pareto_front,
@@ -40,7 +40,9 @@ def test_cost_against_memory_and_time(metrics):
     series = {s.way.method: s.points for s in cost_against(cells, "wikitext", "kv_share")}
     own = [c for c in cells if c["task"] == "wikitext" and c["method"] == "semtoken"]
     assert series["semtoken"] == sorted((c["kv_share"], c["cost"]) for c in own)
-    timed = {s.way.method: s.points for s in cost_against_end_to_end(cells, metrics["speed"], "wikitext", 2048)}
+    timed = {
+        s.way.method: s.points for s in cost_against_speed(cells, metrics["speed"], "wikitext", 2048, "end_to_end_ms")
+    }
     assert timed == {"full": [(456.0, 0.0)], "semtoken": [(331.0, own[0]["cost"])]}
 
 

@@ -136,7 +136,7 @@ def one_task(metrics):
 def not_finite(metrics):
     for cell in metrics["cells"]:
         if cell["method"] == "semtoken":
-            cell |= {"nll": math.nan, "cost": math.inf, "spread": math.inf, "gain_kept": math.nan, "read_ms": math.nan}
+            cell |= {"nll": math.nan, "cost": math.inf, "spread": math.inf, "gain_kept": math.nan}
     metrics["speed"][0]["prefill_ms"] = metrics["long_contexts"][0]["nll"] = math.nan
 
 

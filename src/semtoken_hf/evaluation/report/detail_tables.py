@@ -96,7 +96,7 @@ def ablation_tables(cells: list[Figures]) -> list[Table]:
             ("gain kept", ""),
             ("tokens per slot", ""),
         ]
-        tables.append(Table(title, "", [*names, ("time to read", "ms"), ("examples", "")], rows))
+        tables.append(Table(title, "", [*names, ("examples", "")], rows))
     return tables
 
 
@@ -128,7 +128,6 @@ def _ablation_row(cell: Figures, is_best: bool) -> Row:
         Cell(cost.text, cost.note, is_best),
         Cell(percent(cell.get("gain_kept"))),
         Cell(shown(cell.get("tokens_per_slot"), ".2f")),
-        Cell(shown(cell.get("read_ms"), ",.0f")),
         Cell(shown(cell["examples"], ",.0f")),
     ]
     return Row(cell["title"], entries, cell.get("checkpoint") or "")

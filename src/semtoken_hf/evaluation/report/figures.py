@@ -114,13 +114,11 @@ def cost_against(cells: list[Figures], task: str, x_name: str) -> list[Series]:
     return _series([(way_of(c), c.get(x_name), c.get("cost")) for c in cells if c["task"] == task])
 
 
-def cost_against_end_to_end(cells: list[Figures], speed: list[Figures], task: str, length: int) -> list[Series]:
-    """The cost in a task against the end-to-end time at a prompt length, where both are known."""
+def cost_against_speed(cells: list[Figures], speed: list[Figures], task: str, length: int, x_name: str) -> list[Series]:
+    """The cost in a task against a time measured at a prompt length, where both are known."""
     costs = {(c["method"], c.get("checkpoint"), c["ratio"]): c.get("cost") for c in cells if c["task"] == task}
     rows = [r for r in speed if r["length"] == length]
-    return _series(
-        [(way_of(r), r["end_to_end_ms"], costs.get((r["method"], r.get("checkpoint"), r["ratio"]))) for r in rows]
-    )
+    return _series([(way_of(r), r[x_name], costs.get((r["method"], r.get("checkpoint"), r["ratio"]))) for r in rows])
 
 
 def gain_against_memory(cells: list[Figures]) -> tuple[list[Series], list[str], list[str]]:

@@ -12,7 +12,7 @@ from .figures import (
     Point,
     Series,
     cost_against,
-    cost_against_end_to_end,
+    cost_against_speed,
     finite,
     gain_against_memory,
     methods_only,
@@ -86,15 +86,15 @@ def _gain_by_memory(cells: list[Figures]) -> Plot | None:
 
 
 def _cost_by_time(cells: list[Figures], speed: list[Figures], task: str, config: Figures) -> Plot | None:
-    reading = cost_against(cells, task, "read_ms")
-    if not _can_compare(reading):
-        return None
     window = config.get("context_length", 0) + config.get("target_length", 0)
     length = min({r["length"] for r in speed}, key=lambda n: abs(n - window), default=0)
-    whole = cost_against_end_to_end(cells, speed, task, length)
-    panels = [(reading, "ms to read a prompt, median")]
-    if _can_compare(whole):
-        panels.append((whole, f"ms end to end, {length:,} tokens and 64 new ones"))
+    reading, whole = (cost_against_speed(cells, speed, task, length, x) for x in ("prefill_ms", "end_to_end_ms"))
+    if not _can_compare(reading):
+        return None
+    panels = [
+        (reading, f"ms to read {length:,} tokens"),
+        (whole, f"ms end to end, {length:,} tokens and 64 new ones"),
+    ]
     limits = (None, _cost_limit(cells, task))
     figure, axes = _subplots(len(panels))
     for one, (series, label) in zip(axes, panels, strict=True):

@@ -102,11 +102,6 @@ ASPECTS = (
             shown(f.get("tokens_per_slot"), ".2f"), f"{percent(f['kv_share'])} of KV" if "kv_share" in f else ""
         ),
     ),
-    Aspect(
-        "Time to read",
-        "Median milliseconds to read a prompt, with the encoder and whatever the method needs to choose.",
-        lambda f: Cell(shown(f.get("read_ms"), ",.0f")),
-    ),
 )
 
 
