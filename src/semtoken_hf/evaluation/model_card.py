@@ -87,6 +87,8 @@ def write_card(model: Any, folder: Path, sources: CardSources) -> None:
     """
     metrics = json.loads(sources.metrics.read_text(encoding="utf-8"))
     metrics["config"] = without_folders(metrics["config"])
+    for cell in metrics["cells"]:  # on the page only, and half of the file
+        cell.pop("groups", None)
     plots = draw_if_possible(metrics)
     sentence, held_out = describe_training(sources.training_log)
     parameters = sum(p.numel() for p in model.parameters()) - sum(
