@@ -2,6 +2,8 @@
 # A few prompts through every press of kvpress, on small made-up data: what CI runs of scripts/kvpress_baselines.sh.
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
+# As in test.sh: the models are tiny.
+export OMP_NUM_THREADS=1
 data=$(mktemp -d)
 trap 'rm -rf "$data"' EXIT
 install_once test -c "$constraints" -e "$root[test]"

@@ -38,12 +38,11 @@ def evaluate(config: EvaluationConfig) -> Path:
     """
     if not config.report:
         config.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(config.folder / ".lock")
         try:
-            lock.acquire(timeout=0)
+            held = FileLock(config.folder / ".lock").acquire(timeout=0)
         except Timeout:
             raise ValueError(f"another evaluation is running in {config.folder}: wait for it, or stop it") from None
-        with lock:
+        with held:
             measure(config)
     elif not list((config.folder / "cells").glob("*/*.jsonl")):
         raise ValueError(f"nothing is measured yet in {config.folder}: run the same command without --report")
