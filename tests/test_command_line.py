@@ -32,3 +32,5 @@ def test_evaluate_explains_itself(capsys):
 def test_mistakes_of_evaluate_end_with_one_line():
     with pytest.raises(SystemExit, match=r"^error: --fraction must be in"):
         main(["evaluate", "--checkpoint", "nowhere", "--fraction", "2"])
+    with pytest.raises(SystemExit, match=r"^error: --data_dir must be a folder, and there is none at nowhere"):
+        main(["evaluate", "--checkpoint", "nowhere", "--data_dir", "nowhere"])

@@ -70,6 +70,8 @@ class EvaluationConfig:
         for ratio in (*self.ratios, *self.curve_ratios):
             if ratio < 1:
                 raise ValueError(f"a ratio is at least 1 token per slot, got {ratio}")
+        if self.data_dir is not None and not Path(self.data_dir).is_dir():
+            raise ValueError(f"--data_dir must be a folder, and there is none at {self.data_dir}")
         if self.workers < 1:
             raise ValueError(f"--workers must be at least 1, got {self.workers}")
         self.lengths = [length for length in self.lengths if length]
