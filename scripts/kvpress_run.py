@@ -28,12 +28,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
-HELPERS = Path(__file__).resolve().parents[1] / "src" / "semtoken_hf" / "evaluation"
+PACKAGE = Path(__file__).resolve().parents[1] / "src" / "semtoken_hf"
 
 
 def load_helper(name: str) -> Any:
-    """A module of `semtoken_hf.evaluation` by its path: the package itself needs a newer Transformers."""
-    spec = importlib.util.spec_from_file_location(f"semtoken_{name}", HELPERS / f"{name}.py")
+    """A module of `semtoken_hf` by its path: the package itself needs a newer Transformers."""
+    spec = importlib.util.spec_from_file_location(f"semtoken_{Path(name).name}", PACKAGE / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -42,7 +42,8 @@ def load_helper(name: str) -> Any:
     return module
 
 
-continuation, jobs = load_helper("continuation"), load_helper("jobs")
+continuation, jobs = load_helper("evaluation/continuation"), load_helper("evaluation/jobs")
+cache_bytes = load_helper("cache_semtoken").cache_bytes
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def read_prompt(folder: Path, cell: Cell, prompt: dict[str, Any]) -> dict[str, A
     return {
         "id": prompt["id"],
         "slots": prefill.slots,
-        "kv_bytes": continuation.kv_bytes(prefill.cache),
+        "kv_bytes": cache_bytes(prefill.cache),
         "read_seconds": round(seconds, 5),
         **continued(model, prefill, prompt),
     }

@@ -137,10 +137,10 @@ def solve_threshold(similarities: Tensor, layout: TokenLayout, budget: Tensor, h
 def span_worth(
     spans: Spans, fingerprints: Tensor, layout: TokenLayout, granularity: Granularity, query: Tensor | None
 ) -> Tensor:
-    """What keeping each span fine is worth, float32 [P]: its entropy, which is all there is in the paper,
+    """What keeping each span fine is worth, float32 [P].
 
-    times `place ** recency`, its place in (0, 1] along the stretch, and exp(`query_weight` * its similarity to the
-    question).
+    Its entropy, which is all there is in the paper, times `place ** recency`, its place in (0, 1] along the stretch,
+    and exp(`query_weight` * its similarity to the question).
     """
     worth, span_stretch = span_entropy(fingerprints, spans), layout.stretch[spans.first]
     if granularity.recency:

@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from semtoken_hf.evaluation.continuation import decode_greedily, extend, kv_bytes, score_target
+from semtoken_hf.cache_semtoken import cache_bytes
+from semtoken_hf.evaluation.continuation import decode_greedily, extend, score_target
 from semtoken_hf.evaluation.methods import METHODS, Compressed
 from semtoken_hf.evaluation.methods.compressed import changed_fields
 from semtoken_hf.evaluation.prompts import Prompt
@@ -162,7 +163,7 @@ def test_bytes_are_those_of_the_slots(model, way):
     prefill = read(model, prompt_of(), way)
     assert prefill.slots == (LENGTH if way == "full" else math.ceil(LENGTH / RATIO))
     heads, width = LLAMA["num_key_value_heads"], LLAMA["hidden_size"] // LLAMA["num_attention_heads"]
-    assert kv_bytes(prefill.cache) == 2 * LLAMA["num_hidden_layers"] * heads * width * 4 * prefill.slots
+    assert cache_bytes(prefill.cache) == 2 * LLAMA["num_hidden_layers"] * heads * width * 4 * prefill.slots
 
 
 def test_a_checkpoint_that_is_compact_by_itself_goes_on_behind_its_slots():

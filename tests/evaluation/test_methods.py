@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from semtoken_hf.evaluation.continuation import kv_bytes, score_target
+from semtoken_hf.cache_semtoken import cache_bytes
+from semtoken_hf.evaluation.continuation import score_target
 from semtoken_hf.evaluation.methods import METHODS, Compressed
 from semtoken_hf.evaluation.methods.compressed import changed_fields
 from semtoken_hf.evaluation.methods.selection import Selection, protected_tokens
@@ -71,7 +72,7 @@ def test_every_method_reads_within_the_budget(model, name, ratio, question):
     # The cache really holds so many, in every layer.
     assert [layer.keys.shape[2] for layer in prefill.cache.layers] == [prefill.slots] * LLAMA["num_hidden_layers"]
     assert [layer.values.shape[2] for layer in prefill.cache.layers] == [prefill.slots] * LLAMA["num_hidden_layers"]
-    assert kv_bytes(prefill.cache) == prefill.slots * SLOT
+    assert cache_bytes(prefill.cache) == prefill.slots * SLOT
 
     assert prefill.kept.shape == (LENGTH,)
     assert prefill.kept.dtype == torch.bool
@@ -239,7 +240,7 @@ def test_without_a_budget_the_thresholds_decide(model):
     fields = {"segmentation_mode": "greedy", "max_kept_tokens": None}
     slots = []
     for tau in (0.7, 0.8, 0.9):
-        method = Compressed("", False, {**fields, "similarity_threshold": tau}, to_budget=False)
+        method = Compressed("", False, {**fields, "similarity_threshold": tau})
         counts = {method.read(model, prompt, budget).slots for budget in (20, 80)}
         assert len(counts) == 1
         slots += counts

@@ -6,16 +6,14 @@ from typing import Any
 
 from .methods import Compressed
 
-# The paper's thresholds cut without a budget, so the ratio is what they give.
-FREE: dict[str, Any] = {"max_kept_tokens": None}
-
 
 def _at_budget(label: str, **fields: Any) -> Compressed:
     return Compressed(label, fields=fields)
 
 
 def _by_threshold(label: str, **fields: Any) -> Compressed:
-    return Compressed(label, has_budget=False, fields={**FREE, **fields}, to_budget=False)
+    """The paper's thresholds cut without a budget, so the ratio is what they give."""
+    return Compressed(label, has_budget=False, fields=fields)
 
 
 ABLATIONS: dict[str, dict[str, Compressed]] = {

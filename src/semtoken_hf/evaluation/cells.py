@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import semtoken_hf  # noqa: F401 (registers the classes)
 
+from ..cache_semtoken import cache_bytes
 from ..configuration_semtoken import encoder_positions
 from .ablations import ABLATIONS, NEEDS_TRANSFORMER
 from .configuration import EvaluationConfig, chosen
-from .continuation import decode_greedily, kv_bytes, score_target
+from .continuation import decode_greedily, score_target
 from .jobs import complete_records, run_jobs
 from .methods import METHODS, Method, press_methods
 from .prompts import Prompt
@@ -68,7 +69,7 @@ def list_cells(config: EvaluationConfig) -> list[Cell]:
     """Every cell that the configuration asks for, whether it can be run or not."""
     cells = []
     for task in chosen(config.tasks, TASKS):
-        ratios = config.curve_ratios if TASKS[task].is_perplexity else config.ratios
+        ratios = config.ratios_of(task)
         methods: list[tuple[str, str | None]] = [(m, None) for m in chosen(config.methods, METHODS)]
         if "semtoken" in chosen(config.methods, METHODS):
             methods += [("semtoken", name) for name in config.checkpoint_of]
@@ -128,7 +129,7 @@ def why_not(config: EvaluationConfig, cell: Cell) -> str | None:
     """Why a cell cannot be run, or None."""
     if lacking := TASKS[cell.task].lacks(config.settings(cell.task, 0)):
         return lacking
-    model = load_model(config.checkpoint_of[cell.checkpoint] if cell.checkpoint else config.checkpoint)
+    model = load_model(config.path_of(cell.checkpoint))
     reason = None if cell.ablation else method_of(cell).unfit(model)
     if cell.ablation in NEEDS_TRANSFORMER:
         longest = encoder_positions(model.config.encoder_config)
@@ -145,7 +146,7 @@ def run_cell(config: EvaluationConfig, cell: Cell) -> None:
     if path.exists():
         return
     prompts = load_prompts(config, cell.task, some=cell.ablation is not None)
-    model = load_model(config.checkpoint_of[cell.checkpoint] if cell.checkpoint else config.checkpoint)
+    model = load_model(config.path_of(cell.checkpoint))
     tokenizer, method = load_tokenizer(config.checkpoint), method_of(cell)
 
     def read(prompt: Prompt) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def read_prompt(
         "group": prompt.group,
         "tokens": prompt.length,
         "slots": prefill.slots,
-        "kv_bytes": kv_bytes(prefill.cache),
+        "kv_bytes": cache_bytes(prefill.cache),
         "read_seconds": round(seconds, 5),
         "round_trip": prompt.round_trip,
     }
@@ -204,5 +205,6 @@ def scored_answer(tokenizer: Any, task: Task, prompt: Prompt, ids: list[int]) ->
 
 def run_cells(config: EvaluationConfig, cells: list[Cell]) -> None:
     """Run what is missing, in `workers` processes."""
-    missing = [cell for cell in cells if not cell.path(config.folder).exists()]
+    folder = config.folder
+    missing = [cell for cell in cells if not cell.path(folder).exists()]
     run_jobs(functools.partial(run_cell, config), missing, config.workers, done=len(cells) - len(missing))

@@ -126,7 +126,7 @@ class EvaluationConfig:
         return TaskSettings(
             source=self.source(task),
             haystack=self.haystack or self.source("wikitext"),
-            haystack_name=None if self.haystack else getattr(TASKS["wikitext"], "hub_name", None),
+            haystack_name=None if self.haystack else TASKS["wikitext"].hub_name,
             limit=limit,
             context_length=self.context_length,
             target_length=self.target_length,
@@ -134,6 +134,14 @@ class EvaluationConfig:
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
         )
+
+    def ratios_of(self, task: str) -> list[float]:
+        """Tokens per slot that a task is read at: those of the curve for texts."""
+        return self.curve_ratios if TASKS[task].is_perplexity else self.ratios
+
+    def path_of(self, checkpoint: str | None) -> str:
+        """Where a further checkpoint is, by its name; None: the evaluation's own."""
+        return self.checkpoint_of[checkpoint] if checkpoint else self.checkpoint
 
     def save(self) -> None:
         write_text(self.folder / "config.json", json.dumps(asdict(self), indent=1) + "\n")

@@ -34,11 +34,6 @@ class Prefill:
     kept: Tensor | None = None
 
 
-def kv_bytes(cache: Any) -> int:
-    """Bytes of the keys and values of any cache with layers."""
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-
-
 def extend(model: Any, prefill: Prefill, ids: Tensor, offset: int) -> Tensor:
     """Logits [q, V] of tokens int64 [q] that are appended `offset` tokens behind the prompt; they enter the cache."""
     positions = torch.arange(len(ids), device=ids.device)[None] + prefill.next_position + offset
@@ -71,4 +66,4 @@ def decode_greedily(
     return ids
 
 
-__all__ = ["Prefill", "decode_greedily", "extend", "kv_bytes", "score_target"]
+__all__ = ["Prefill", "decode_greedily", "extend", "score_target"]

@@ -78,9 +78,9 @@ def cells_with_data(config: EvaluationConfig) -> list[Cell]:
 
 def measure_once(config: EvaluationConfig, name: str, find: Callable[[EvaluationConfig], list[dict[str, Any]]]) -> None:
     """Write what `find` measures to `NAME.json`, unless it is there for the same lengths, ratios and methods."""
-    names = ("lengths", "ratios", "curve_ratios", "methods", "checkpoints")
-    asked = {name: getattr(config, name) for name in names}
-    if any(read_measured(config, name).get(key) != value for key, value in asked.items()):
+    asked = {key: getattr(config, key) for key in ("lengths", "ratios", "curve_ratios", "methods", "checkpoints")}
+    known = read_measured(config, name)
+    if any(known.get(key) != value for key, value in asked.items()):
         text = json.dumps({**asked, "records": find(config)}, indent=1)
         write_text(config.folder / f"{name}.json", text + "\n")
 

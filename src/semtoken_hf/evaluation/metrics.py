@@ -28,21 +28,23 @@ def collect(config: EvaluationConfig, speed: list[dict[str, Any]], long: list[di
     Returns:
         `config`, `provenance`, `cells` (see `summarise`), `speed` and `long_contexts` as measured, and `alarms`.
     """
-    cells = []
+    cells, folder = [], config.folder
+    references = {
+        task: [by_id(Cell(task, method, None).path(folder)) for method in ("full", "none")]
+        for task in chosen(config.tasks, TASKS)
+    }
     for cell in [*list_cells(config), *list_press_cells(config)]:
-        records = by_id(cell.path(config.folder))
-        if records:
-            full, none = (by_id(Cell(cell.task, m, None).path(config.folder)) for m in ("full", "none"))
-            cells.append(summarise(cell, records, full, none))
+        if records := by_id(cell.path(folder)):
+            cells.append(summarise(cell, records, *references[cell.task]))
     metrics = {
         "config": asdict(config),
-        "provenance": provenance() | press_provenance(config.folder),
+        "provenance": provenance() | press_provenance(folder),
         "cells": cells,
         "speed": speed,
         "long_contexts": long,
         "alarms": find_alarms(cells, speed),
     }
-    write_text(config.folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
     return metrics
 
 
@@ -52,7 +54,7 @@ def list_press_cells(config: EvaluationConfig) -> list[Cell]:
         Cell(task, method, ratio)
         for task in chosen(config.tasks, TASKS)
         for method in press_methods()
-        for ratio in (config.curve_ratios if TASKS[task].is_perplexity else config.ratios)
+        for ratio in config.ratios_of(task)
     ]
 
 

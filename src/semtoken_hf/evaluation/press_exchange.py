@@ -55,7 +55,7 @@ def export_for_presses(config: EvaluationConfig, tasks: Iterable[str]) -> Path:
         save_plain(model, folder / "adapted", adapted=True)
     plan: dict[str, Any] = {"presses": PRESSES, "workers": config.workers, "tasks": {}}
     for task in tasks:
-        ratios = config.curve_ratios if TASKS[task].is_perplexity else config.ratios
+        ratios = config.ratios_of(task)
         prompts = load_prompts(config, task, some=True)
         for ratio in ratios:
             save_compressed(model, prompts, ratio, folder / "compressed" / f"{task}@{ratio:g}.safetensors")
@@ -145,7 +145,8 @@ def import_press_results(config: EvaluationConfig) -> list[Cell]:
         FileNotFoundError: there is not one file of results.
         ValueError: a file was made from other prompts.
     """
-    raw = config.folder / "kvpress" / "results"
+    folder = config.folder
+    raw = folder / "kvpress" / "results"
     cells = [cell for cell in list_press_cells(config) if (raw / f"{cell.name}.jsonl").exists()]
     if not cells:
         raise FileNotFoundError(f"no results in {raw}: scripts/kvpress_baselines.sh runs the presses first")
@@ -155,7 +156,7 @@ def import_press_results(config: EvaluationConfig) -> list[Cell]:
         if records.keys() != {prompt.id for prompt in prompts}:
             raise ValueError(f"{raw / cell.name}.jsonl is of other prompts: delete it and run the presses again")
         lines = [as_line(imported(config, cell.task, prompt, records[prompt.id])) for prompt in prompts]
-        write_text(cell.path(config.folder), "".join(lines))
+        write_text(cell.path(folder), "".join(lines))
     return cells
 
 

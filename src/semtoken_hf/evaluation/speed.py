@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..cache_semtoken import cache_bytes
 from .cells import load_model, load_tokenizer
 from .configuration import EvaluationConfig, chosen
-from .continuation import Prefill, decode_greedily, kv_bytes
+from .continuation import Prefill, decode_greedily
 from .methods import METHODS, Method
 from .prompts import Prompt
 from .side_by_side import CallTimer, timed
@@ -70,9 +71,9 @@ def _measure_length(config: EvaluationConfig, prompt: Prompt) -> list[dict[str, 
     times: list[list[tuple[float, float, float]]] = [[] for _ in ways]
     for repetition in tqdm(range(repetitions + (repetitions > 1)), desc=f"speed, {prompt.length:,} tokens"):
         for i, (checkpoint, method, _, ratio) in enumerate(ways):
-            model = load_model(config.checkpoint_of[checkpoint] if checkpoint else config.checkpoint)
+            model = load_model(config.path_of(checkpoint))
             prefill, seconds = _time(model, method, prompt.to(model.device), ratio)
-            records[i] |= {"slots": prefill.slots, "kv_bytes": kv_bytes(prefill.cache)}
+            records[i] |= {"slots": prefill.slots, "kv_bytes": cache_bytes(prefill.cache)}
             if repetition or repetitions == 1:  # the first one warms up
                 times[i].append(seconds)
             del prefill

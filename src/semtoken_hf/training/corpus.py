@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -35,10 +36,14 @@ def list_text_files(folder: str | os.PathLike) -> list[Path]:
     return files
 
 
+def open_text(file: Path) -> Any:
+    """A text file, unpacked if its name ends in .xz."""
+    return lzma.open(file, "rt", encoding="utf-8") if file.suffix == ".xz" else open(file, encoding="utf-8")
+
+
 def read_documents(file: Path) -> list[str]:
     """Documents of one file, split at two blank lines where the file uses them, else at one."""
-    opener = lzma.open if file.name.endswith(".xz") else open
-    with opener(file, "rt", encoding="utf-8") as handle:
+    with open_text(file) as handle:
         text = handle.read()
     separator = r"\n{3,}" if "\n\n\n" in text else r"\n\n"
     return [d.strip("\n") for d in re.split(separator, text) if d.strip()]

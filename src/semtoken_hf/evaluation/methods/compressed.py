@@ -24,11 +24,9 @@ class Compressed(Method):
 
     Attributes:
         fields: of the configuration, changed while a prompt is read.
-        to_budget: False leaves the number of slots to the thresholds.
     """
 
     fields: dict[str, Any] = field(default_factory=dict)
-    to_budget: bool = True
 
     def unfit(self, model: Any) -> str | None:
         if self.fields.get("merge_mode") == "learned" and model.base_model.learned_merger is None:
@@ -41,8 +39,9 @@ class Compressed(Method):
 
     @torch.no_grad()
     def read(self, model: Any, prompt: Prompt, slots: int) -> Prefill:
-        budget = {"target_ratio": 1.0, "max_kept_tokens": slots} if self.to_budget else {"target_ratio": None}
-        with changed_fields(model, **budget, **self.fields):
+        # Without a budget, the thresholds decide.
+        ratio, most = (1.0, slots) if self.has_budget else (None, None)
+        with changed_fields(model, **{"target_ratio": ratio, "max_kept_tokens": most, **self.fields}):
             cache = SemTokenCache(config=model.config)
             outputs = model(
                 input_ids=prompt.ids[None],

@@ -79,7 +79,6 @@ class SelfInformation(Selection):
     better. It costs a full pass of the plain model before the short one.
     """
 
-    @torch.no_grad()
     def choose(self, model: Any, prompt: Prompt, free: Tensor, count: int) -> Tensor:
         logits = model(input_ids=prompt.ids[None], use_cache=False, compression=False).logits[0, :-1]
         surprise = torch.full((prompt.length,), torch.inf, device=free.device)

@@ -119,5 +119,5 @@ def _dataset(name: str) -> dict[str, Any]:
     if task is None or task.hub_id is None:
         return {"dataset_type": name}
     shared = Counter(t.hub_id for t in TASKS.values())[task.hub_id] > 1
-    config = name if shared else getattr(task, "hub_name", None)
+    config = name if shared else task.hub_name
     return {"dataset_type": task.hub_id} | ({"dataset_config": config} if config else {})

@@ -48,7 +48,7 @@ class Task(ABC):
         title: for tables.
         metric: what `score` measures, as a column says it.
         file: name inside the data folder; None: the task makes its own data.
-        hub_id: where the data is if there is no such file.
+        hub_id, hub_name: where the data is if there is no such file, and which configuration of it.
         is_perplexity: the target is text and not an answer; nothing is generated.
         uses_lm_eval: lm-eval has the prompts or the metric.
     """
@@ -60,6 +60,7 @@ class Task(ABC):
     file: str | None = None
     hub_id: str | None = None
     is_perplexity: bool = False
+    hub_name: str | None = None
 
     def lacks(self, settings: TaskSettings) -> str | None:
         """What is missing to make the prompts or to score the answers, or None."""

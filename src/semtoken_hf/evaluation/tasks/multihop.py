@@ -22,8 +22,6 @@ class MultiHop(TextTask):
 
     uses_lm_eval: ClassVar[bool] = True
 
-    hub_name: str | None = None
-
     def examples(self, source: str, settings: TaskSettings) -> list[Example]:
         return [self._example(row) for row in read_rows(source, self.hub_name, split="validation")]
 

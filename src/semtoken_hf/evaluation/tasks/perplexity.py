@@ -17,8 +17,6 @@ from .sources import read_text, spread
 class Perplexity(Task):
     """Consecutive windows of a text: `context_length` tokens opened by BOS, then `target_length` scored ones."""
 
-    hub_name: str | None = None
-
     def prompts(self, tokenizer: Any, settings: TaskSettings) -> list[Prompt]:
         self.require(settings)
         text = read_text(str(settings.source), self.hub_name)

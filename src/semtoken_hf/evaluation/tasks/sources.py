@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import lzma
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-
-def open_text(path: Path) -> Any:
-    """A text file, unpacked if its name ends in .xz."""
-    return lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else open(path, encoding="utf-8")
+from ...training.corpus import open_text
 
 
 def read_rows(source: str, name: str | None = None, split: str = "test") -> list[dict[str, Any]]:
