@@ -20,11 +20,15 @@ install_once() {
     touch "$stamp"
 }
 
-if ! "$python" -m pip --version >/dev/null 2>&1; then
+# make_venv INTERPRETER: the environment $venv, unless it is there and whole.
+make_venv() {
+    if "$python" -m pip --version >/dev/null 2>&1; then return; fi
     rm -rf "$venv"
-    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: set PYTHON")'
-    "${PYTHON:-python3}" -m venv "$venv"
-fi
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: set PYTHON")'
+    "$1" -m venv "$venv"
+}
+
+make_venv "${PYTHON:-python3}"
 cp "$root/constraints.txt" "$constraints"
 if [ "$version" != "$pinned" ]; then
     # Another release of Transformers brings its own needs.

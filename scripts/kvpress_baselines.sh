@@ -10,10 +10,7 @@ ours=$python
 # From here on, install_once installs for kvpress.
 venv=$root/.venv-kvpress
 python=$venv/bin/python
-if ! "$python" -m pip --version >/dev/null 2>&1; then
-    rm -rf "$venv"
-    "$ours" -m venv "$venv"
-fi
+make_venv "$ours"
 install_once kvpress "$(grep '^torch==' "$root/constraints.txt")" transformers==5.2.0 kvpress==0.5.5
 
 folder=$("$ours" "$root/scripts/kvpress_exchange.py" export "$@" | tail -n 1)
