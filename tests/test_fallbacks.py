@@ -246,3 +246,13 @@ def test_resized_vocabulary(tmp_path, vocabulary):
     model.save_pretrained(tmp_path)
     loaded = SemTokenLlamaForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded.generate(ids, max_new_tokens=4), outputs.sequences)
+
+
+def test_sliding_windows_count_slots(caplog):
+    """A prompt that is longer than the window says so; compact positions keep the distances of the plain model."""
+    ids = random_ids(1, TOKENS)
+    for fields, warned in (({}, True), ({"position_mode": "compact"}, False), ({"sliding_window": 64}, False)):
+        caplog.clear()
+        model = tiny_model(family="mistral", **{"sliding_window": 24, **fields})
+        model(ids, logits_to_keep=1)
+        assert [("sliding_window" in m) for m in warnings_of(caplog)] == [True] * warned

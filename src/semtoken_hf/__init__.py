@@ -4,20 +4,32 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from .cache_semtoken import SemTokenCache
 from .compression import CompressedPrompt
+from .configuration_semtoken_gpt_neox import SemTokenGPTNeoXConfig
 from .configuration_semtoken_llama import SemTokenLlamaConfig
+from .configuration_semtoken_mistral import SemTokenMistralConfig
+from .configuration_semtoken_qwen3 import SemTokenQwen3Config
+from .modeling_semtoken_gpt_neox import SemTokenGPTNeoXForCausalLM, SemTokenGPTNeoXModel
 from .modeling_semtoken_llama import SemTokenLlamaForCausalLM, SemTokenLlamaModel
+from .modeling_semtoken_mistral import SemTokenMistralForCausalLM, SemTokenMistralModel
+from .modeling_semtoken_qwen3 import SemTokenQwen3ForCausalLM, SemTokenQwen3Model
 from .standalone_planner import SpanPlanner
 from .tokenization_semtoken_fast import SemTokenFastTokenizer
 
-AutoConfig.register(SemTokenLlamaConfig.model_type, SemTokenLlamaConfig)
-AutoModel.register(SemTokenLlamaConfig, SemTokenLlamaModel)
-AutoModelForCausalLM.register(SemTokenLlamaConfig, SemTokenLlamaForCausalLM)
-AutoTokenizer.register(SemTokenLlamaConfig, SemTokenFastTokenizer)
-
-# What is saved carries its own code, so that it loads where this package is not installed.
-SemTokenLlamaConfig.register_for_auto_class()
-SemTokenLlamaModel.register_for_auto_class("AutoModel")
-SemTokenLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+FAMILIES = (
+    (SemTokenLlamaConfig, SemTokenLlamaModel, SemTokenLlamaForCausalLM),
+    (SemTokenMistralConfig, SemTokenMistralModel, SemTokenMistralForCausalLM),
+    (SemTokenQwen3Config, SemTokenQwen3Model, SemTokenQwen3ForCausalLM),
+    (SemTokenGPTNeoXConfig, SemTokenGPTNeoXModel, SemTokenGPTNeoXForCausalLM),
+)
+for _config, _model, _causal_lm in FAMILIES:
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    AutoModelForCausalLM.register(_config, _causal_lm)
+    AutoTokenizer.register(_config, SemTokenFastTokenizer)
+    # What is saved carries its own code, so that it loads where this package is not installed.
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModel")
+    _causal_lm.register_for_auto_class("AutoModelForCausalLM")
 SemTokenFastTokenizer.register_for_auto_class("AutoTokenizer")
 
 
@@ -32,9 +44,18 @@ __all__ = [
     "CompressedPrompt",
     "SemTokenCache",
     "SemTokenFastTokenizer",
+    "SemTokenGPTNeoXConfig",
+    "SemTokenGPTNeoXForCausalLM",
+    "SemTokenGPTNeoXModel",
     "SemTokenLlamaConfig",
     "SemTokenLlamaForCausalLM",
     "SemTokenLlamaModel",
+    "SemTokenMistralConfig",
+    "SemTokenMistralForCausalLM",
+    "SemTokenMistralModel",
+    "SemTokenQwen3Config",
+    "SemTokenQwen3ForCausalLM",
+    "SemTokenQwen3Model",
     "SpanPlanner",
     "convert_checkpoint",
 ]

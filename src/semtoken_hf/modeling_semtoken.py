@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .adapter_semtoken import adapter_acts_on
 from .attention_semtoken import flash_attention_kwargs
@@ -21,6 +21,8 @@ from .compression import CompressedPrompt
 from .learned_merger import LearnedMerger
 from .pretrained_semtoken import SemTokenPreTrainedMixin
 from .semantic_encoder import SemanticEncoder
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -120,6 +122,12 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if past_key_values is None and use_cache and not (self.training and self.is_gradient_checkpointing):
             past_key_values = SemTokenCache(config=self.config)
+        window = getattr(self.config, "sliding_window", None)
+        if window is not None and prompt.span_ids.shape[1] > window and self.config.position_mode == "original":
+            logger.warning_once(
+                f"`sliding_window` ({window}) counts slots, so that rotary distances grow beyond those of the plain "
+                "model: use position_mode='compact' if the model was not trained on them."
+            )
         # Without a cache and a mask, Transformers would read gapped positions as packed sequences.
         mask = prompt.attention_mask
         if past_key_values is not None:

@@ -24,8 +24,7 @@ class SemTokenPreTrainedMixin:
     # What the family's classes bring.
     config: Any
     base_model: Any
-    model: Any
-    lm_head: Any
+    get_output_embeddings: Any
     loss_function: Any
     training: bool
     is_gradient_checkpointing: bool

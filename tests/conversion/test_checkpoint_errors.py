@@ -30,7 +30,7 @@ def refused(encoder_folder, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"model_type": "mistral"}, "model_type 'mistral'; only 'llama'"),
+        ({"model_type": "gpt2"}, r"model_type 'gpt2'; only \['gpt_neox', 'llama', 'mistral', 'qwen3'\]"),
         ({"model_type": None}, "model_type ''"),
         ({"model_type": "semtoken_llama"}, "is a SemToken checkpoint already"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised"),
@@ -47,7 +47,7 @@ def test_model_of_another_kind(make_llama, refused, fields, match):
 def test_untied_head_may_not_be_missing(make_llama, refused):
     source = make_llama(tie_word_embeddings=True)
     edit_json(source / "config.json", tie_word_embeddings=False)
-    refused(source, ValueError, r"lacks tensors of a LlamaForCausalLM: lm_head\.weight$")
+    refused(source, ValueError, r"lacks tensors of a SemTokenLlamaForCausalLM: lm_head\.weight$")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -88,7 +88,7 @@ def test_index_that_does_not_fit_its_files(make_llama, refused):
     index = json.loads((source / INDEX).read_text())
     del index["weight_map"][lost]
     (source / INDEX).write_text(json.dumps(index))
-    refused(source, ValueError, f"lacks tensors of a LlamaForCausalLM: {lost}")
+    refused(source, ValueError, f"lacks tensors of a SemTokenLlamaForCausalLM: {lost}")
 
 
 def test_no_such_model_or_encoder(make_llama, refused, monkeypatch):

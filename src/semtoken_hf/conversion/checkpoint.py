@@ -1,4 +1,4 @@
-"""From a plain Llama checkpoint and an encoder to one folder that loads as SemToken anywhere.
+"""From a plain checkpoint and an encoder to one folder that loads as SemToken anywhere.
 
 - The language model's tensors go from file to file, shard by shard and unchanged: no model is built in memory.
 - Everything is written beside the target and renamed at the end: a conversion that is killed leaves no checkpoint.
@@ -18,9 +18,9 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModel,
     AutoTokenizer,
-    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,16 +28,15 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration_semtoken import SemTokenConfigMixin, SemTokenStaticEncoderConfig
-from ..configuration_semtoken_llama import SemTokenLlamaConfig
-from ..modeling_semtoken_llama import SemTokenLlamaForCausalLM
 from ..tokenization_semtoken_fast import SemTokenFastTokenizer
 from .distillation import distill_static_encoder
 from .staging import check_output, remove_stale, staged_folder
 from .vocabulary import digit_token_ids, rare_token_ids, special_token_ids, transplant_embeddings
-from .weights import INDEX, RESAVE, StoredTensor, find_tensors, shortened, write_weights
+from .weights import INDEX, RESAVE, StoredTensor, find_tensors, rename_as_loaded, shortened, write_weights
 
 ENCODER_KINDS = ("transformer", "static")
-ENCODER_PREFIX = "model.semantic_encoder.encoder."
+# Of the model types whose configuration, base model and language model `semtoken_hf` registers.
+FAMILY_PREFIX = "semtoken_"
 HUB_FILES = (
     *("config.json", "generation_config.json", "model*.safetensors", INDEX, "tokenizer*", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template*", "additional_chat_templates/*", "vocab*", "merges.txt", "sentencepiece*"),
@@ -63,7 +62,7 @@ def convert_checkpoint(
     """Write a SemToken checkpoint: weights, encoder, configuration, tokenizer and the code that loads them.
 
     Args:
-        model: folder or Hub id of a plain Llama checkpoint in safetensors, with a `tokenizer.json`.
+        model: folder or Hub id of a plain checkpoint of a registered family in safetensors, with a `tokenizer.json`.
         encoder: folder or Hub id of a transformer encoder with its tokenizer; None only with
             `segmentation_mode="uniform"`, which reads no fingerprints.
         output_dir: the new folder.
@@ -94,14 +93,16 @@ def convert_checkpoint(
     encoder_folder = None if encoder is None else resolve_folder(encoder)
     check_output(output, overwrite, [source] if encoder_folder is None else [source, encoder_folder])
     plain = read_plain_config(source)
-    stored = find_tensors(source)
+    plain_class = causal_lm_class(plain)
+    stored = rename_as_loaded(find_tensors(source), plain_class)
     tokenizer = load_tokenizer(source)
     protected = _protected_ids(tokenizer, protect_digits, protect_rare)
     protected |= set(config_overrides.pop("protected_token_ids", None) or [])
     encoder_config, encoder_tensors = build_encoder(
         encoder_folder, encoder_kind, tokenizer, plain.vocab_size, static_dim, trust_remote_code, progress
     )
-    encoder_tensors = {ENCODER_PREFIX + name: tensor for name, tensor in encoder_tensors.items()}
+    prefix = f"{plain_class.base_model_prefix}.semantic_encoder.encoder."
+    encoder_tensors = {prefix + name: tensor for name, tensor in encoder_tensors.items()}
     config = build_config(
         plain,
         encoder_config=encoder_config,
@@ -148,14 +149,15 @@ def resolve_folder(name: str | os.PathLike, revision: str | None = None) -> Path
         ) from error
 
 
-def read_plain_config(folder: Path) -> LlamaConfig:
-    """The configuration of a plain, unquantised Llama checkpoint."""
+def read_plain_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a plain, unquantised checkpoint of a family that SemToken knows."""
     model_type = read_model_type(folder)
-    if model_type.startswith("semtoken_"):
+    if model_type.startswith(FAMILY_PREFIX):
         raise ValueError(f"{folder} is a SemToken checkpoint already; convert the plain one that it was made from")
-    if model_type != LlamaConfig.model_type:
-        raise ValueError(f"{folder} has model_type {model_type!r}; only 'llama' can be converted")
-    config = LlamaConfig.from_pretrained(folder)
+    if FAMILY_PREFIX + model_type not in CONFIG_MAPPING:
+        known = sorted(name.removeprefix(FAMILY_PREFIX) for name in CONFIG_MAPPING if name.startswith(FAMILY_PREFIX))
+        raise ValueError(f"{folder} has model_type {model_type!r}; only {known} can be converted")
+    config = CONFIG_MAPPING[model_type].from_pretrained(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} is quantised; convert the unquantised checkpoint and quantise the result")
     return config
@@ -226,17 +228,25 @@ def load_encoder(folder: Path) -> PreTrainedModel:
     return encoder.eval()
 
 
-def build_config(plain: LlamaConfig, **semtoken_fields: Any) -> SemTokenLlamaConfig:
-    """The plain configuration with the compression fields."""
+def build_config(plain: PreTrainedConfig, **semtoken_fields: Any) -> PreTrainedConfig:
+    """The plain configuration with the compression fields, of the family's SemToken class."""
+    config_class = CONFIG_MAPPING[FAMILY_PREFIX + plain.model_type]
     dropped = {"model_type", "auto_map", "_name_or_path", "transformers_version"}
     kept = {name: value for name, value in plain.to_dict().items() if name not in dropped}
-    return SemTokenLlamaConfig(**{**kept, **semtoken_fields, "architectures": [SemTokenLlamaForCausalLM.__name__]})
+    config = config_class(**{**kept, **semtoken_fields})
+    config.architectures = [causal_lm_class(config).__name__]
+    return config
 
 
-def save_code_and_config(config: SemTokenLlamaConfig, folder: Path) -> SemTokenLlamaForCausalLM:
+def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The language model that is registered for a configuration."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[return-value]
+
+
+def save_code_and_config(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
     """Write config.json and the modules that its auto_map names; returns the model without storage."""
     with torch.device("meta"):
-        model = SemTokenLlamaForCausalLM(config)
+        model = causal_lm_class(config)(config)
     for part in (model.base_model, model):
         custom_object_save(part, folder, config=config)  # type: ignore[arg-type]
     config.save_pretrained(folder)
@@ -249,7 +259,7 @@ def check_tensors(model: PreTrainedModel, stored: dict[str, StoredTensor], added
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
     if missing := sorted(expected.keys() - shapes.keys() - tied):
-        raise ValueError(f"the checkpoint lacks tensors of a LlamaForCausalLM: {shortened(missing)}")
+        raise ValueError(f"the checkpoint lacks tensors of a {type(model).__name__}: {shortened(missing)}")
     if wrong := sorted(name for name in expected.keys() & shapes.keys() if expected[name] != shapes[name]):
         raise ValueError(f"tensors have other shapes than config.json says: {shortened(wrong)}")
 

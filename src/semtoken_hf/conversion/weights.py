@@ -12,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 RESAVE = "write them as safetensors first: `AutoModel...from_pretrained(folder).save_pretrained(new_folder)`"
@@ -19,9 +22,10 @@ RESAVE = "write them as safetensors first: `AutoModel...from_pretrained(folder).
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: its file, shape, dtype and size in bytes."""
+    """Where a tensor lies: its file, its name there, shape, dtype and size in bytes."""
 
     file: Path
+    key: str
     shape: torch.Size
     dtype: torch.dtype
     nbytes: int
@@ -54,9 +58,28 @@ def _tensors_of_file(file: Path) -> dict[str, StoredTensor]:
         with safe_open(file, "pt") as handle:
             # `get_tensor` gives a view of the mapped file, so that nothing is read here.
             tensors = ((name, handle.get_tensor(name)) for name in handle.offset_keys())
-            return {name: StoredTensor(file, t.shape, t.dtype, t.nbytes) for name, t in tensors}
+            return {name: StoredTensor(file, name, t.shape, t.dtype, t.nbytes) for name, t in tensors}
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or incomplete; download it again ({error})") from error
+
+
+def rename_as_loaded(stored: dict[str, StoredTensor], model_class: type[PreTrainedModel]) -> dict[str, StoredTensor]:
+    """The tensors under the names that `model_class` gives them when it loads the checkpoint.
+
+    Raises:
+        ValueError: Transformers would change the tensors, too, and not only their names.
+    """
+    changes = get_checkpoint_conversion_mapping(model_class.__name__)
+    if changes is None:
+        changes = get_checkpoint_conversion_mapping(model_class.config_class.model_type) or []  # type: ignore[union-attr]
+    if any(type(change) is not WeightRenaming for change in changes):
+        raise ValueError(f"a stored {model_class.__name__} has another layout than a loaded one and cannot be copied")
+    renamed = {}
+    for name, tensor in stored.items():
+        for change in changes:
+            name = change.rename_source_key(name)[0]
+        renamed[name] = tensor
+    return renamed
 
 
 def shortened(names: list[str]) -> str:
@@ -104,8 +127,8 @@ def _read_tensors(stored: dict[str, StoredTensor], names: list[str]) -> dict[str
     tensors: dict[str, Tensor] = {}
     for file in dict.fromkeys(stored[name].file for name in names):
         with safe_open(file, "pt") as handle:
-            tensors |= {name: handle.get_tensor(name) for name in names if stored[name].file == file}
+            tensors |= {name: handle.get_tensor(stored[name].key) for name in names if stored[name].file == file}
     return tensors
 
 
-__all__ = ["StoredTensor", "find_tensors", "shortened", "write_weights"]
+__all__ = ["StoredTensor", "find_tensors", "rename_as_loaded", "shortened", "write_weights"]
