@@ -7,18 +7,17 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
-from .cache_semtoken import SemTokenCache, tracks_slots
+from .cache_semtoken import tracks_slots
 from .configuration_semtoken import check_ratio
+from .generation_semtoken import SemTokenGenerationMixin
 from .pretrained_semtoken import SemTokenPreTrainedMixin
 from .read_positions import (
     IGNORED_LABEL,
@@ -32,9 +31,6 @@ from .read_positions import (
 
 logger = logging.get_logger(__name__)
 
-# What `forward` takes beyond the plain model.
-OWN_ARGUMENTS = ("compression", "target_ratio", "span_ids", "protected_mask", "query_mask", "prefill_chunk_size")
-
 
 @dataclass
 class SemTokenCausalLMOutputWithPast(CausalLMOutputWithPast):
@@ -44,8 +40,8 @@ class SemTokenCausalLMOutputWithPast(CausalLMOutputWithPast):
     compressed_lengths: Tensor | None = None
 
 
-class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
-    """The language-modelling head and the hooks of `generate`."""
+class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPreTrainedMixin):
+    """The language-modelling head."""
 
     @can_return_tuple
     def forward(
@@ -111,7 +107,7 @@ class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
             return super().forward(**plain)
         start = past_key_values.get_seq_length() if past_key_values is not None else 0
         tokens, drafted = input_ids.shape[1], max(logits_to_keep - 1, 0) if isinstance(logits_to_keep, int) else 0
-        outputs = self.model(
+        outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -133,7 +129,7 @@ class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
     ) -> SemTokenCausalLMOutputWithPast:
         """Logits and loss at the positions that are read."""
         states, span_ids, loss = outputs.last_hidden_state, outputs.get("span_ids"), None
-        vocab_size = self.config.vocab_size
+        vocab_size, head = self.config.vocab_size, self.get_output_embeddings()
         by_labels = labels if isinstance(logits_to_keep, int) and logits_to_keep == 0 else None
         columns = None
         if span_ids is not None:
@@ -141,7 +137,7 @@ class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
             columns = slot_columns(span_ids, outputs.compressed_lengths, states.shape[1]).to(states.device)
         if columns is not None and by_labels is not None:
             states, targets, index = labelled_slot_states(states, columns, by_labels.to(states.device))
-            scored = self.lm_head(states)
+            scored = head(states)
             loss = self.loss_function(
                 logits=scored[None], labels=None, shift_labels=targets[None], vocab_size=vocab_size, **kwargs
             )
@@ -151,10 +147,10 @@ class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
             logits = logits.index_copy(0, index, scored).unflatten(0, by_labels.shape)
         else:
             if columns is None:
-                logits = self.lm_head(kept_states(states, logits_to_keep))
+                logits = head(kept_states(states, logits_to_keep))
             else:
                 states, is_padding = kept_slot_states(states, columns, logits_to_keep)
-                logits = self.lm_head(states).masked_fill(is_padding[..., None], torch.nan)
+                logits = head(states).masked_fill(is_padding[..., None], torch.nan)
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return SemTokenCausalLMOutputWithPast(
@@ -179,44 +175,6 @@ class SemTokenForCausalLMMixin(SemTokenPreTrainedMixin):
 
     def _warn_uncompressed(self, reason: str) -> None:
         logger.warning_once(f"SemToken does not compress this call and runs the plain model exactly: {reason}")
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any):
-        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if not self._wants_compression(model_kwargs.get("compression"), model_kwargs.get("target_ratio")):
-            return result
-        mask = model_kwargs.get("attention_mask")
-        if mask is not None and mask.ndim == 2 and bool((mask[:, -1] == 0).any()):
-            self._warn_uncompressed("the prompts are padded on the right; use `padding_side='left'` to generate")
-            model_kwargs["compression"] = False
-            return result
-        cache = model_kwargs.get("past_key_values")
-        if tracks_slots(cache) or getattr(cache, "_is_user_defined", False):
-            return result
-        if type(cache) is DynamicCache:
-            model_kwargs["past_key_values"] = SemTokenCache(config=self.config, offloading=cache.offloading)
-            return result
-        kind = "generate(use_cache=False)" if cache is None else f"a {type(cache).__name__}"
-        self._warn_uncompressed(f"{kind} cannot hold merged slots; use the default cache")
-        model_kwargs["compression"] = False
-        return result
-
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any):
-        # Transformers hands our arguments on to the assistant, which refuses them if it is a plain model.
-        assistant = kwargs.get("assistant_model")
-        if assistant is not None and not hasattr(assistant, "compress"):
-            model_kwargs = kwargs["model_kwargs"]
-            kwargs["model_kwargs"] = {k: v for k, v in model_kwargs.items() if k not in OWN_ARGUMENTS}
-        return super()._get_candidate_generator(*args, **kwargs)
-
-    def _prefill(self, input_ids, generation_config, model_kwargs, *args: Any, **kwargs: Any):
-        if generation_config.prefill_chunk_size is None or not tracks_slots(model_kwargs.get("past_key_values")):
-            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        # Chunks of tokens would be planned one by one and cut at places that depend on padding: plan the whole prompt,
-        # then run the layers over chunks of slots.
-        model_kwargs = {**model_kwargs, "prefill_chunk_size": generation_config.prefill_chunk_size}
-        generation_config = copy.copy(generation_config)
-        generation_config.prefill_chunk_size = None
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 def _why_not(

@@ -20,7 +20,7 @@ POSITIONS_BEHIND_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "x
 
 
 class SemTokenStaticEncoderConfig(PreTrainedConfig):
-    """Encoder of kind `static`: one vector per Llama token, context from the fingerprint window alone."""
+    """Encoder of kind `static`: one vector per token, context from the fingerprint window alone."""
 
     model_type = "semtoken_static"
 
@@ -71,6 +71,9 @@ class SemTokenConfigMixin:
         keep_first: tokens at the start of a row that stay whole.
         keep_last: tokens before every position that is read that stay whole.
         min_prompt_length: shorter stretches are left alone.
+        recompress_every: while generating, read the generated tokens again into merged slots whenever this many are
+            there beyond the last `keep_last`, so that the cache grows at 1 / ratio. At least `min_prompt_length -
+            keep_last`. None: generated tokens keep slots of their own.
         position_mode: "original": a slot carries the position of one of its tokens; "compact": 0..m-1.
         segmentation_mode: "greedy" is the paper's anchor clustering with its entropy budget; "boundary" cuts between
             the most dissimilar neighbours; "uniform" makes equal spans without an encoder.
@@ -105,6 +108,7 @@ class SemTokenConfigMixin:
     keep_first: int = 4
     keep_last: int = 64
     min_prompt_length: int = 256
+    recompress_every: int | None = None
     position_mode: str = "original"
     segmentation_mode: str = "greedy"
     merge_mode: str = "representative"
@@ -167,6 +171,7 @@ def _check_single_fields(config: Any) -> None:
         check_ratio(config.target_ratio)
     for name, low, optional in (
         ("max_kept_tokens", 1, True),
+        ("recompress_every", 1, True),
         ("max_span_length", 1, False),
         ("keep_first", 0, False),
         ("keep_last", 0, False),
@@ -227,6 +232,12 @@ def _check_fields_together(config: Any) -> None:
         raise ValueError(
             f"`query_weight` must be 0 with segmentation_mode='{config.segmentation_mode}': only the greedy mode has "
             "an entropy budget to condition"
+        )
+    every = config.recompress_every
+    if every is not None and every + config.keep_last < config.min_prompt_length:
+        raise ValueError(
+            "`recompress_every` must be None or at least min_prompt_length - keep_last = "
+            f"{config.min_prompt_length - config.keep_last}, since shorter text is left alone, got {every}"
         )
     tau = config.similarity_threshold
     by_threshold = config.segmentation_mode == "greedy" and tau is not None and tau > -1

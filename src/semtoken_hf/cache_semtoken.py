@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import DynamicCache
+
+# Of a quantised layer, beside its most recent keys and values.
+QUANTIZED = ("_quantized_keys", "_quantized_values")
 
 
 class SemTokenCache(DynamicCache):
@@ -21,11 +25,20 @@ class SemTokenCache(DynamicCache):
         super().__init__(config=config, **kwargs)
         self.clear_record()
 
+    @classmethod
+    def from_cache(cls, cache: Any) -> SemTokenCache:
+        """An empty cache with the layers of an empty `cache`: dynamic, offloaded, quantised."""
+        new = cls()
+        vars(new).update(vars(cache))
+        return new
+
     def clear_record(self) -> None:
         self.slot_lengths: Tensor | None = None
         self.seen_tokens = 0
         self.is_compressed = False
         self.is_padded = False
+        # Set by `generate`, for `recompress_every`.
+        self.generated: Any = None
 
     def record(self, slot_lengths: Tensor, tokens: int, compressed: bool, padded: bool) -> None:
         """Note what the next `update` of the layers appends.
@@ -93,8 +106,10 @@ class SemTokenCache(DynamicCache):
             ValueError: one of these tokens lies in a merged slot, which cannot be cut in two.
         """
         count = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen_tokens - tokens_to_remove, 0)
-        if count == 0 or self.slot_lengths is None:
+        if self.slot_lengths is None:
             return
+        if count == 0:  # layers with a sliding window let go of what they recorded
+            return super().crop(0)
         if count > self.slot_lengths.shape[1] or bool((self.slot_lengths[:, -count:] > 1).any()):
             raise ValueError(
                 f"cannot crop {count} tokens: they reach into merged slots. Crop less, or start again from the prompt "
@@ -122,9 +137,26 @@ class SemTokenCache(DynamicCache):
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values of any cache with layers."""
-    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    """Bytes of the keys and values of any cache with layers, quantised or not."""
+    names = ("keys", "values", *QUANTIZED)
+    return sum(_nbytes(getattr(layer, name, None)) for layer in cache.layers for name in names)
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        if is_traceable_wrapper_subclass(value):
+            return sum(_nbytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return 0
+    return sum(_nbytes(item) for item in value)
+
+
+def is_quantized(cache: Any) -> bool:
+    """Whether any layer keeps its states in a quantised form."""
+    return any(hasattr(layer, QUANTIZED[0]) for layer in cache.layers)
 
 
 def tracks_slots(cache: Any) -> bool:
@@ -132,4 +164,4 @@ def tracks_slots(cache: Any) -> bool:
     return hasattr(cache, "slot_lengths") and hasattr(cache, "record")
 
 
-__all__ = ["SemTokenCache", "cache_bytes", "tracks_slots"]
+__all__ = ["SemTokenCache", "cache_bytes", "is_quantized", "tracks_slots"]

@@ -1,0 +1,197 @@
+"""What `generate` does differently over a SemToken cache; the rest is Transformers'.
+
+- The cache that `generate` made becomes one that tracks slots; where that is impossible, the plain model runs.
+- A prompt that is expanded for beams or several returns is planned and read once; its slots are then repeated.
+- With `recompress_every`, generated text is read again, as a turn of its own, into merged slots.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, QuantizedCache
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.utils import logging
+
+from .cache_semtoken import SemTokenCache, is_quantized, tracks_slots
+
+logger = logging.get_logger(__name__)
+
+# What `forward` takes beyond the plain model.
+OWN_ARGUMENTS = ("compression", "target_ratio", "span_ids", "protected_mask", "query_mask", "prefill_chunk_size")
+
+
+@dataclass
+class GeneratedText:
+    """What `recompress_every` may read again.
+
+    Attributes:
+        start: tokens of the original sequence before it, padding included.
+        filler: id that fills up finished rows, or None.
+    """
+
+    start: int
+    filler: int | None = None
+
+
+class SemTokenGenerationMixin:
+    """The hooks of `generate`."""
+
+    # What `SemTokenForCausalLMMixin` and the family's classes bring.
+    config: Any
+    _wants_compression: Any
+    _warn_uncompressed: Any
+    _is_short: Any
+    __call__: Any
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any):
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if not self._wants_compression(model_kwargs.get("compression"), model_kwargs.get("target_ratio")):
+            return result
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and bool((mask[:, -1] == 0).any()):
+            self._warn_uncompressed("the prompts are padded on the right; use `padding_side='left'` to generate")
+            model_kwargs["compression"] = False
+            return result
+        cache = model_kwargs.get("past_key_values")
+        if not tracks_slots(cache) and not getattr(cache, "_is_user_defined", False):
+            if type(cache) in (DynamicCache, QuantizedCache):
+                cache = model_kwargs["past_key_values"] = SemTokenCache.from_cache(cache)
+            else:
+                kind = "generate(use_cache=False)" if cache is None else f"a {type(cache).__name__}"
+                self._warn_uncompressed(f"{kind} cannot hold merged slots; use the default cache")
+                model_kwargs["compression"] = False
+        if tracks_slots(cache) and self.config.recompress_every is not None:
+            # Layers with a sliding window forget what a crop would have to bring back.
+            cache.activate_past_recording()
+        return result
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any):
+        model_kwargs = kwargs["model_kwargs"]
+        if tracks_slots(model_kwargs.get("past_key_values")):
+            model_kwargs["past_key_values"].generated = GeneratedText(kwargs["input_ids"].shape[1])
+        # Transformers hands our arguments on to the assistant, which refuses them if it is a plain model.
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and not hasattr(assistant, "compress"):
+            kwargs["model_kwargs"] = {k: v for k, v in model_kwargs.items() if k not in OWN_ARGUMENTS}
+        return super()._get_candidate_generator(*args, **kwargs)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any):
+        processors = super()._get_logits_processor(*args, **kwargs)
+        model_kwargs = kwargs.get("model_kwargs") or {}
+        own = {name: model_kwargs[name] for name in ("compression", "target_ratio") if name in model_kwargs}
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                # It would ask for the logits of the whole negative prompt, and read the last.
+                processor.model = functools.partial(self.__call__, logits_to_keep=1, **own)
+        return processors
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args: Any, **kwargs: Any):
+        cache = model_kwargs.get("past_key_values")
+        if not tracks_slots(cache):
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        model_kwargs = dict(model_kwargs)
+        if generation_config.prefill_chunk_size is not None:
+            # Chunks of tokens would be planned one by one and cut at places that depend on padding: plan the whole
+            # prompt, then run the layers over chunks of slots.
+            model_kwargs["prefill_chunk_size"] = generation_config.prefill_chunk_size
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        if not self._reads_copies_once(input_ids, cache, copies, model_kwargs):
+            outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        else:
+            rows = len(input_ids)
+            for name, value in model_kwargs.items():
+                if isinstance(value, Tensor) and value.ndim and len(value) == rows:
+                    model_kwargs[name] = value[::copies]
+            outputs = super()._prefill(input_ids[::copies], generation_config, model_kwargs, *args, **kwargs)
+            cache.batch_repeat_interleave(copies)
+            for name, value in list(outputs.items()):
+                if name != "past_key_values":
+                    outputs[name] = _repeat_rows(value, copies)
+        filler = getattr(generation_config, "_pad_token_tensor", None)
+        cache.generated = GeneratedText(cache.get_seq_length(), None if filler is None else int(filler))
+        return outputs
+
+    def _reads_copies_once(self, input_ids: Tensor, cache: Any, copies: int, model_kwargs: dict[str, Any]) -> bool:
+        wanted = self._wants_compression(model_kwargs.get("compression"), model_kwargs.get("target_ratio"))
+        if not wanted or copies == 1 or cache.get_seq_length() or is_quantized(cache):
+            return False
+        # A short prompt stays plain to the last bit, which another batch size may change.
+        return not self._is_short(input_ids)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,  # named, since Transformers looks for it
+        **kwargs: Any,
+    ):
+        """As in Transformers; with `recompress_every`, now and then the call reads generated tokens again."""
+        again, drafted = 0, (next_sequence_length or 1) - 1
+        if next_sequence_length is not None and not kwargs.get("is_first_iteration"):
+            again = self._count_to_read_again(past_key_values, kwargs)
+        if again:
+            length, keep_last = again + 1, self.config.keep_last
+            text, ratio = past_key_values.generated, kwargs.get("target_ratio") or self.config.target_ratio
+            past_key_values.crop(-again)
+            text.start += length - keep_last
+            next_sequence_length = length + drafted
+            if ratio is not None:
+                # The recent window comes on top, so that the cache grows at exactly 1 / ratio.
+                kwargs["target_ratio"] = length / (math.ceil((length - keep_last) / ratio - 1e-9) + keep_last)
+            if text.filler is not None and len(input_ids) > 1 and not drafted:
+                attention_mask = _mask_filler(input_ids, attention_mask, next_sequence_length, text.filler)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def _count_to_read_again(self, cache: Any, kwargs: dict[str, Any]) -> int:
+        """Generated tokens in the cache, if it is time to merge them; else 0."""
+        every = self.config.recompress_every
+        if every is None or not tracks_slots(cache) or cache.generated is None:
+            return 0
+        if not self._wants_compression(kwargs.get("compression"), kwargs.get("target_ratio")):
+            return 0
+        count = cache.get_seq_length() - cache.generated.start
+        if count < every + self.config.keep_last - 1:
+            return 0
+        if is_quantized(cache):
+            logger.warning_once("`recompress_every` has no effect with a quantised cache, which cannot be cropped")
+            return 0
+        return count
+
+
+def _repeat_rows(value: Any, copies: int) -> Any:
+    if isinstance(value, Tensor):
+        return value.repeat_interleave(copies, dim=0)
+    return type(value)(_repeat_rows(item, copies) for item in value) if isinstance(value, (tuple, list)) else value
+
+
+def _mask_filler(input_ids: Tensor, attention_mask: Tensor | None, length: int, filler: int) -> Tensor | None:
+    """The mask without what fills up finished rows among the last `length` tokens, but for the last, which is read."""
+    tail = (input_ids[:, -length:] == filler).long()
+    trailing = tail.flip(1).cumprod(1).flip(1)
+    trailing[:, -1] = 0
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    attention_mask = attention_mask.clone()
+    attention_mask[:, -length:] *= 1 - trailing
+    return attention_mask
+
+
+__all__ = ["OWN_ARGUMENTS", "SemTokenGenerationMixin"]
