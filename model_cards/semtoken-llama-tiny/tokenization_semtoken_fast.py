@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
+from .chat_semtoken import chat_masks, content_spans
 from .standalone_planner import SpanPlanner
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 # What a padding token gets in each per-token output.
 PADDING_VALUES = {"span_ids": -1, "protected_mask": 0}
+# Of `apply_chat_template`, for what happens after rendering.
+ENCODING_ARGUMENTS = ("tokenize", "padding", "truncation", "max_length", "return_dict", "return_assistant_tokens_mask")
 
 
 class SemTokenFastTokenizer(PreTrainedTokenizerFast):
@@ -54,6 +58,49 @@ class SemTokenFastTokenizer(PreTrainedTokenizerFast):
     @planner.setter
     def planner(self, value: SpanPlanner | None) -> None:
         self._planner = value
+
+    def apply_chat_template(
+        self, conversation: Any, *args: Any, protect_template: bool = False, mark_question: bool = False, **kwargs: Any
+    ) -> Any:
+        """As in Transformers, with two more outputs for `model.generate(**encoding)`.
+
+        Args:
+            protect_template: add `protected_mask`, 1 for the tokens of the template: they never merge.
+            mark_question: add `query_mask`, 1 for the tokens of the last user turn: they never merge, and with
+                `query_weight` they steer what else stays whole.
+
+        Raises:
+            ValueError: the output is no dict of tokens, or the template changes the messages' text.
+        """
+        if not (protect_template or mark_question):
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        if args or not kwargs.get("tokenize", True) or not kwargs.get("return_dict", True):
+            raise ValueError("`protect_template` and `mark_question` need `tokenize` and `return_dict`, as keywords")
+        if kwargs.get("sanitize_control_tokens"):
+            raise ValueError("`protect_template` and `mark_question` cannot be had with `sanitize_control_tokens`")
+        return_tensors = kwargs.pop("return_tensors", None)
+        asked = dict(kwargs.pop("tokenizer_kwargs", None) or {})
+        render: Any = functools.partial(
+            super().apply_chat_template,
+            **{name: value for name, value in kwargs.items() if name not in ENCODING_ARGUMENTS},
+            tokenize=False,
+        )
+        encoding: Any = super().apply_chat_template(
+            conversation, **kwargs, tokenizer_kwargs={**asked, "return_offsets_mapping": True}
+        )
+        offsets = encoding["offset_mapping"] if asked.get("return_offsets_mapping") else encoding.pop("offset_mapping")
+        # A batch is a list of chats, and a chat may be an object with `messages`.
+        is_batched = not isinstance(conversation[0], dict)
+        chats = [getattr(chat, "messages", chat) for chat in conversation] if is_batched else [conversation]
+        rows = offsets if is_batched else [offsets]
+        masks = [chat_masks(row, content_spans(render, chat), chat) for chat, row in zip(chats, rows, strict=True)]
+        for number, name in enumerate(("protected_mask", "query_mask")):
+            if (protect_template, mark_question)[number]:
+                values = [row[number] for row in masks]
+                encoding[name] = values if is_batched else values[0]
+        if return_tensors is not None:
+            encoding.convert_to_tensors(return_tensors, prepend_batch_axis=not is_batched)
+        return encoding
 
     def _encode_plus(
         self,
