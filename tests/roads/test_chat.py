@@ -128,7 +128,7 @@ def test_the_question_steers_and_stays_whole(tokenizer):
 def test_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
-    with pytest.raises(ValueError, match="changes the text of the messages.*`protected_mask`"):
+    with pytest.raises(ValueError, match=r"changes the text of the messages.*`protected_mask`"):
         tokenizer.apply_chat_template(CHAT, protect_template=True)
     assert tokenizer.apply_chat_template(CHAT)["input_ids"]
     for options in ({"tokenize": False}, {"return_dict": False}):
@@ -140,7 +140,7 @@ def test_turns_with_a_template():
     """Four turns on a returned cache: each renders the whole chat, and only what is new is read and compressed."""
     tokenizer, model = tiny_tokenizer(), tiny_model(keep_last=8, min_prompt_length=16)
     tokenizer.chat_template = TEMPLATES["llama3"].replace(" | trim", "")
-    chat, cache, held = [], None, []
+    chat, cache, held, outputs = [], None, [], None
     for turn in range(4):
         chat.append({"role": "user", "content": "the cat sat on the mat and the dog ran to the man " * 2})
         inputs = tokenizer.apply_chat_template(
