@@ -76,6 +76,7 @@ class HubServer:
 def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = -1  # headers and body in one packet: two of them wait for each other
 
         def handle_any(self) -> None:
             token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None

@@ -80,6 +80,8 @@ def test_optional_files_of_the_tokenizer_and_of_generation(make_checkpoint):
         (".cache/huggingface/token.json", "hidden"),
         ("old/adapter_model.safetensors", "no weights"),
         ("adapter/adapter_model.safetensors", "no weights"),
+        ("adapter/adapter_config.json", "not read"),
+        ("adapter_config.json", "not read"),
     ],
 )
 def test_never_sent(make_checkpoint, path, reason):
