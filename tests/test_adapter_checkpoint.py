@@ -7,13 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, modeling_utils
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_imports
 
 from semtoken_hf import SemTokenLlamaForCausalLM, adapter_semtoken
@@ -191,28 +190,6 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, saved, change):
     save_file(state, tmp_path / "copy" / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(OSError, match="does not fit"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
-
-
-def test_the_adapter_is_pushed_with_the_model(tmp_path, saved, monkeypatch):
-    """Transformers uploads what changed after `save_pretrained` began."""
-    model, _ = saved
-    seen = {}
-
-    def upload(working_dir, repo_id, files_timestamps, **_):
-        seen.update(known=set(files_timestamps), there=set(os.listdir(working_dir)))
-
-    def create_repo(repo_id, **_):
-        return SimpleNamespace(repo_id=repo_id)
-
-    if hasattr(modeling_utils, "hf_api"):
-        monkeypatch.setattr(modeling_utils, "hf_api", lambda: SimpleNamespace(create_repo=create_repo))
-    else:
-        monkeypatch.setattr(modeling_utils, "create_repo", create_repo)
-    card = SimpleNamespace(save=lambda path: None)
-    monkeypatch.setattr(modeling_utils, "create_and_tag_model_card", lambda *_, **__: card)
-    monkeypatch.setattr(type(model), "_upload_modified_files", lambda self, *a, **k: upload(*a, **k))
-    model.save_pretrained(tmp_path / "pushed", push_to_hub=True, repo_id="someone/model")
-    assert {"adapter", "model.safetensors", "config.json"} <= seen["there"] - seen["known"]
 
 
 # Read in fresh interpreters, where this package does not exist.

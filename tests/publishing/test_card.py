@@ -1,0 +1,46 @@
+"""The card names the repository, and a checkpoint without one gets what can be said of any."""
+
+from __future__ import annotations
+
+import pytest
+from huggingface_hub import ModelCard
+
+from semtoken_hf.publishing.card import render_card
+from semtoken_hf.publishing.selection import select_files
+
+
+def render(folder, card=None, repo_id="me/online"):
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return render_card(folder, select_files(folder), repo_id)
+
+
+def test_the_folder_is_named_as_the_repository(make_checkpoint):
+    own = "tok.from_pretrained(\"cards/tiny-semtoken\", x=1); m.from_pretrained('tiny-semtoken/')\n"
+    other = 'm.from_pretrained("cards/tiny-semtoken-2")\nm.from_pretrained("meta/llama") "tiny-semtoken"\n'
+    text = render(make_checkpoint(), own + other)
+    assert text == "tok.from_pretrained(\"me/online\", x=1); m.from_pretrained('me/online')\n" + other
+
+
+def test_other_text_stays_as_it_is(make_checkpoint):
+    text = "---\nlicense: mit\n---\n# 模型 {braces} \\1\n"
+    assert render(make_checkpoint(), text) == text
+
+
+@pytest.mark.parametrize(("kind", "needs"), [("single", "`torch`."), ("adapted", "`torch`, and `peft`.")])
+def test_a_folder_without_a_card(make_checkpoint, kind, needs):
+    text = render(make_checkpoint(kind))
+    data = ModelCard(text).data
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert "semtoken" in data.tags
+    assert "# online\n" in text
+    assert "`semtoken_llama`" in text
+    assert "2.4 times fewer" in text
+    assert text.count('from_pretrained("me/online", trust_remote_code=True)') == 2
+    assert needs in text
+
+
+@pytest.mark.parametrize("header", ["license: [mit", "model-index:\n- name: x\n  results:\n  - task: 1"])
+def test_broken_metadata_is_refused(make_checkpoint, header):
+    with pytest.raises(ValueError, match=r"metadata of README\.md is not valid"):
+        render(make_checkpoint(), f"---\n{header}\n---\n")
