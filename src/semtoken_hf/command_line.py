@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 
-COMMANDS = {"evaluate": "quality, memory and time of a checkpoint beside its baselines, as a report"}
+COMMANDS = {
+    "evaluate": "quality, memory and time of a checkpoint beside its baselines, as a report",
+    "lm-eval": "any task of lm-eval, with compressed contexts (--model semtoken)",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -18,6 +21,10 @@ def main(arguments: list[str] | None = None) -> None:
         from .evaluation.evaluate import main as evaluate
 
         return evaluate(rest)
+    if name == "lm-eval":
+        from .evaluation.lm_eval_model import main as lm_eval
+
+        return lm_eval(rest)
     lines = [f"  {command}  {text}" for command, text in COMMANDS.items()]
     usage = "\n".join(["usage: semtoken COMMAND OPTIONS", "", *lines, "", "semtoken COMMAND --help lists the options."])
     if name in ("-h", "--help"):

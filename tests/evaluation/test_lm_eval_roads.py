@@ -1,0 +1,177 @@
+"""The roads into lm-eval: `hf` on the code that a checkpoint carries, the command line, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import semtoken_hf
+from semtoken_hf.command_line import main
+from tests.fixtures.tiny import plain_twin, tiny_model, tiny_tokenizer
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+from semtoken_hf.evaluation.lm_eval_model import SemTokenLM
+from tests.fixtures.lm_eval_tasks import (
+    CONTEXTS,
+    FIELDS,
+    LONG,
+    TASKS,
+    evaluator,
+    generated,
+    loaded,
+    write_folders,
+)
+
+# The code that the folder carries, where the package cannot be imported.
+HF_SCRIPT = """
+import json, sys
+sys.modules["semtoken_hf"] = None
+import lm_eval
+from lm_eval.tasks import TaskManager
+
+folder, tasks, *names = sys.argv[1:]
+answers = []
+for options in ({}, {"compression": False}):
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": folder, "trust_remote_code": True, **options},
+        tasks=names,
+        task_manager=TaskManager(include_path=tasks, include_defaults=False),
+        device="cpu",
+        batch_size=1,
+        bootstrap_iters=0,
+    )
+    answers.append({
+        name: [[response[0] for response in sample["resps"]] for sample in results["samples"][name]] for name in names
+    })
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_folders(tmp_path_factory.mktemp("lm_eval"))
+
+
+@pytest.fixture(scope="module")
+def evaluate(folders):
+    return evaluator(folders)
+
+
+@pytest.fixture(scope="module")
+def plain(folders, evaluate):
+    """What `hf` answers with the plain twin."""
+    return evaluate("hf", pretrained=str(folders / "plain"))[1]
+
+
+def child_environment(tmp_path, **variables):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))}
+    return kept | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"} | variables
+
+
+def run_child(arguments, tmp_path, **variables):
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        env=child_environment(tmp_path, **variables),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result
+
+
+def as_json(value):
+    return json.loads(json.dumps(value))
+
+
+def test_hf_scores_exactly_as_the_plain_model_where_the_package_is_not_installed(folders, plain, tmp_path):
+    names = [str(folders / "semtoken"), str(folders / "tasks"), *TASKS]
+    default, off = json.loads(run_child(["-c", HF_SCRIPT, *names], tmp_path).stdout.splitlines()[-1])
+    assert off == as_json(plain)
+    # Only `generate` compresses on its own: every other request reads all logits.
+    assert {name: default[name] for name in TASKS if name != "answers"} == {
+        name: as_json(rows) for name, rows in plain.items() if name != "answers"
+    }
+    model = tiny_model(**FIELDS)
+    assert default["answers"] == [[generated(model, context)[0]] for context in CONTEXTS]
+    assert all(default["answers"][i] != plain["answers"][i] for i in LONG)
+
+
+@pytest.mark.slow
+def test_the_command_line(folders, evaluate, tmp_path):
+    arguments = ["--model", "semtoken", "--model_args", f"pretrained={folders / 'semtoken'},target_ratio=2.0"]
+    tasks = ["choices", "answers"]
+    arguments += ["--tasks", *tasks, "--include_path", str(folders / "tasks"), "--device", "cpu"]
+    arguments += ["--output_path", str(tmp_path / "out.json"), "--log_samples"]
+    source = str(Path(semtoken_hf.__file__).parents[1])
+    child = run_child(["-m", "semtoken_hf.evaluation.lm_eval_model", *arguments], tmp_path, PYTHONPATH=source)
+    (results,) = [json.loads(path.read_text()) for path in tmp_path.glob("out*.json")]
+    wanted = evaluate("semtoken", tasks, pretrained=str(folders / "semtoken"), target_ratio=2.0)[0]
+    assert sorted(results["results"]) == sorted(tasks)
+    for name, metrics in results["results"].items():
+        numbers = {metric: value for metric, value in metrics.items() if "stderr" not in metric and "," in metric}
+        assert numbers
+        assert numbers == {metric: pytest.approx(wanted["results"][name][metric]) for metric in numbers}
+    own = wanted["config"]["semtoken"]
+    assert results["config"]["semtoken"] == as_json(own)
+    read = own["loglikelihood"]
+    assert (
+        f"SemToken, loglikelihood: {read['compressed']} compressed contexts of {read['tokens']} tokens were read in "
+        f"{read['slots']} slots"
+    ) in child.stderr
+    assert "|choices|" in child.stdout
+
+
+def test_the_command_explains_itself(capsys):
+    for arguments in (["lm-eval"], ["lm-eval", "--help"], ["lm-eval", "-h"]):
+        main(arguments)
+        shown = capsys.readouterr().out
+        assert "semtoken lm-eval --model semtoken --model_args pretrained=FOLDER,target_ratio=2.4" in shown
+
+
+def test_the_command_hands_on_to_lm_eval(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["semtoken"])
+    with pytest.raises(SystemExit) as stopped:
+        main(["lm-eval", "run", "--help"])
+    assert stopped.value.code == 0
+    assert "--include_path" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_ratio": 0.5}, r"`target_ratio` must be a finite number >= 1, got 0\.5"),
+        ({"compression": "no"}, "`compression` must be True or False, got 'no'"),
+        ({"keep_last": -1}, "`keep_last` must be an integer >= 0"),
+    ],
+)
+def test_a_field_out_of_its_range_is_an_error(folders, fields, message):
+    with pytest.raises(ValueError, match=message):
+        SemTokenLM(pretrained=str(folders / "semtoken"), device="cpu", **fields)
+
+
+def test_an_unknown_argument_is_an_error_that_names_it(folders):
+    with pytest.raises(TypeError, match="'target_ration'"):
+        SemTokenLM(pretrained=str(folders / "semtoken"), device="cpu", target_ration=4)
+
+
+def test_a_plain_checkpoint_is_refused_with_what_to_do(folders):
+    for pretrained in (str(folders / "plain"), plain_twin(tiny_model(**FIELDS))):
+        with pytest.raises(ValueError, match=r"plain 'llama' checkpoint: convert it .* or evaluate it .*--model hf"):
+            SemTokenLM(pretrained=pretrained, tokenizer=tiny_tokenizer(), device="cpu")
+
+
+def test_fields_beside_a_loaded_model_are_refused():
+    with pytest.raises(ValueError, match=r"set \['target_ratio'\] in the configuration of the loaded model"):
+        loaded(tiny_model(**FIELDS), target_ratio=4)
+
+
+def test_nothing_else_imports_it():
+    package = Path(semtoken_hf.__file__).parent
+    importers = {path.name for path in package.rglob("*.py") if "lm_eval_model" in path.read_text()}
+    assert importers == {"command_line.py"}
