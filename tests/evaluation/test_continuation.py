@@ -173,3 +173,16 @@ def test_a_checkpoint_that_is_compact_by_itself_goes_on_behind_its_slots():
     assert prefill.next_position == prefill.slots == 40
     original = Compressed("", fields={"position_mode": "original"}).read(model, prompt, 40)
     assert original.next_position == LENGTH
+
+
+@pytest.mark.parametrize("way", ["full", "semtoken"])
+def test_scoring_with_a_sliding_window(way):
+    """The window holds fewer positions than the prompt; what scoring pushes out of it comes back."""
+    model = tiny_model(family="mistral", sliding_window=24, min_prompt_length=0)
+    prompt = prompt_of()
+    prefill = read(model, prompt, way)
+    nll = score_target(model, prefill, prompt.target)
+    assert torch.equal(score_target(model, prefill, prompt.target), nll)
+    if way == "full":
+        ids, labels = labels_of(prompt)
+        assert nll.mean().item() == pytest.approx(plain_twin(model)(ids, labels=labels).loss.item(), rel=1e-4)

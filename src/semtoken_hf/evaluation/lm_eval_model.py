@@ -223,6 +223,8 @@ class SemTokenLM(HFLM):
             behind = self._padded([tokens[:-1] for tokens in column], "right")
             logits, width = outputs.logits, behind.shape[1]
             if width:
+                # Layers with a sliding window forget what the crop has to bring back.
+                outputs.past_key_values.activate_past_recording()
                 more = self._forward(
                     input_ids=behind,
                     attention_mask=torch.cat([mask, torch.ones_like(behind)], dim=1),
