@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 
 import pytest
 import torch
@@ -22,7 +23,10 @@ from tests.fixtures.tiny import FAMILIES, LLAMA, plain_twin, ragged_prompts, ran
 HIDDEN = LLAMA["hidden_size"]
 TEXT = "the cat sat on the mat and the dog ran to the man " * 6
 CHAT = [{"role": "system", "content": TEXT}, {"role": "user", "content": "and the dog ran to the cat ?"}]
-TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}<s>assistant: "
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
 NEW = 12
 
 
@@ -189,3 +193,21 @@ def test_bytes_that_hold_no_embeddings(content):
         decode_prompt_embeds(base64.b64encode(content))
     with pytest.raises(ValueError, match=r"base64|padding|ASCII"):
         decode_prompt_embeds("not base64!")
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_decoding_runs_no_code(tmp_path):
+    buffer = io.BytesIO()
+    torch.save(Malicious(str(tmp_path / "made")), buffer)
+    with pytest.raises(ValueError, match="these bytes hold no tensor"):
+        decode_prompt_embeds(base64.b64encode(buffer.getvalue()))
+    assert not (tmp_path / "made").exists()
