@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, BertConfig
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 
 from semtoken_hf import SemTokenLlamaConfig, SemTokenLlamaForCausalLM
-from semtoken_hf.configuration_semtoken import SemTokenConfigMixin, SemTokenStaticEncoderConfig
+from semtoken_hf.configuration_semtoken import SERVER_MODULE, SemTokenConfigMixin, SemTokenStaticEncoderConfig
 from tests.fixtures.tiny import tiny_config, tiny_model
 
 BERT = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -249,3 +252,14 @@ def test_from_pretrained_overrides_fields(checkpoint, load) -> None:
 def test_from_pretrained_refuses_nonsense_too(checkpoint, load, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"`{name}`"):
         load(checkpoint, **{name: value})
+
+
+def test_the_server_of_transformers_finds_the_architecture(tmp_path, monkeypatch):
+    """It looks in its own copy of the module `transformers`; where no server runs, nothing is named anywhere."""
+    name = "SemTokenLlamaForCausalLM"
+    tiny_config(architectures=["LlamaForCausalLM", "SemTokenLlamaModel", name]).save_pretrained(tmp_path)
+    own = types.SimpleNamespace(AutoModelForCausalLM=AutoModelForCausalLM)
+    monkeypatch.setitem(sys.modules, SERVER_MODULE, types.SimpleNamespace(transformers=own))
+    SemTokenLlamaConfig.from_pretrained(tmp_path)
+    assert vars(own) == {"AutoModelForCausalLM": AutoModelForCausalLM, name: AutoModelForCausalLM}
+    assert not hasattr(transformers, name)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 RESAVE = "write them as safetensors first: `AutoModel...from_pretrained(folder).save_pretrained(new_folder)`"
@@ -82,6 +82,15 @@ def rename_as_loaded(stored: dict[str, StoredTensor], model_class: type[PreTrain
     return renamed
 
 
+def rename_as_stored(stored: dict[str, StoredTensor], model: PreTrainedModel) -> dict[str, StoredTensor]:
+    """The opposite of `rename_as_loaded`: under the names that `model.save_pretrained` writes."""
+    renamed = {}
+    for name, tensor in stored.items():
+        (key,) = revert_weight_conversion(model, {name: torch.empty(0)})
+        renamed[key] = tensor
+    return renamed
+
+
 def shortened(names: list[str]) -> str:
     """The first three names and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -94,7 +103,7 @@ def write_weights(
     max_shard_size: str | int,
     progress: bool,
 ) -> None:
-    """Copy the stored tensors into shards, then `added` into a shard of its own, and write the index.
+    """Copy the stored tensors into shards, then `added`, if any, into a shard of its own, and write the index.
 
     Args:
         folder: where the shards go.
@@ -109,12 +118,12 @@ def write_weights(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
-    shards = [*split.filename_to_tensors.values(), list(added)]
+    shards = [*split.filename_to_tensors.values(), *([list(added)] if added else [])]
     total = sum(t.nbytes for t in stored.values()) + sum(t.nbytes for t in added.values())
     weight_map: dict[str, str] = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="write weights", disable=not progress) as bar:
         for number, names in enumerate(shards, 1):
-            tensors = added if number == len(shards) else _read_tensors(stored, names)
+            tensors = added if added and number == len(shards) else _read_tensors(stored, names)
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             save_file(tensors, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
@@ -131,4 +140,4 @@ def _read_tensors(stored: dict[str, StoredTensor], names: list[str]) -> dict[str
     return tensors
 
 
-__all__ = ["StoredTensor", "find_tensors", "rename_as_loaded", "shortened", "write_weights"]
+__all__ = ["StoredTensor", "find_tensors", "rename_as_loaded", "rename_as_stored", "shortened", "write_weights"]

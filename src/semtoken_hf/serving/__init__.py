@@ -1,0 +1,1 @@
+"""Compressed prompts for inference engines; stays on the developer's machine."""
