@@ -6,6 +6,7 @@ A family's configuration is `class SemTokenXConfig(SemTokenConfigMixin, XConfig)
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ MERGE_MODES = ("mean", "representative", "learned")
 MERGER_BASES = ("mean", "representative")
 # Encoders whose first position is `pad_token_id + 1`.
 POSITIONS_BEHIND_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
+# Where `transformers serve` loads models.
+SERVER_MODULE = "transformers.cli.serving.model_manager"
 
 
 class SemTokenStaticEncoderConfig(PreTrainedConfig):
@@ -135,8 +138,23 @@ class SemTokenConfigMixin:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """As in Transformers; fields given to `from_pretrained` are set after `__post_init__` and checked here."""
         result = super().from_dict(config_dict, **kwargs)
-        validate_compression_fields(result[0] if isinstance(result, tuple) else result)
+        config = result[0] if isinstance(result, tuple) else result
+        validate_compression_fields(config)
+        _name_for_server(config)
         return result
+
+
+def _name_for_server(config: Any) -> None:
+    """Let `transformers serve` load remote code: to it, our architectures are `AutoModelForCausalLM`.
+
+    It looks an architecture up among the names of Transformers and nowhere else, in a copy of that module of its own.
+    """
+    namespace: Any = getattr(sys.modules.get(SERVER_MODULE), "transformers", None)
+    if namespace is None:
+        return
+    for name in config.architectures or ():
+        if name.startswith("SemToken") and name.endswith("ForCausalLM") and not hasattr(namespace, name):
+            setattr(namespace, name, namespace.AutoModelForCausalLM)
 
 
 def encoder_positions(encoder_config: PreTrainedConfig) -> int | None:

@@ -25,6 +25,8 @@ logger = logging.get_logger(__name__)
 
 # What `forward` takes beyond the plain model.
 OWN_ARGUMENTS = ("compression", "target_ratio", "span_ids", "protected_mask", "query_mask", "prefill_chunk_size")
+# Those of them that a generation configuration may hold.
+GENERATION_FIELDS = ("compression", "target_ratio")
 
 
 @dataclass
@@ -49,6 +51,17 @@ class SemTokenGenerationMixin:
     _warn_uncompressed: Any
     _is_short: Any
     __call__: Any
+
+    def _prepare_generation_config(self, generation_config, **kwargs: Any):
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        # A client of a server can set nothing else, and Transformers would keep these from `forward`.
+        for name in GENERATION_FIELDS:
+            value = getattr(generation_config, name, None)
+            if name == "compression" and not isinstance(value, bool | type(None)):
+                raise ValueError(f"`compression` must be True or False, got {value!r}")
+            if value is not None and model_kwargs.get(name) is None:
+                model_kwargs[name] = value
+        return generation_config, model_kwargs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
