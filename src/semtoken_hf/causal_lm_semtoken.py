@@ -138,6 +138,8 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPreTrainedMixin)
         if columns is not None and by_labels is not None:
             states, targets, index = labelled_slot_states(states, columns, by_labels.to(states.device))
             scored = head(states)
+            # A tied head may live with the embeddings, away from the last layer.
+            targets, index = targets.to(scored.device), index.to(scored.device)
             loss = self.loss_function(
                 logits=scored[None], labels=None, shift_labels=targets[None], vocab_size=vocab_size, **kwargs
             )
@@ -150,7 +152,8 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPreTrainedMixin)
                 logits = head(kept_states(states, logits_to_keep))
             else:
                 states, is_padding = kept_slot_states(states, columns, logits_to_keep)
-                logits = head(states).masked_fill(is_padding[..., None], torch.nan)
+                logits = head(states)
+                logits = logits.masked_fill(is_padding[..., None].to(logits.device), torch.nan)
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return SemTokenCausalLMOutputWithPast(
