@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.utils import cached_file, is_peft_available
+from transformers.utils import cached_file, is_peft_available, logging
+
+logger = logging.get_logger(__name__)
 
 ADAPTER_NAME = "semtoken"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -54,7 +56,13 @@ def remembering_rows(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _skip_layer(layer: Any, inputs: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """PEFT's own way to run the base layer alone: name no adapter for any row."""
-    if _ACTS_ON.get() is not False or layer.active_adapters != [ADAPTER_NAME]:
+    acts_on = _ACTS_ON.get()
+    if isinstance(acts_on, Tensor) and ADAPTER_NAME not in layer.active_adapters and not layer.disable_adapters:
+        logger.warning_once(
+            f"The checkpoint's adapter for compressed rows, '{ADAPTER_NAME}', is not active: expect worse text. Activate "
+            f"it beside yours with `set_adapter(['{ADAPTER_NAME}', name])` of the model (`base_model` of a PeftModel)."
+        )
+    if acts_on is not False or layer.active_adapters != [ADAPTER_NAME]:
         return None
     return inputs, {**kwargs, "adapter_names": ["__base__"] * len(inputs[0])}
 
@@ -125,6 +133,23 @@ def has_adapter(model: Any) -> bool:
     return ADAPTER_NAME in (getattr(model, "peft_config", None) or {})
 
 
+def saves_adapter(model: Any) -> bool:
+    """Whether `save_pretrained` saves the checkpoint with its adapter.
+
+    Not where another adapter is active, since Transformers then saves that alone, and not where the adapter is gone.
+    """
+    if has_adapter(model):
+        return model.active_adapters() == [ADAPTER_NAME]
+    if model.config.adapter_subfolder is not None and not getattr(model, "peft_config", None):
+        logger.warning(
+            f"The checkpoint's adapter for compressed rows, '{ADAPTER_NAME}', was merged or unloaded: saved without it."
+        )
+        model.config.adapter_subfolder = None
+        # PEFT has taken every adapter out and does not say so.
+        model._hf_peft_config_loaded = False
+    return False
+
+
 def without_adapter(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The base weights of a state dict under the names that the plain family uses."""
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
@@ -149,5 +174,6 @@ __all__ = [
     "load_adapter",
     "remembering_rows",
     "save_adapter",
+    "saves_adapter",
     "without_adapter",
 ]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .adapter_semtoken import has_adapter, load_adapter, remembering_rows, save_adapter, without_adapter
+from .adapter_semtoken import load_adapter, remembering_rows, save_adapter, saves_adapter, without_adapter
 from .cache_semtoken import tracks_slots
 from .compression import CompressedPrompt, compress_prompt
 from .learned_merger import LearnedMerger
@@ -55,6 +56,9 @@ class SemTokenPreTrainedMixin:
                 f"the checkpoint holds no semantic encoder ({missing[0]} and {len(missing) - 1} more are missing): "
                 "convert it first with `semtoken_hf.convert_checkpoint(model, encoder, output_dir)`"
             )
+        with torch.no_grad():
+            for key in missing:  # nothing reads it; Transformers would leave what the memory held
+                model.get_parameter(key).zero_()
         for module in model.modules():
             if isinstance(module, SemanticEncoder):
                 module.freeze()
@@ -72,7 +76,7 @@ class SemTokenPreTrainedMixin:
             base = type(self.base_model)
             known = getattr(self.config, "auto_map", None) or {}
             self.config.auto_map = {**known, "AutoModel": f"{base.__module__.split('.')[-1]}.{base.__name__}"}
-        if not has_adapter(self):
+        if not saves_adapter(self):
             return super().save_pretrained(save_directory, *args, **kwargs)
         state = kwargs.pop("state_dict", None)
         kwargs["state_dict"] = without_adapter(self.state_dict() if state is None else state)
