@@ -47,7 +47,7 @@ class SemTokenPreTrainedMixin:
         """As in Transformers.
 
         Raises:
-            ValueError: the checkpoint holds no encoder, as a plain one does.
+            ValueError: the checkpoint holds no encoder, as a plain one does, or it is split into pipeline stages.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = [key for key in info["missing_keys"] if "semantic_encoder." in key]
@@ -55,6 +55,11 @@ class SemTokenPreTrainedMixin:
             raise ValueError(
                 f"the checkpoint holds no semantic encoder ({missing[0]} and {len(missing) - 1} more are missing): "
                 "convert it first with `semtoken_hf.convert_checkpoint(model, encoder, output_dir)`"
+            )
+        if getattr(model, "_pp_stage", None) is not None and model.config.compression:
+            raise ValueError(
+                "pipeline parallelism hands later stages hidden states instead of tokens, so that nothing can be "
+                "compressed: use tensor parallelism or `device_map`, or load with `compression=False`"
             )
         with torch.no_grad():
             for key in missing:  # nothing reads it; Transformers would leave what the memory held
