@@ -75,13 +75,26 @@ def _mask_rows(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | Non
 
 
 # PEFT is imported by name: a plain import would be a need of every checkpoint's remote code.
+def adapted_layers(model: nn.Module) -> list[Any]:
+    """PEFT's layers that hold the adapter `ADAPTER_NAME`."""
+    lora_layer = import_module("peft.tuners.lora").LoraLayer
+    return [layer for layer in model.modules() if isinstance(layer, lora_layer) and ADAPTER_NAME in layer.lora_B]
+
+
 def gate_adapter(model: nn.Module) -> None:
     """Make the adapter `ADAPTER_NAME` of `model` obey `adapter_acts_on`."""
-    lora_layer = import_module("peft.tuners.lora").LoraLayer
-    for layer in list(model.modules()):
-        if isinstance(layer, lora_layer) and ADAPTER_NAME in layer.lora_B:
-            layer.register_forward_pre_hook(_skip_layer, with_kwargs=True)
-            layer.lora_B[ADAPTER_NAME].register_forward_hook(_mask_rows)
+    for layer in adapted_layers(model):
+        layer.register_forward_pre_hook(_skip_layer, with_kwargs=True)
+        layer.lora_B[ADAPTER_NAME].register_forward_hook(_mask_rows)
+
+
+def give_storage(model: nn.Module) -> None:
+    """Storage for the adapter of layers whose own weights `accelerate` has offloaded: PEFT makes none for those."""
+    for layer in adapted_layers(model):
+        hook = getattr(layer.get_base_layer(), "_hf_hook", None)
+        for part in (layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]):
+            if part.weight.is_meta:
+                part.to_empty(device=getattr(hook, "execution_device", None) or "cpu")
 
 
 def add_adapter(model: Any, lora_config: Any) -> None:
@@ -121,6 +134,7 @@ def load_adapter(model: Any, checkpoint: str | Path, **hub: Any) -> None:
     base = f"{model.base_model_prefix}."
     own = "" if model.base_model is model else base
     state = {own + name.removeprefix(PREFIX).removeprefix(base): tensor for name, tensor in load_file(weights).items()}
+    give_storage(model)
     outcome = peft.set_peft_model_state_dict(model, state, adapter_name=ADAPTER_NAME)
     if outcome.unexpected_keys or any(".lora_" in key for key in outcome.missing_keys):
         raise OSError(f"the adapter in {subfolder} does not fit the model: convert and adapt the checkpoint again")
