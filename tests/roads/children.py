@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import semtoken_hf
 
 # What parent and child must agree on is printed behind this.
@@ -38,18 +40,18 @@ def run(command: list[str], timeout: float) -> str:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
-        raise AssertionError(f"still running after {timeout} s\n{out[-2000:]}\n{err[-4000:]}") from None
-    assert process.returncode == 0, f"{out[-2000:]}\n{err[-4000:]}"
+        raise AssertionError(f"still running after {timeout} s\n{out[-2000:]}\n{err[-9000:]}") from None
+    assert process.returncode == 0, f"{out[-2000:]}\n{err[-9000:]}"
     return out
 
 
-def run_python(code: str, *arguments: Any, timeout: float = 60) -> Any:
+def run_python(code: str, *arguments: Any, timeout: float = 120) -> Any:
     """The facts that `code` prints."""
     out = run([sys.executable, "-c", code, *map(str, arguments)], timeout)
     return json.loads(out.split(FACTS)[1].splitlines()[0])
 
 
-def run_ranks(module: str, folder: Path, *arguments: Any, ranks: int = 2, timeout: float = 60) -> list[Any]:
+def run_ranks(module: str, folder: Path, *arguments: Any, ranks: int = 2, timeout: float = 120) -> list[Any]:
     """The facts of every rank of a module of these tests, run by `torch.distributed.run` on this machine.
 
     The module writes them with `write_facts`.
@@ -60,9 +62,9 @@ def run_ranks(module: str, folder: Path, *arguments: Any, ranks: int = 2, timeou
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--nnodes=1"]
     address = ["--master_addr=127.0.0.1", f"--master_port={port}"]
     run([*launcher, *address, "-m", module, str(folder), *map(str, arguments)], timeout)
-    return [json.loads((folder / f"facts-{rank}.json").read_text()) for rank in range(ranks)]
+    return [torch.load(folder / f"facts-{rank}.pt") for rank in range(ranks)]
 
 
-def write_facts(folder: str | Path, facts: Any) -> None:
-    """Of this rank."""
-    (Path(folder) / f"facts-{os.environ['RANK']}.json").write_text(json.dumps(facts))
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Tensors and plain values that this rank has found."""
+    torch.save(facts, folder / f"facts-{os.environ['RANK']}.pt")
