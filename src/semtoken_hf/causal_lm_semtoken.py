@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple, logging
 
 from .cache_semtoken import tracks_slots
@@ -42,6 +43,12 @@ class SemTokenCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPreTrainedMixin):
     """The language-modelling head."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        # Only for classes that are named there does `Trainer` shift the labels of its label smoothing.
+        if "config_class" in cls.__dict__:
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(cls.config_class.model_type, cls.__name__)
 
     @can_return_tuple
     def forward(
