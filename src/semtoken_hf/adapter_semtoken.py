@@ -59,8 +59,8 @@ def _skip_layer(layer: Any, inputs: tuple, kwargs: dict[str, Any]) -> tuple[tupl
     acts_on = _ACTS_ON.get()
     if isinstance(acts_on, Tensor) and ADAPTER_NAME not in layer.active_adapters and not layer.disable_adapters:
         logger.warning_once(
-            f"The checkpoint's adapter for compressed rows, '{ADAPTER_NAME}', is not active: expect worse text. Activate "
-            f"it beside yours with `set_adapter(['{ADAPTER_NAME}', name])` of the model (`base_model` of a PeftModel)."
+            f"The checkpoint's adapter for compressed rows, '{ADAPTER_NAME}', is not active: expect worse text. "
+            f"Activate both with `set_adapter(['{ADAPTER_NAME}', name])` of the model (or a PeftModel's `base_model`)."
         )
     if acts_on is not False or layer.active_adapters != [ADAPTER_NAME]:
         return None

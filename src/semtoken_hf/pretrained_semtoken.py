@@ -24,6 +24,7 @@ class SemTokenPreTrainedMixin:
 
     # What the family's classes bring.
     config: Any
+    config_class: Any
     base_model: Any
     get_output_embeddings: Any
     loss_function: Any

@@ -56,7 +56,7 @@ def build_transformer(config: PreTrainedConfig) -> PreTrainedModel:
         encoder = AutoModel.from_config(config, attn_implementation="eager", dtype=torch.float32)
     for module in encoder.modules():
         if type(module) is nn.Linear:
-            module.__class__ = FrozenLinear
+            module.__class__ = FrozenLinear  # type: ignore[assignment]
     return encoder
 
 

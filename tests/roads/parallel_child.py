@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from semtoken_hf import SemTokenLlamaForCausalLM
+import semtoken_hf  # noqa: F401, registers its classes
 from tests.fixtures.tiny import left_padded, random_ids
 from tests.roads.children import write_facts
 
@@ -74,7 +75,7 @@ def tensor_parallel(folder: Path) -> dict[str, Any]:
     facts = {}
     for source in sorted((folder / "plain").iterdir()):
         config = DistributedConfig(tp_plan="auto")
-        model = SemTokenLlamaForCausalLM.from_pretrained(source, distributed_config=config).eval()
+        model = AutoModelForCausalLM.from_pretrained(source, distributed_config=config).eval()
         sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
         frozen = not any(p.requires_grad for n, p in model.named_parameters() if "semantic_encoder" in n)
         facts[source.name] = {**read(model), "sharded": sharded, "frozen": frozen}
@@ -87,7 +88,7 @@ def tensor_parallel(folder: Path) -> dict[str, Any]:
 
 def data_parallel(folder: Path) -> dict[str, Any]:
     """DDP over two steps, where every rank has rows of its own; and a step where rank 1 has nothing to merge."""
-    model = SemTokenLlamaForCausalLM.from_pretrained(folder / "plain" / "learned").train()
+    model = AutoModelForCausalLM.from_pretrained(folder / "plain" / "learned").train()
     ids, labels = (rows[2 * RANK : 2 * RANK + 2] for rows in training_rows())
     facts: dict[str, Any] = {"steps": []}
     for unused in (False, True):
@@ -106,13 +107,13 @@ def fully_sharded(folder: Path) -> dict[str, Any]:
     """FSDP2 by hand, its groups as `_no_split_modules` says, and by Transformers, in half precision, too."""
     facts = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = SemTokenLlamaForCausalLM.from_pretrained(folder / "plain" / "learned", dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder / "plain" / "learned", dtype=dtype)
         for module in list(model.modules()):
             if type(module).__name__ in model._no_split_modules:
                 fully_shard(module)
         fully_shard(model)
         config = DistributedConfig(fsdp_size=2)
-        own = SemTokenLlamaForCausalLM.from_pretrained(folder / "plain" / "learned", distributed_config=config, dtype=dtype)
+        own = AutoModelForCausalLM.from_pretrained(folder / "plain" / "learned", distributed_config=config, dtype=dtype)
         for name, sharded in {"torch": model, "transformers": own}.items():
             sharded.eval()
             ids, mask = prompts()
@@ -128,11 +129,11 @@ def fully_sharded(folder: Path) -> dict[str, Any]:
 def pipeline_parallel(folder: Path) -> dict[str, Any]:
     config = {"distributed_config": DistributedConfig(pp_size=2)}
     try:
-        SemTokenLlamaForCausalLM.from_pretrained(folder / "plain" / "learned", **config)
+        AutoModelForCausalLM.from_pretrained(folder / "plain" / "learned", **config)
         refusal = ""
     except ValueError as error:
         refusal = str(error)
-    model = SemTokenLlamaForCausalLM.from_pretrained(folder / "plain" / "learned", **config, compression=False).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder / "plain" / "learned", **config, compression=False).eval()
     ids = random_ids(1, 96)
     return {"refusal": refusal, "tokens": model.generate(ids, max_new_tokens=4, do_sample=False)}
 

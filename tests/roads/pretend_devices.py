@@ -91,7 +91,11 @@ def spread(model: nn.Module, device_map: dict[str, str]) -> Iterator[None]:
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.pretended_device = torch.device(device)
         hook = AlignDevicesHook(execution_device=torch.device(device), skip_keys=model._skip_keys_device_placement)
-        handles.append(module.register_forward_pre_hook(lambda module, args, kwargs, hook=hook: hook.pre_forward(module, *args, **kwargs), with_kwargs=True))
+        handles.append(
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs, hook=hook: hook.pre_forward(module, *args, **kwargs), with_kwargs=True
+            )
+        )
     try:
         with PretendedDevices():
             yield
