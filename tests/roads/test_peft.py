@@ -236,9 +236,9 @@ class TestBesideTheCheckpointsOwnAdapter:
         assert torch.equal(self.logits(peft_model, compression=False), off)
 
     def test_no_warning_where_the_user_wants_none(self, caplog):
-        model = adapted_model()
-        model.disable_adapters()
-        self.logits(model)
+        model = get_peft_model(adapted_model(), lora(["q_proj"]))
+        with model.disable_adapter():
+            self.logits(model)
         assert not warnings_of(caplog)
 
     @pytest.mark.parametrize("active", ["default", ["semtoken", "default"]], ids=str)

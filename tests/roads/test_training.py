@@ -86,12 +86,13 @@ def test_gradient_checkpointing_changes_no_gradient(fields, use_reentrant):
 @pytest.mark.parametrize("fields", [{}, {**LEARNED, **TRANSFORMER}], ids=["static", "transformer, learned"])
 def test_bfloat16_autocast(fields):
     model = make_model(**fields)
-    inputs = batch()
-    plan = model(**inputs).span_ids
+    inputs, fingerprints = batch(), []
+    model.model.semantic_encoder.register_forward_hook(lambda *call: fingerprints.append(call[-1]))
     loss, expected = gradients_of(model, **inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(model(**inputs).span_ids, plan)
         ours, gradients = gradients_of(model, **inputs)
+    # The plan is made in float32 all the same.
+    assert torch.equal(*fingerprints)
     torch.testing.assert_close(ours, loss, atol=0.05, rtol=0.02)
     for name, gradient in expected.items():
         if gradient is not None:
@@ -241,8 +242,9 @@ def test_ten_documents_are_learned_through_their_compressed_contexts(tmp_path):
         return {"input_ids": torch.cat([opened, contexts[order], bridge, targets], 1), "labels": labels}
 
     own, others = torch.arange(DOCUMENTS), torch.arange(DOCUMENTS).roll(1)
-    whole = {"keep_first": 1, "keep_last": bridge.shape[1]}
-    model = tiny_model(**whole, initializer_range=0.05, target_ratio=3.0)
+    # Equal spans, so that neither a token that stays whole nor the layout of the slots gives a document away.
+    fields = {"keep_first": 1, "keep_last": bridge.shape[1], "segmentation_mode": "uniform"}
+    model = tiny_model(**fields, initializer_range=0.05, target_ratio=3.0)
     untrained = model(**rows(own)).loss.item()
     options = {"learning_rate": 3e-3, "optim": "adamw_torch", "per_device_train_batch_size": DOCUMENTS}
     options |= {"max_steps": 80, "logging_steps": 80}
@@ -253,8 +255,10 @@ def test_ten_documents_are_learned_through_their_compressed_contexts(tmp_path):
     trainer_of(shuffled, tmp_path, rows_of(*mixed), **options).train()
 
     outputs = trained.eval()(**rows(own))
-    # Merged in earnest: what stays whole alone would be 1 + 3 + 4 slots.
-    assert (outputs.compressed_lengths < 0.4 * (1 + CONTEXT)).all()
+    plan = outputs.span_ids
+    assert (plan == plan[0]).all()
+    # Every token of the context shares its slot.
+    assert (plan[0, 1 : 1 + CONTEXT].bincount()[1:] > 1).all()
     guess = math.log(DOCUMENTS) / TARGET
     assert outputs.loss < 0.1 < guess
     assert untrained > 4
