@@ -9,7 +9,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from semtoken_hf import SemTokenLlamaForCausalLM
-from tests.fixtures.tiny import LLAMA, plain_twin, ragged_prompts, random_ids, tiny_model
+from tests.fixtures.tiny import BERT, LLAMA, plain_twin, ragged_prompts, random_ids, tiny_config, tiny_model
 
 TOKENS = 48
 
@@ -200,6 +200,16 @@ def test_plain_checkpoint(twins, tmp_path):
     uniform = {"segmentation_mode": "uniform", "min_prompt_length": 16, "keep_last": 4}
     model = SemTokenLlamaForCausalLM.from_pretrained(tmp_path, **uniform)
     assert model.compress(IDS).is_merged
+
+
+def test_plain_checkpoint_and_an_encoder_that_nothing_reads(twins, tmp_path):
+    """Zeros, not what the memory held."""
+    twins[1].save_pretrained(tmp_path)
+    config = tiny_config(segmentation_mode="uniform", encoder_config=dict(BERT), encoder_window=48)
+    model = SemTokenLlamaForCausalLM.from_pretrained(tmp_path, config=config)
+    parameters = list(model.model.semantic_encoder.parameters())
+    assert len(parameters) > 10
+    assert not any(p.any() for p in parameters)
 
 
 def is_frozen(model):

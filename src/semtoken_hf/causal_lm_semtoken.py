@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple, logging
 
 from .cache_semtoken import tracks_slots
@@ -42,6 +43,12 @@ class SemTokenCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPreTrainedMixin):
     """The language-modelling head."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        # Only for classes that are named there does `Trainer` shift the labels of its label smoothing.
+        if "config_class" in cls.__dict__:
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(cls.config_class.model_type, cls.__name__)
 
     @can_return_tuple
     def forward(
@@ -138,6 +145,8 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPreTrainedMixin)
         if columns is not None and by_labels is not None:
             states, targets, index = labelled_slot_states(states, columns, by_labels.to(states.device))
             scored = head(states)
+            # A tied head may live with the embeddings, away from the last layer.
+            targets, index = targets.to(scored.device), index.to(scored.device)
             loss = self.loss_function(
                 logits=scored[None], labels=None, shift_labels=targets[None], vocab_size=vocab_size, **kwargs
             )
@@ -150,7 +159,8 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPreTrainedMixin)
                 logits = head(kept_states(states, logits_to_keep))
             else:
                 states, is_padding = kept_slot_states(states, columns, logits_to_keep)
-                logits = head(states).masked_fill(is_padding[..., None], torch.nan)
+                logits = head(states)
+                logits = logits.masked_fill(is_padding[..., None].to(logits.device), torch.nan)
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return SemTokenCausalLMOutputWithPast(
