@@ -7,7 +7,7 @@ from transformers import BertConfig, Trainer, TrainingArguments
 
 from semtoken_hf import SpanPlanner
 from semtoken_hf.token_layout import TokenLayout, build_layout
-from tests.fixtures.tiny import left_padded, plain_twin, ragged_prompts, random_ids, tiny_model, tiny_tokenizer
+from tests.fixtures.tiny import ragged_prompts, random_ids, tiny_model, tiny_tokenizer
 
 BERT = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
 
@@ -41,18 +41,6 @@ def test_trainer_evaluates_merged_and_whole_batches_alike(tmp_path):
     assert seen[0].shape == (2, 64, model.config.vocab_size)
     assert np.isnan(seen[0][0]).any()
     assert not np.isnan(seen[0][1]).any()
-
-
-def test_prompts_padded_on_the_right_generate_like_llama(caplog):
-    model = tiny_model()
-    rows = [random_ids(1, n, seed=n)[0] for n in (60, 40)]
-    ids, mask = left_padded([row.flip(0) for row in rows])
-    ids, mask = ids.flip(1), mask.flip(1)
-    ours = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
-    theirs = plain_twin(model).generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
-    assert torch.equal(ours, theirs)
-    (message,) = [r.message for r in caplog.records if r.name.startswith("semtoken_hf")]
-    assert "padded on the right" in message
 
 
 def test_the_planner_is_read_from_the_revision_of_the_tokenizer(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from semtoken_hf import SemTokenCache
-from tests.fixtures.tiny import FAMILIES, left_padded, plain_twin, random_ids, tiny_model
+from tests.fixtures.tiny import left_padded, plain_twin, random_ids, tiny_model
 
 EVERY, KEEP_LAST, RATIO = 20, 4, 2.5
 MERGED = math.ceil(EVERY / RATIO)
@@ -197,14 +197,6 @@ def test_too_short_to_merge():
     with pytest.raises(ValueError, match="at least min_prompt_length - keep_last = 12"):
         tiny_model(recompress_every=11)
     assert tiny_model(recompress_every=12).config.recompress_every == 12
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families(family):
-    model = tiny_model(family=family, **FIELDS)
-    cache = generate(model, random_ids(1, PROMPT)).past_key_values
-    times = (STEPS - 1 - KEEP_LAST) // EVERY
-    assert cache.physical_length() == math.ceil(PROMPT / RATIO) + STEPS - 1 - times * (EVERY - MERGED)
 
 
 def test_sliding_windows():

@@ -8,13 +8,15 @@ import torch
 from semtoken_hf import SemTokenCache
 from tests.fixtures.tiny import left_padded, plain_twin, random_ids, tiny_model
 
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+from .cases import CLOSE, Case, model_of
+
 STEPS = 5
 
 
-@pytest.fixture(scope="module", params=["original", "compact"])
+@pytest.fixture(params=[("llama", "original"), ("llama", "compact"), ("gpt_neox", "original"), ("qwen3", "compact")])
 def model(request):
-    return tiny_model(position_mode=request.param)
+    family, positions = request.param
+    return model_of(Case(family, positions=positions))
 
 
 def generate(model, ids, mask=None, **arguments):
@@ -134,23 +136,6 @@ def test_compression_can_change_between_turns(model):
     generate(model, ids, past_key_values=cache, compression=False)
     assert (cache.slot_lengths[:, held:] == 1).all()
     assert cache.get_seq_length() == ids.shape[1] + STEPS - 1
-
-
-@pytest.mark.parametrize(
-    "drafts", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": True}], ids=["lookup", "model"]
-)
-def test_drafts(model, drafts):
-    """Rejected drafts are cropped away; the tokens and the cache are those of greedy decoding."""
-    if "assistant_model" in drafts:
-        drafts = {"assistant_model": tiny_model(seed=1, num_hidden_layers=1, position_mode=model.config.position_mode)}
-    ids = random_ids(1, 30).repeat(1, 3)
-    expected = generate(model, ids, max_new_tokens=12, return_dict_in_generate=True)
-    outputs = generate(model, ids, max_new_tokens=12, return_dict_in_generate=True, **drafts)
-    assert torch.equal(outputs.sequences, expected.sequences)
-    ours, theirs = outputs.past_key_values, expected.past_key_values
-    width = min(ours.physical_length(), theirs.physical_length())
-    assert ours.is_compressed
-    assert torch.equal(ours.slot_lengths[:, :width], theirs.slot_lengths[:, :width])
 
 
 def test_plan_from_outside(model):

@@ -1,21 +1,24 @@
-"""Law 8: the cache tells the truth."""
+"""Law 8: what is done to a cache: reorder, repeat, select, crop, reset, copy, offload."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 from semtoken_hf import SemTokenCache
-from tests.fixtures.tiny import plain_twin, ragged_prompts, random_ids, tiny_model
+from tests.fixtures.tiny import FAMILIES, plain_twin, ragged_prompts, random_ids, tiny_model
 
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+from .cases import CLOSE, POSITIONS, Case, model_of
+
 LENGTHS = (96, 41)
 
 
-@pytest.fixture(scope="module", params=["original", "compact"])
+@pytest.fixture(params=itertools.product(FAMILIES, POSITIONS), ids="-".join)
 def model(request):
-    return tiny_model(position_mode=request.param)
+    family, positions = request.param
+    return model_of(Case(family, positions=positions))
 
 
 def prefill(model, ids, mask=None, **arguments):
@@ -211,31 +214,3 @@ def test_offloading_is_kept(monkeypatch):
         model.generate(random_ids(1, 96), max_new_tokens=2, cache_implementation="offloaded")
     assert isinstance(caches[0], SemTokenCache)
     assert caches[0].offloading
-
-
-@pytest.mark.parametrize("search", [{"num_beams": 4}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True}])
-def test_generate_fills_one(model, search):
-    ids, mask = ragged_prompts(LENGTHS)
-    outputs = model.generate(
-        ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True, **search
-    )
-    cache, copies = outputs.past_key_values, search.get("num_beams", 1)
-    # The last token was chosen but not read.
-    assert cache.get_seq_length() == 96 + 3
-    assert cache.original_lengths.tolist() == [96 + 3] * copies + [41 + 3] * copies
-    assert cache.physical_length() == 40 + 3
-
-
-def test_decoding_by_hand_is_generate(model):
-    ids, mask = ragged_prompts(LENGTHS)
-    expected = model.generate(
-        ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, output_logits=True, return_dict_in_generate=True
-    )
-    outputs = prefill(model, ids, mask)
-    first = expected.logits[0].argmax(-1, keepdim=True)
-    torch.testing.assert_close(outputs.logits[:, -1], expected.logits[0], **CLOSE)
-    tokens, _ = decode(model, outputs.past_key_values, outputs.logits[:, -1].argmax(-1, keepdim=True), mask, steps=6)
-    assert torch.equal(tokens[:, :1], first)
-    # `generate` may not choose the end of the sequence here; compare until it would have.
-    assert 2 not in tokens
-    assert torch.equal(tokens, expected.sequences[:, 96:])

@@ -4,7 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.fixtures.tiny import VOCAB_SIZE, left_padded, plain_twin, ragged_prompts, random_ids, tiny_model
+from tests.fixtures.tiny import VOCAB_SIZE, plain_twin, ragged_prompts, random_ids, tiny_model
+
+from .cases import CLOSE, RATIO, assert_identical, each_case, each_cell, every_case, outcome_of, plain_outcome
+from .roads import ROADS, read_by_labels
+from .slots import Part, read_parts
 
 LENGTHS = (120, 77)
 KEPT = {
@@ -59,13 +63,30 @@ def own_slot(span_ids):
     return torch.stack([(row[:, None] == row).sum(1) == 1 for row in span_ids])
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_plain_forward_merges_nothing(attention):
-    model = tiny_model(attn_implementation=attention)
-    ids, mask = ragged_prompts(LENGTHS)
-    outputs = model(ids, attention_mask=mask)
-    assert outputs.logits.shape == (2, 120, VOCAB_SIZE)
-    assert torch.equal(outputs.logits, plain_twin(model)(ids, attention_mask=mask).logits)
+@each_case(every_case())
+def test_all_logits_merge_nothing(case):
+    assert_identical(outcome_of(case, "all logits"), plain_outcome(case, "all logits"))
+
+
+@each_cell(["kept logits", "labels"])
+def test_what_is_read_is_a_slot_of_its_own(case, road):
+    """Its logits are those of the plain model over the slots; nobody else's can be read."""
+    outcome, (ids, mask) = outcome_of(case, road), ROADS[road].batch()
+    real, span_ids = mask.bool(), outcome.others["span_ids"]
+    read = read_by_labels(ids, mask) if road == "labels" else read_positions(3, ids.shape[1], len(ids))
+    assert own_slot(span_ids)[read].all()
+    assert (span_ids.amax(1)[:2] < real.sum(1)[:2] - 5).all()
+    if road == "labels":
+        logits = outcome.others["raw"]
+        assert logits[read].isfinite().all()
+        assert logits[~read].isnan().all()
+    for row, row_ids in enumerate(ROADS[road].rows()):
+        mine = read[row, real[row]]
+        slots, lengths = read_parts(case, [Part(row_ids, RATIO, mine)])
+        assert torch.equal(span_ids[row, real[row]].bincount(), lengths)
+        expected = slots[lengths.cumsum(0).unsqueeze(1).eq(mine.nonzero()[:, 0] + 1).nonzero()[:, 0]]
+        got = logits[row, read[row]] if road == "labels" else outcome.by_row["logits"][row]
+        torch.testing.assert_close(got, expected, **CLOSE)
 
 
 def test_labels_on_everything_merge_nothing():
@@ -190,16 +211,3 @@ def test_gradients(checkpointing):
     # Tokens of one slot enter it as a mean: they share one gradient.
     first, second = merged.nonzero()[:2, 0]
     torch.testing.assert_close(gradient[ids[0, first]], gradient[ids[0, second]])
-
-
-def test_loss_of_a_batch_is_the_loss_of_its_rows():
-    model = tiny_model()
-    rows = [random_ids(1, n, n)[0] for n in LENGTHS]
-    ids, mask = left_padded(rows)
-    labels = labels_of(ids, mask, spans=((90, 97), (112, 120)))
-    total = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=1).loss
-    parts = []
-    for row, length in enumerate(LENGTHS):
-        arguments = {"labels": labels[row : row + 1, -length:], "num_items_in_batch": 1}
-        parts.append(model(ids[row : row + 1, -length:], **arguments).loss)
-    torch.testing.assert_close(total, sum(parts))

@@ -8,6 +8,9 @@ import torch.nn.functional as F
 
 from tests.fixtures.tiny import BERT, VOCAB_SIZE, random_ids, tiny_model
 
+from .cases import CLOSE, RATIO, each_case, each_cell, every_case, model_of, outcome_of
+from .roads import ROADS, labels_of
+
 TOKENS = 160
 SETTINGS = {
     "boundary": {},
@@ -73,7 +76,33 @@ def assert_same_until(ours, theirs, end):
     torch.testing.assert_close(ours.logits[:, :end], theirs.logits[:, :end], atol=2e-5, rtol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@each_case(every_case())
+def test_scored_text_is_not_seen(case):
+    """Other words where labels score, and behind them: plan and readable logits before them stay."""
+    model, (ids, mask) = model_of(case), ROADS["labels"].batch()
+    outcome = outcome_of(case, "labels")
+    labels = labels_of(ids, mask)
+    width = ids.shape[1]
+    # The first scored token of either run, and everything from there on.
+    for place in (width - 30, width - 5):
+        for where in (slice(place, place + 1), slice(place, width)):
+            changed = other_tokens(ids, where)
+            with torch.no_grad():
+                out = model(changed, attention_mask=mask, labels=changed.where(labels != -100, -100))
+            assert torch.equal(out.span_ids[:, :place], outcome.others["span_ids"][:, :place])
+            torch.testing.assert_close(out.logits[:, :place], outcome.others["raw"][:, :place], **CLOSE, equal_nan=True)
+
+
+@each_cell([name for name, road in ROADS.items() if road.compresses and road.is_decoding and name != "pipeline"])
+def test_what_is_generated_does_not_change_the_slots_of_the_prompt(case, road):
+    """Drafts, answers, later turns and reading again leave the plan of the prompt as `compress` makes it."""
+    ids, mask = ROADS[road].batch()
+    prompt = model_of(case).compress(ids, mask, target_ratio=RATIO)
+    expected = prompt.slot_lengths.repeat_interleave(len(outcome_of(case, road).cache.slot_lengths) // len(ids), 0)
+    assert torch.equal(outcome_of(case, road).cache.slot_lengths[:, : expected.shape[1]], expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
 def test_scored_and_later_tokens_change_nothing_before_them(model, seed):
     ids = random_ids(1, TOKENS, seed)
     labels = random_labels(ids, seed)

@@ -1,0 +1,95 @@
+"""Law 6: what is protected keeps a slot of its own: special ids, both ends of a row, and what the caller marks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.fixtures.tiny import LLAMA, ragged_prompts, random_ids, tiny_model
+
+from .cases import RATIO, Case, build, each_case, each_cell, model_of, outcome_of, spread_cases
+from .roads import ROADS
+
+KEEP_FIRST, KEEP_LAST = 2, 4
+DECODING = [name for name, road in ROADS.items() if road.compresses and road.is_decoding and name != "pipeline"]
+# Roads that take what is given for the prompt: masks of a chat cover one turn or all of it.
+MARKED = [name for name in DECODING if name not in ("chat",)]
+
+
+def sizes_of_tokens(slot_lengths):
+    """int64 [T]: how many tokens share each token's slot, for one row of slot lengths [M]."""
+    return slot_lengths.repeat_interleave(slot_lengths)
+
+
+def assert_whole_where_it_must(slot_lengths, ids, marked=None):
+    """Of one prompt int64 [n], by the first slots of its row; the rest does merge."""
+    sizes = sizes_of_tokens(slot_lengths)[: len(ids)]
+    special = torch.isin(ids, torch.tensor([LLAMA[f"{name}_token_id"] for name in ("pad", "bos", "eos")]))
+    assert special[1:-KEEP_LAST].any() or len(ids) < 16 or marked is not None
+    must = special if marked is None else special | marked
+    must[:KEEP_FIRST] = must[-KEEP_LAST:] = True
+    assert (sizes[must] == 1).all()
+    if len(ids) >= 16:
+        assert (sizes > 1).any()
+
+
+@each_cell([name for name in DECODING if not ROADS[name].is_drafting])
+def test_special_ids_and_both_ends(case, road):
+    cache, rows = outcome_of(case, road).cache, ROADS[road].rows()
+    copies = len(cache.slot_lengths) // len(rows)
+    for number, lengths in enumerate(cache.slot_lengths):
+        assert_whole_where_it_must(lengths, rows[number // copies])
+
+
+@pytest.mark.parametrize("road", MARKED)
+@each_case([case for case in spread_cases() if case.attention == "sdpa"])
+def test_what_the_caller_marks(case, road):
+    """The mask reaches every road; the attention that reads the slots cannot matter."""
+    rows = ROADS[road].rows()
+    ids, mask = ROADS[road].batch()
+    marked = torch.arange(ids.shape[1]).expand_as(ids) % 7 == 3
+    cache = ROADS[road].run(model_of(case), ids, mask, protected_mask=marked & (mask != 0)).cache
+    copies = len(cache.slot_lengths) // len(rows)
+    for number, lengths in enumerate(cache.slot_lengths):
+        row = rows[number // copies]
+        assert_whole_where_it_must(lengths, row, marked[0, -len(row) :])
+
+
+@pytest.mark.parametrize("segmentation", ["boundary", "greedy", "uniform"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt_neox"])
+def test_ids_of_the_configuration(family, segmentation):
+    ids = random_ids(1, 96)
+    chosen = ids[0, 20:60:9].tolist()
+    model = build(Case(family), protected_token_ids=chosen, segmentation_mode=segmentation)
+    prompt = model.compress(ids, target_ratio=RATIO)
+    sizes = sizes_of_tokens(prompt.slot_lengths[0])
+    assert (sizes[torch.isin(ids[0], torch.tensor(chosen))] == 1).all()
+    assert (sizes > 1).any()
+
+
+@pytest.mark.parametrize("segmentation", ["boundary", "greedy", "uniform"])
+def test_what_stays_whole(segmentation):
+    model = tiny_model(segmentation_mode=segmentation)
+    ids, mask = ragged_prompts((96, 80))
+    ids[0, 30], ids[1, 60] = LLAMA["eos_token_id"], LLAMA["bos_token_id"]
+    protected = torch.zeros_like(ids)
+    protected[:, 50:70:6] = 1
+    prompt = model.compress(ids, mask, protected_mask=protected)
+    alone = torch.stack([(row[:, None] == row).sum(1) == 1 for row in prompt.span_ids])
+    assert alone[0, 30]
+    assert alone[1, 60]
+    assert alone[protected.bool()].all()
+    for row, first in enumerate((0, 16)):
+        assert alone[row, first : first + model.config.keep_first].all()
+        assert alone[row, -model.config.keep_last :].all()
+    assert not alone[:, 70:90].all()
+
+
+def test_what_stays_whole_around_a_read_position():
+    """`keep_last` counts before it; `keep_first` counts from the start of the row alone."""
+    model, ids = tiny_model(keep_first=6, keep_last=3, segmentation_mode="uniform"), random_ids(1, 96)
+    read = torch.zeros_like(ids, dtype=torch.bool)
+    read[0, 50] = True
+    spans = model.compress(ids, read_mask=read).span_ids[0]
+    alone = [i for i in range(96) if (spans == spans[i]).sum() == 1]
+    assert alone == [*range(6), 48, 49, 50, 51, 93, 94, 95]

@@ -1,0 +1,91 @@
+"""Law 7: the same input gives the same plan and the same text: twice, on a copy, reloaded, and in every dtype."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.fixtures.tiny import BERT, FAMILIES, random_ids, tiny_model
+
+from .cases import ATTENTIONS, MERGES, POSITIONS, Case, assert_identical, each_case, each_cell, model_of, outcome_of
+from .roads import ROADS
+
+IDS = random_ids(2, 48)
+
+
+@each_cell(ROADS, ["sdpa"])
+def test_twice(case, road):
+    """Nothing of a call stays behind: other roads ran on this model in between. No attention keeps anything."""
+    assert_identical(ROADS[road].run(model_of(case), *ROADS[road].batch()), outcome_of(case, road))
+
+
+@functools.cache
+def copy_of(case):
+    return copy.deepcopy(model_of(case))
+
+
+@pytest.mark.parametrize("road", ["labels", "training step", "greedy", "beams"])
+@each_case(Case(*axes) for axes in itertools.product(FAMILIES, ["sdpa"], ["original"], MERGES))
+def test_on_a_copied_model(case, road):
+    """What is copied are weights: neither attention nor positions have any."""
+    assert_identical(ROADS[road].run(copy_of(case), *ROADS[road].batch()), outcome_of(case, road))
+
+
+@each_case(Case(*axes) for axes in itertools.product(FAMILIES, ["eager"], POSITIONS, MERGES))
+def test_after_saving(case, tmp_path):
+    model_of(case).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=case.attention).eval()
+    for road in ("labels", "greedy"):
+        assert_identical(ROADS[road].run(loaded, *ROADS[road].batch()), outcome_of(case, road))
+
+
+@each_case(Case(*axes) for axes in itertools.product(FAMILIES, ATTENTIONS, POSITIONS, MERGES))
+def test_one_plan_for_every_dtype(case):
+    """Slots, positions and what reaches the cache, by two roads."""
+    half = model_of(replace(case, dtype=torch.bfloat16))
+    ids, mask = ROADS["greedy"].batch()
+    ours, theirs = half.compress(ids, mask), model_of(case).compress(ids, mask)
+    assert ours.inputs_embeds.dtype == torch.bfloat16
+    for name in ("span_ids", "slot_lengths", "position_ids", "kept_lengths"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    slots = ROADS["kept logits"].run(half, ids, mask).cache.slot_lengths
+    assert torch.equal(slots, outcome_of(case, "kept logits").cache.slot_lengths)
+
+
+def is_frozen(model):
+    encoder = model.base_model.semantic_encoder
+    return not any(p.requires_grad for p in encoder.parameters()) and not any(m.training for m in encoder.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_encoder_stays_frozen(tmp_path, family):
+    model = tiny_model(family=family, encoder_config=dict(BERT), encoder_window=64)
+    assert is_frozen(model)
+    assert is_frozen(model.train())
+    assert is_frozen(copy.deepcopy(model))
+    assert model.base_model.layers[0].training
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert is_frozen(loaded)
+    assert is_frozen(loaded.train())
+    assert is_frozen(copy.deepcopy(loaded))
+    assert all(p.requires_grad for n, p in loaded.named_parameters() if "semantic_encoder" not in n)
+    assert torch.equal(loaded.eval().compress(IDS).span_ids, model.eval().compress(IDS).span_ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "auto"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_encoder_stays_float32(tmp_path, family, dtype):
+    model = tiny_model(family=family, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert loaded.get_output_embeddings().weight.dtype == (torch.bfloat16 if dtype == "auto" else dtype)
+    assert all(p.dtype == torch.float32 for p in loaded.base_model.semantic_encoder.parameters())
+    # One plan for every dtype of the model.
+    assert torch.equal(loaded.compress(IDS).span_ids, model.compress(IDS).span_ids)
