@@ -145,8 +145,7 @@ class SemTokenContinuousBatchingManager(ContinuousBatchingManager):
     def _run_generation_loop(self) -> None:
         try:
             super()._run_generation_loop()
-        finally:
-            self.slots.end()
+        finally:  # every request ended by now, some of them behind the last sweep
             self.slots.sweep(self._queued)
 
     def _queued(self) -> set[str]:

@@ -190,12 +190,11 @@ class SlotTable:
             for name in paged.request_ids if paged is not None else ():
                 self._prompts.pop(name, None)
 
-    def end(self, *request_ids: str) -> None:
-        """Note that requests end, all of them if none is named, for the next `sweep`."""
+    def end(self, request_id: str) -> None:
+        """Note that a request ends, for the next `sweep`."""
         with self._lock:
-            for name in request_ids or list(self._prompts):
-                if (paged := self._prompts.get(name)) is not None:
-                    self._ended.add(paged.request_ids[0])
+            if (paged := self._prompts.get(request_id)) is not None:
+                self._ended.add(paged.request_ids[0])
 
     def sweep(self, living: Callable[[], set[str]]) -> None:
         """Forget what `end` noted, unless one of the prompt's requests is still among the ids of `living()`."""
