@@ -235,3 +235,15 @@ def test_the_real_minilm_tells_two_books_apart(minilm) -> None:
     half = len(islands) // 2
     mean = [F.normalize(part.mean(0), dim=0) for part in (islands[:half], islands[half:], alice)]
     assert mean[0] @ mean[1] > 0.2 + torch.maximum(mean[0] @ mean[2], mean[1] @ mean[2])
+
+
+@pytest.mark.parametrize("attention", ["eager", "paged|eager"])
+def test_attention_of_the_language_model_is_not_the_encoders(attention):
+    """A paged one reads a cache that the encoder does not have; others need half precision."""
+    model = tiny_model(encoder_config=BERT, encoder_window=64, attn_implementation="sdpa")
+    ids = random_ids(1, 96)
+    plan = model.compress(ids).span_ids
+    model.set_attn_implementation(attention)
+    assert model.config._attn_implementation == attention
+    assert model.model.semantic_encoder.encoder.config._attn_implementation == "sdpa"
+    assert torch.equal(model.compress(ids).span_ids, plan)

@@ -17,20 +17,22 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.utils import cached_file, is_peft_available
+from transformers.utils import cached_file, is_peft_available, logging
+
+logger = logging.get_logger(__name__)
 
 ADAPTER_NAME = "semtoken"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Of the names in PEFT's files.
 PREFIX = "base_model.model."
-# Of the current call: False for no row, a tensor [B, 1, 1] of zeros and ones, or None for all rows.
+# Of the current call: False for no row, a tensor [B, 1 or T, 1] of zeros and ones, or None for all rows.
 _ACTS_ON: ContextVar[Tensor | bool | None] = ContextVar("semtoken_adapter_acts_on", default=None)
 
 
 @contextmanager
 def adapter_acts_on(rows: Tensor | bool | None) -> Iterator[None]:
-    """Within this block the adapter acts on `rows`: bool [B], or True or False for all."""
-    gate = rows[:, None, None] if isinstance(rows, Tensor) else (None if rows is None or rows else False)
+    """Within this block the adapter acts on `rows`: bool [B], or [B, T] by column, or True or False for all."""
+    gate = rows.reshape(len(rows), -1, 1) if isinstance(rows, Tensor) else (None if rows is None or rows else False)
     token = _ACTS_ON.set(gate)
     try:
         yield
@@ -54,7 +56,13 @@ def remembering_rows(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _skip_layer(layer: Any, inputs: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """PEFT's own way to run the base layer alone: name no adapter for any row."""
-    if _ACTS_ON.get() is not False or layer.active_adapters != [ADAPTER_NAME]:
+    acts_on = _ACTS_ON.get()
+    if isinstance(acts_on, Tensor) and ADAPTER_NAME not in layer.active_adapters and not layer.disable_adapters:
+        logger.warning_once(
+            f"The checkpoint's adapter for compressed rows, '{ADAPTER_NAME}', is not active: expect worse text. "
+            f"Activate both with `set_adapter(['{ADAPTER_NAME}', name])` of the model (or a PeftModel's `base_model`)."
+        )
+    if acts_on is not False or layer.active_adapters != [ADAPTER_NAME]:
         return None
     return inputs, {**kwargs, "adapter_names": ["__base__"] * len(inputs[0])}
 
@@ -67,13 +75,26 @@ def _mask_rows(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | Non
 
 
 # PEFT is imported by name: a plain import would be a need of every checkpoint's remote code.
+def adapted_layers(model: nn.Module) -> list[Any]:
+    """PEFT's layers that hold the adapter `ADAPTER_NAME`."""
+    lora_layer = import_module("peft.tuners.lora").LoraLayer
+    return [layer for layer in model.modules() if isinstance(layer, lora_layer) and ADAPTER_NAME in layer.lora_B]
+
+
 def gate_adapter(model: nn.Module) -> None:
     """Make the adapter `ADAPTER_NAME` of `model` obey `adapter_acts_on`."""
-    lora_layer = import_module("peft.tuners.lora").LoraLayer
-    for layer in list(model.modules()):
-        if isinstance(layer, lora_layer) and ADAPTER_NAME in layer.lora_B:
-            layer.register_forward_pre_hook(_skip_layer, with_kwargs=True)
-            layer.lora_B[ADAPTER_NAME].register_forward_hook(_mask_rows)
+    for layer in adapted_layers(model):
+        layer.register_forward_pre_hook(_skip_layer, with_kwargs=True)
+        layer.lora_B[ADAPTER_NAME].register_forward_hook(_mask_rows)
+
+
+def give_storage(model: nn.Module) -> None:
+    """Storage for the adapter of layers whose own weights `accelerate` has offloaded: PEFT makes none for those."""
+    for layer in adapted_layers(model):
+        hook = getattr(layer.get_base_layer(), "_hf_hook", None)
+        for part in (layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]):
+            if part.weight.is_meta:
+                part.to_empty(device=getattr(hook, "execution_device", None) or "cpu")
 
 
 def add_adapter(model: Any, lora_config: Any) -> None:
@@ -113,6 +134,7 @@ def load_adapter(model: Any, checkpoint: str | Path, **hub: Any) -> None:
     base = f"{model.base_model_prefix}."
     own = "" if model.base_model is model else base
     state = {own + name.removeprefix(PREFIX).removeprefix(base): tensor for name, tensor in load_file(weights).items()}
+    give_storage(model)
     outcome = peft.set_peft_model_state_dict(model, state, adapter_name=ADAPTER_NAME)
     if outcome.unexpected_keys or any(".lora_" in key for key in outcome.missing_keys):
         raise OSError(f"the adapter in {subfolder} does not fit the model: convert and adapt the checkpoint again")
@@ -123,6 +145,23 @@ def load_adapter(model: Any, checkpoint: str | Path, **hub: Any) -> None:
 def has_adapter(model: Any) -> bool:
     """Whether the adapter is in place."""
     return ADAPTER_NAME in (getattr(model, "peft_config", None) or {})
+
+
+def saves_adapter(model: Any) -> bool:
+    """Whether `save_pretrained` saves the checkpoint with its adapter.
+
+    Not where another adapter is active, since Transformers then saves that alone, and not where the adapter is gone.
+    """
+    if has_adapter(model):
+        return model.active_adapters() == [ADAPTER_NAME]
+    if model.config.adapter_subfolder is not None and not getattr(model, "peft_config", None):
+        logger.warning(
+            f"The checkpoint's adapter for compressed rows, '{ADAPTER_NAME}', was merged or unloaded: saved without it."
+        )
+        model.config.adapter_subfolder = None
+        # PEFT has taken every adapter out and does not say so.
+        model._hf_peft_config_loaded = False
+    return False
 
 
 def without_adapter(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -149,5 +188,6 @@ __all__ = [
     "load_adapter",
     "remembering_rows",
     "save_adapter",
+    "saves_adapter",
     "without_adapter",
 ]

@@ -55,6 +55,15 @@ class SemTokenCache(DynamicCache):
         self.is_compressed |= compressed
         self.is_padded |= padded
 
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer: Any = self.layers[layer_idx]
+        if getattr(layer, "record_past", False):
+            # Before 5.23, a window that records its past hands out all of it, and the mask knows of the window alone.
+            visible = layer.sliding_window - 1 + key_states.shape[-2]
+            keys, values = keys[:, :, -visible:], values[:, :, -visible:]
+        return keys, values
+
     @property
     def original_lengths(self) -> Tensor | None:
         """int64 [B]: tokens that each row stands for, padding left out; None while empty."""

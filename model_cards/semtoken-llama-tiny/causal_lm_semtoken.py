@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple, logging
 
 from .cache_semtoken import tracks_slots
 from .configuration_semtoken import check_ratio
 from .generation_semtoken import SemTokenGenerationMixin
+from .paged_semtoken import SemTokenContinuousMixin, step_of_call
 from .pretrained_semtoken import SemTokenPreTrainedMixin
 from .read_positions import (
     IGNORED_LABEL,
@@ -40,8 +42,14 @@ class SemTokenCausalLMOutputWithPast(CausalLMOutputWithPast):
     compressed_lengths: Tensor | None = None
 
 
-class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPreTrainedMixin):
+class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin, SemTokenPreTrainedMixin):
     """The language-modelling head."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        # Only for classes that are named there does `Trainer` shift the labels of its label smoothing.
+        if "config_class" in cls.__dict__:
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(cls.config_class.model_type, cls.__name__)
 
     @can_return_tuple
     def forward(
@@ -94,6 +102,8 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPreTrainedMixin)
         }
         if prefill_chunk_size is not None:
             plain["prefill_chunk_size"] = prefill_chunk_size
+        if step_of_call(kwargs) is not None:  # its prompts were compressed when they were added
+            return super().forward(**plain)
         columns = inputs_embeds if input_ids is None else input_ids
         asks_for_all = labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 0
         if asks_for_all or self._is_short(columns) or not self._wants_compression(compression, target_ratio):
@@ -138,6 +148,8 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPreTrainedMixin)
         if columns is not None and by_labels is not None:
             states, targets, index = labelled_slot_states(states, columns, by_labels.to(states.device))
             scored = head(states)
+            # A tied head may live with the embeddings, away from the last layer.
+            targets, index = targets.to(scored.device), index.to(scored.device)
             loss = self.loss_function(
                 logits=scored[None], labels=None, shift_labels=targets[None], vocab_size=vocab_size, **kwargs
             )
@@ -150,7 +162,8 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPreTrainedMixin)
                 logits = head(kept_states(states, logits_to_keep))
             else:
                 states, is_padding = kept_slot_states(states, columns, logits_to_keep)
-                logits = head(states).masked_fill(is_padding[..., None], torch.nan)
+                logits = head(states)
+                logits = logits.masked_fill(is_padding[..., None].to(logits.device), torch.nan)
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return SemTokenCausalLMOutputWithPast(
@@ -188,7 +201,9 @@ def _why_not(
     if input_ids is None:
         return "`inputs_embeds` has no token ids to plan with; pass `input_ids`"
     if "cache" in kwargs or "block_table" in kwargs:
-        return "paged attention manages its own cache"
+        return (
+            "paged attention manages its own cache; use `generate_batch` or the manager of `init_continuous_batching`"
+        )
     if attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2:
         return "a prepared attention mask cannot be shortened; pass a 2D mask"
     if cache is not None and not tracks_slots(cache):

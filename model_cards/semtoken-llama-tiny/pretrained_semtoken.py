@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .adapter_semtoken import has_adapter, load_adapter, remembering_rows, save_adapter, without_adapter
+from .adapter_semtoken import load_adapter, remembering_rows, save_adapter, saves_adapter, without_adapter
 from .cache_semtoken import tracks_slots
 from .compression import CompressedPrompt, compress_prompt
 from .learned_merger import LearnedMerger
@@ -23,12 +24,14 @@ class SemTokenPreTrainedMixin:
 
     # What the family's classes bring.
     config: Any
+    config_class: Any
     base_model: Any
     get_output_embeddings: Any
     loss_function: Any
     training: bool
     is_gradient_checkpointing: bool
     post_init: Any
+    get_input_embeddings: Any
     _auto_class: str | None
     state_dict: Any
 
@@ -46,7 +49,7 @@ class SemTokenPreTrainedMixin:
         """As in Transformers.
 
         Raises:
-            ValueError: the checkpoint holds no encoder, as a plain one does.
+            ValueError: the checkpoint holds no encoder, as a plain one does, or it is split into pipeline stages.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = [key for key in info["missing_keys"] if "semantic_encoder." in key]
@@ -55,6 +58,14 @@ class SemTokenPreTrainedMixin:
                 f"the checkpoint holds no semantic encoder ({missing[0]} and {len(missing) - 1} more are missing): "
                 "convert it first with `semtoken_hf.convert_checkpoint(model, encoder, output_dir)`"
             )
+        if getattr(model, "_pp_stage", None) is not None and model.config.compression:
+            raise ValueError(
+                "pipeline parallelism hands later stages hidden states instead of tokens, so that nothing can be "
+                "compressed: use tensor parallelism or `device_map`, or load with `compression=False`"
+            )
+        with torch.no_grad():
+            for key in missing:  # nothing reads it; Transformers would leave what the memory held
+                model.get_parameter(key).zero_()
         for module in model.modules():
             if isinstance(module, SemanticEncoder):
                 module.freeze()
@@ -72,7 +83,7 @@ class SemTokenPreTrainedMixin:
             base = type(self.base_model)
             known = getattr(self.config, "auto_map", None) or {}
             self.config.auto_map = {**known, "AutoModel": f"{base.__module__.split('.')[-1]}.{base.__name__}"}
-        if not has_adapter(self):
+        if not saves_adapter(self):
             return super().save_pretrained(save_directory, *args, **kwargs)
         state = kwargs.pop("state_dict", None)
         kwargs["state_dict"] = without_adapter(self.state_dict() if state is None else state)
@@ -96,6 +107,14 @@ class SemTokenPreTrainedMixin:
             return gradient_checkpointing_func(remembering_rows(function), *inputs, **options)
 
         super()._set_gradient_checkpointing(enable, run, **kwargs)
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; the encoder keeps its own attention: it is float32 and has no paged cache."""
+        config = getattr(self.base_model.semantic_encoder.encoder, "config", None)
+        own = None if config is None else config._attn_implementation
+        super().set_attn_implementation(*args, **kwargs)
+        if config is not None:
+            config._attn_implementation_internal = own
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any):
         """As in Transformers; new tokens get the encoder's mean state."""

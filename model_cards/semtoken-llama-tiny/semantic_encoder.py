@@ -38,12 +38,26 @@ class StaticEncoder(nn.Module):
         self.embeddings = value
 
 
+class FrozenLinear(nn.Module):
+    """A linear layer of the encoder; no `nn.Linear`, so that PEFT's "all-linear" and quantisers pass it by."""
+
+    forward = nn.Linear.forward
+
+    def extra_repr(self) -> str:
+        # PEFT quotes this where `target_modules` names the layer.
+        return "frozen; leave it out with exclude_modules=r'.*semantic_encoder.*'"
+
+
 def build_transformer(config: PreTrainedConfig) -> PreTrainedModel:
     """The encoder's layers in float32, with an attention of their own: the language model's may need half precision."""
     try:
-        return AutoModel.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        encoder = AutoModel.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     except ValueError:  # an architecture without SDPA
-        return AutoModel.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        encoder = AutoModel.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    for module in encoder.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FrozenLinear  # type: ignore[assignment]
+    return encoder
 
 
 class SemanticEncoder(nn.Module):

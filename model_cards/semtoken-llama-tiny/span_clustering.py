@@ -12,7 +12,7 @@ All take `joinable` (bool [N], may token i share a span with token i-1) and neve
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -32,6 +32,10 @@ class Spans:
         first = starts.nonzero().squeeze(1)
         end = torch.full_like(first[:1], starts.numel())
         return cls(starts.long().cumsum(0) - 1, first, torch.cat([first, end]).diff())
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Spans:
+        """The spans on another device; `accelerate` calls it where a model is spread over several."""
+        return Spans(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 
     def __len__(self) -> int:
         return self.first.numel()

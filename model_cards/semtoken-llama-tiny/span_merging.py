@@ -61,7 +61,10 @@ def merge_spans(
         slots = embeddings[anchors]
     else:
         slots, anchors = spans.mean(embeddings), last_tokens(spans)
-    return slots if add_residual is None else add_residual(embeddings, spans, slots), anchors
+    if add_residual is not None:
+        # The merger may live on another device than the embeddings.
+        slots = add_residual(embeddings, spans, slots).to(embeddings.device)
+    return slots, anchors
 
 
 __all__ = ["merge_spans"]

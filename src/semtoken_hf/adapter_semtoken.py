@@ -25,14 +25,14 @@ ADAPTER_NAME = "semtoken"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Of the names in PEFT's files.
 PREFIX = "base_model.model."
-# Of the current call: False for no row, a tensor [B, 1, 1] of zeros and ones, or None for all rows.
+# Of the current call: False for no row, a tensor [B, 1 or T, 1] of zeros and ones, or None for all rows.
 _ACTS_ON: ContextVar[Tensor | bool | None] = ContextVar("semtoken_adapter_acts_on", default=None)
 
 
 @contextmanager
 def adapter_acts_on(rows: Tensor | bool | None) -> Iterator[None]:
-    """Within this block the adapter acts on `rows`: bool [B], or True or False for all."""
-    gate = rows[:, None, None] if isinstance(rows, Tensor) else (None if rows is None or rows else False)
+    """Within this block the adapter acts on `rows`: bool [B], or [B, T] by column, or True or False for all."""
+    gate = rows.reshape(len(rows), -1, 1) if isinstance(rows, Tensor) else (None if rows is None or rows else False)
     token = _ACTS_ON.set(gate)
     try:
         yield

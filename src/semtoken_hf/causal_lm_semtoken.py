@@ -19,6 +19,7 @@ from transformers.utils import can_return_tuple, logging
 from .cache_semtoken import tracks_slots
 from .configuration_semtoken import check_ratio
 from .generation_semtoken import SemTokenGenerationMixin
+from .paged_semtoken import SemTokenContinuousMixin, step_of_call
 from .pretrained_semtoken import SemTokenPreTrainedMixin
 from .read_positions import (
     IGNORED_LABEL,
@@ -41,7 +42,7 @@ class SemTokenCausalLMOutputWithPast(CausalLMOutputWithPast):
     compressed_lengths: Tensor | None = None
 
 
-class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPreTrainedMixin):
+class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin, SemTokenPreTrainedMixin):
     """The language-modelling head."""
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -101,6 +102,8 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPreTrainedMixin)
         }
         if prefill_chunk_size is not None:
             plain["prefill_chunk_size"] = prefill_chunk_size
+        if step_of_call(kwargs) is not None:  # its prompts were compressed when they were added
+            return super().forward(**plain)
         columns = inputs_embeds if input_ids is None else input_ids
         asks_for_all = labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 0
         if asks_for_all or self._is_short(columns) or not self._wants_compression(compression, target_ratio):
@@ -198,7 +201,9 @@ def _why_not(
     if input_ids is None:
         return "`inputs_embeds` has no token ids to plan with; pass `input_ids`"
     if "cache" in kwargs or "block_table" in kwargs:
-        return "paged attention manages its own cache"
+        return (
+            "paged attention manages its own cache; use `generate_batch` or the manager of `init_continuous_batching`"
+        )
     if attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2:
         return "a prepared attention mask cannot be shortened; pass a 2D mask"
     if cache is not None and not tracks_slots(cache):

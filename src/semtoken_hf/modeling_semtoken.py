@@ -19,6 +19,7 @@ from .attention_semtoken import flash_attention_kwargs
 from .cache_semtoken import SemTokenCache, tracks_slots
 from .compression import CompressedPrompt
 from .learned_merger import LearnedMerger
+from .paged_semtoken import step_of_call
 from .pretrained_semtoken import SemTokenPreTrainedMixin
 from .semantic_encoder import SemanticEncoder
 
@@ -89,6 +90,12 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
             )
             if prompt.is_merged:
                 return self._forward_slots(prompt, past_key_values, use_cache, prefill_chunk_size, **kwargs)
+        adapted: Tensor | bool = False
+        if (step := step_of_call(kwargs)) is not None and not step.is_plain:
+            assert input_ids is not None
+            assert position_ids is not None
+            inputs_embeds, position_ids, adapted = step.read(self.get_input_embeddings(), input_ids, position_ids)
+            input_ids = None
         name, columns = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
         if columns is None:
             raise ValueError("pass `input_ids` or `inputs_embeds`")
@@ -98,7 +105,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
                 past_key_values, tokens, attention_mask, position_ids, self.config.position_mode
             )
         has_gaps = tracks_slots(past_key_values) and past_key_values.is_compressed
-        with adapter_acts_on(self._rows_of_adapter(past_key_values) if has_gaps else False):
+        with adapter_acts_on(self._rows_of_adapter(past_key_values) if has_gaps else adapted):
             return self._run_layers(
                 name,
                 columns,

@@ -31,6 +31,7 @@ class SemTokenPreTrainedMixin:
     training: bool
     is_gradient_checkpointing: bool
     post_init: Any
+    get_input_embeddings: Any
     _auto_class: str | None
     state_dict: Any
 
@@ -106,6 +107,14 @@ class SemTokenPreTrainedMixin:
             return gradient_checkpointing_func(remembering_rows(function), *inputs, **options)
 
         super()._set_gradient_checkpointing(enable, run, **kwargs)
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; the encoder keeps its own attention: it is float32 and has no paged cache."""
+        config = getattr(self.base_model.semantic_encoder.encoder, "config", None)
+        own = None if config is None else config._attn_implementation
+        super().set_attn_implementation(*args, **kwargs)
+        if config is not None:
+            config._attn_implementation_internal = own
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any):
         """As in Transformers; new tokens get the encoder's mean state."""

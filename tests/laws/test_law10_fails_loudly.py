@@ -4,8 +4,7 @@ import functools
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, StaticCache
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers import DynamicCache, StaticCache
 
 from semtoken_hf import SemTokenLlamaForCausalLM
 from tests.fixtures.tiny import BERT, plain_twin, ragged_prompts, random_ids, tiny_config, tiny_model
@@ -45,7 +44,7 @@ FORWARD = {
         "DynamicCache",
     ),
     "paged cache": (
-        # What continuous batching passes; eager attention looks at none of it.
+        # As from a paged cache that no manager of ours fills; eager attention looks at none of it.
         lambda model, ids: {"input_ids": ids, "cache": object(), "block_table": None, "logits_to_keep": 1},
         "paged",
     ),
@@ -116,22 +115,6 @@ def test_generate_from_embeddings(twins, caplog):
     assert torch.equal(ours, theirs)
     (message,) = warnings_of(caplog)
     assert "inputs_embeds" in message
-
-
-def test_generate_batch(caplog):
-    """Continuous batching packs the prompts and holds its own pages."""
-    model = tiny_model(attn_implementation="sdpa")
-    prompts = [random_ids(1, n)[0].tolist() for n in (TOKENS, 30)]
-    arguments = {
-        "generation_config": GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0),
-        "continuous_batching_config": ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=128),
-    }
-    plain = plain_twin(model)
-    ours, theirs = (twin.generate_batch(prompts, **arguments).values() for twin in (model, plain))
-    assert [o.generated_tokens for o in ours] == [o.generated_tokens for o in theirs]
-    assert all(len(o.generated_tokens) == 4 for o in theirs)
-    (message,) = warnings_of(caplog)
-    assert "paged" in message
 
 
 def test_what_compresses_is_quiet(twins, caplog):

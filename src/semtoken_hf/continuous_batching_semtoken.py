@@ -1,0 +1,188 @@
+"""The manager of continuous batching whose requests are compressed; what it does is told in `paged_semtoken.py`.
+
+Apart, and imported only when it is asked for: these classes of Transformers are young, and a checkpoint must load where
+they changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+
+from .compression import CompressedPrompt
+from .paged_semtoken import SlotStep, SlotTable, batch_options, moving_rope_types, reading_slots
+
+# Of Transformers, overridden here: without one of them prompts cannot be compressed.
+HOOKS = ("_generation_loop_body", "_generation_step", "_run_generation_loop", "add_request", "cancel_request", "warmup")
+# Of the runner: what replays or compiles a forward that was seen before.
+RECORDED_FORWARDS = {
+    "use_cuda_graph_varlen": False,
+    "use_cuda_graph_decode": False,
+    "_compiled_varlen": None,
+    "_compiled_decode": None,
+}
+
+
+class SemTokenOutputRouter(OutputRouter):
+    """Results with the prompts that the callers gave."""
+
+    slots: SlotTable
+
+    def deliver(self, output: Any) -> None:
+        super().deliver(self.slots.restore(output))
+
+    def deliver_batch(self, outputs: list[Any]) -> None:
+        super().deliver_batch([self.slots.restore(output) for output in outputs])
+
+
+class SemTokenContinuousBatchingManager(ContinuousBatchingManager):
+    """`ContinuousBatchingManager` that compresses what is added."""
+
+    slots: SlotTable
+
+    def add_request(
+        self,
+        input_ids: list[int],
+        request_id: str | None = None,
+        *args: Any,
+        compression: bool | None = None,
+        target_ratio: float | None = None,
+        span_ids: Any = None,
+        protected_mask: Any = None,
+        query_mask: Any = None,
+        **kwargs: Any,
+    ) -> str | None:
+        """As in Transformers, over slots.
+
+        Args:
+            input_ids: the n token ids of the prompt.
+            compression, target_ratio: as in the model's `forward`.
+            span_ids, protected_mask, query_mask: as there, n numbers each.
+
+        Raises:
+            ValueError: as in `compress`; or a live request has this `request_id`.
+        """
+        if not self.is_tp_driver:
+            return None
+        options = batch_options()
+        compression = options[0] if compression is None else compression
+        target_ratio = options[1] if target_ratio is None else target_ratio
+        planning = {"span_ids": span_ids, "protected_mask": protected_mask, "query_mask": query_mask}
+        prompt = self._compress(input_ids, compression, target_ratio, planning)
+        if prompt is None:
+            return super().add_request(input_ids, request_id, *args, **kwargs)
+        if request_id is None:
+            with self._request_lock:
+                request_id = f"req_{self._request_counter}"
+                self._request_counter += 1
+        ids, added = self.slots.add(request_id, list(input_ids), prompt), None
+        try:
+            added = super().add_request(ids, request_id, *args, **kwargs)
+        finally:
+            if added is None:
+                self.slots.drop(request_id)
+        return added
+
+    @torch.no_grad()
+    def _compress(
+        self, input_ids: list[int], compression: bool | None, target_ratio: float | None, planning: dict[str, Any]
+    ) -> CompressedPrompt | None:
+        """The prompt as slots, or None where it is read as it is."""
+        model: Any = self.model
+        ids = torch.tensor([list(input_ids)], device=model.device)
+        if not model._wants_compression(compression, target_ratio) or model._is_short(ids):
+            return None
+        if (reason := self._why_not()) is not None:
+            model._warn_uncompressed(reason)
+            return None
+        masks = {
+            name: None if v is None else torch.as_tensor(v, device=ids.device)[None] for name, v in planning.items()
+        }
+        prompt = model.compress(ids, target_ratio=target_ratio, **masks)
+        return prompt if prompt.is_merged else None
+
+    def _why_not(self) -> str | None:
+        """Why no prompt of this manager can be compressed, or None."""
+        if self.distributed_helper.tp_size > 1:
+            return "continuous batching on several devices would need the slots on each of them"
+        config = self.model.config
+        if config.position_mode == "original" and (kinds := moving_rope_types(config)):
+            return (
+                f"rope_type {sorted(kinds)} depends on absolute positions, which continuous batching counts by itself; "
+                "use position_mode='compact'"
+            )
+        return None
+
+    def cancel_request(self, request_id: str) -> None:
+        super().cancel_request(request_id)
+        # Behind it: what the loop has not heard of yet still lives.
+        self.slots.end(request_id)
+
+    def warmup(self) -> None:
+        with reading_slots(SlotStep()):
+            super().warmup()
+
+    def _generation_step(self) -> None:
+        processor: Any = self.batch_processor
+        io = processor.inputs_and_outputs
+        if hasattr(io, "io_pairs"):  # asynchronous batching: two batches in turn
+            io = io.io_pairs[io.current_pair].host_io
+        has_adapter = self.model.config.adapter_subfolder is not None
+        step = self.slots.step_of(io.requests_in_batch, has_adapter)
+        with reading_slots(step), _unrecorded(processor.model_runner, not step.is_plain):
+            super()._generation_step()
+
+    def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
+        goes_on = super()._generation_loop_body(batch_processor, bootstrapping)
+        scheduler = batch_processor.scheduler
+        self.slots.sweep(lambda: self._queued() | set(scheduler.active_requests) | set(scheduler.waiting_requests))
+        return goes_on
+
+    def _run_generation_loop(self) -> None:
+        try:
+            super()._run_generation_loop()
+        finally:  # every request ended by now, some of them behind the last sweep
+            self.slots.sweep(self._queued)
+
+    def _queued(self) -> set[str]:
+        """Requests that the loop has not heard of yet."""
+        with self.input_queue.mutex:
+            return {state.request_id for state in self.input_queue.queue}
+
+
+@contextmanager
+def _unrecorded(runner: Any, applies: bool) -> Iterator[None]:
+    """Within this block, if `applies`, a runner calls the model itself: a recorded forward knows nothing of slots."""
+    recorded = {name: getattr(runner, name) for name in RECORDED_FORWARDS} if applies else {}
+    for name in recorded:
+        setattr(runner, name, RECORDED_FORWARDS[name])
+    try:
+        yield
+    finally:
+        for name, value in recorded.items():
+            setattr(runner, name, value)
+
+
+def take_over(manager: Any) -> Any:
+    """Make a manager of Transformers compress: its own code names its class, so the class is exchanged.
+
+    Warns and leaves it plain where Transformers lacks a method that has to be overridden.
+    """
+    model = manager.model
+    if isinstance(manager, SemTokenContinuousBatchingManager):
+        return manager
+    if missing := [name for name in HOOKS if not hasattr(ContinuousBatchingManager, name)]:
+        model._warn_uncompressed(f"continuous batching of this version of Transformers has no {missing}")
+        return manager
+    first_id = max(model.config.vocab_size, model.get_input_embeddings().weight.shape[0])
+    slots = SlotTable(first_id, manager.num_return_sequences - 1)
+    manager.__class__, manager.slots = SemTokenContinuousBatchingManager, slots
+    manager.output_router.__class__, manager.output_router.slots = SemTokenOutputRouter, slots
+    return manager
+
+
+__all__ = ["SemTokenContinuousBatchingManager", "take_over"]
