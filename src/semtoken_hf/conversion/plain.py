@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerFast
@@ -78,6 +79,12 @@ def read_plain_part(folder: Path) -> PreTrainedConfig:
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if stored.get("quantization_config") is not None:
         raise ValueError(f"{folder} is quantised; export the unquantised checkpoint and quantise the result")
+    return plain_part({**stored, "model_type": model_type})
+
+
+def plain_part(stored: dict[str, Any]) -> PreTrainedConfig:
+    """The family's own configuration, from the fields of a SemToken one."""
+    plain_type = stored["model_type"].removeprefix(FAMILY_PREFIX)
     dropped = {field.name for field in fields(SemTokenConfigMixin)}
     dropped |= {"model_type", "auto_map", "architectures", "transformers_version", "_name_or_path"}
     config = CONFIG_MAPPING[plain_type](**{name: value for name, value in stored.items() if name not in dropped})
@@ -95,4 +102,4 @@ def _save_tokenizer(source: Path, folder: Path) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-__all__ = ["export_plain", "read_plain_part"]
+__all__ = ["export_plain", "plain_part", "read_plain_part"]

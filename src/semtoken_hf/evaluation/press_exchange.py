@@ -3,7 +3,7 @@
 In the folder of the evaluation, below `kvpress/`:
 
 - `plan.json`: the presses, the tasks with their ratios (as text), and how many processes read them.
-- `model/`: the plain Llama of the checkpoint. `adapted/`: the same with the adapter in its weights, if it has one.
+- `model/`: the plain model of the checkpoint. `adapted/`: the same with the adapter in its weights, if it has one.
 - `prompts/{task}.jsonl`: `id`, `ids`, `question_length`, `target`, `answer_tokens`, and the `slots` of each ratio.
 - `compressed/{task}@{ratio}.safetensors`: contexts that SemToken has compressed, for "SemToken, then press".
 - `results/{task}/{method}@{ratio}.jsonl`, by the other side: `id`, `slots`, `kv_bytes`, `read_seconds`, and `nll`,
@@ -23,9 +23,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import LlamaConfig
 
 from ..adapter_semtoken import ADAPTER_NAME, has_adapter, without_adapter
+from ..conversion.checkpoint import causal_lm_class
+from ..conversion.plain import plain_part
 from .cells import Cell, end_of_answer, load_model, load_prompts, load_tokenizer, scored_answer
 from .configuration import EvaluationConfig
 from .files import write_text
@@ -36,9 +37,6 @@ from .metrics import list_press_cells
 from .prompts import Prompt
 from .side_by_side import timed
 from .tasks import TASKS
-
-# Parts of a SemToken checkpoint that the plain model lacks.
-OWN_PARTS = ("semantic_encoder.", "learned_merger.")
 
 
 def export_for_presses(config: EvaluationConfig, tasks: Iterable[str]) -> Path:
@@ -80,27 +78,25 @@ def exported(config: EvaluationConfig, task: str, prompt: Prompt, ratios: Iterab
 
 
 def save_plain(model: Any, folder: Path, adapted: bool = False) -> None:
-    """The plain Llama of a SemToken one, as `LlamaForCausalLM` loads it, in the dtype that `model` has now.
+    """The plain model of a SemToken one, as its family's class loads it, in the dtype that `model` has now.
 
     Args:
-        model: a SemToken Llama.
+        model: a SemToken model.
         folder: written once and whole.
         adapted: with the adapter in the weights: the model that reads a prompt in which something was merged.
     """
     if folder.exists():
         return
-    names = LlamaConfig().to_dict().keys() & model.config.to_dict().keys()
-    fields = {name: getattr(model.config, name) for name in names if name != "model_type"}
-    config = LlamaConfig(**fields | {"architectures": ["LlamaForCausalLM"], "dtype": model.dtype})
     state = without_adapter(model.state_dict()) | (adapted_weights(model) if adapted else {})
-    state = {name: w.contiguous() for name, w in state.items() if not any(part in name for part in OWN_PARTS)}
-    if config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+    config = plain_part(model.config.to_dict())
+    with torch.device("meta"):
+        plain = causal_lm_class(config)(config)
+    # The encoder and the merger stay behind.
+    plain.load_state_dict(state, strict=False, assign=True)
+    plain.tie_weights()
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    config.save_pretrained(temporary)
-    save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
+    plain.save_pretrained(temporary)
     temporary.rename(folder)
 
 
