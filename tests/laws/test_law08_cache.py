@@ -43,6 +43,7 @@ def test_books(case, road):
         assert cache.generated.start == ids.shape[1] + RECOMPRESS_EVERY
     copies = len(cache.slot_lengths) // len(rows)
     assert cache.get_seq_length() == ids.shape[1] + width + read
+    assert type(cache.get_seq_length()) is int
     original = torch.tensor([len(row) + turn + read for row, turn in zip(rows, turns, strict=True)])
     assert torch.equal(cache.original_lengths, original.repeat_interleave(copies))
     assert torch.equal(cache.compressed_lengths, (cache.slot_lengths > 0).sum(1))
