@@ -114,7 +114,8 @@ class SemTokenCache(DynamicCache):
         Raises:
             ValueError: one of these tokens lies in a merged slot, which cannot be cut in two.
         """
-        tokens_to_remove = int(tokens_to_remove)  # before 5.23, assisted decoding counts in a tensor
+        # Before 5.23, assisted decoding passes a tensor, which would make a tensor of the length.
+        tokens_to_remove = int(tokens_to_remove)
         count = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen_tokens - tokens_to_remove, 0)
         if self.slot_lengths is None:
             return

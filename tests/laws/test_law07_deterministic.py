@@ -52,6 +52,7 @@ def test_one_plan_for_every_dtype(case):
     ids, mask = ROADS["greedy"].batch()
     ours, theirs = half.compress(ids, mask), model_of(case).compress(ids, mask)
     assert ours.inputs_embeds.dtype == torch.bfloat16
+    assert {p.dtype for p in half.base_model.semantic_encoder.parameters()} == {torch.float32}
     for name in ("span_ids", "slot_lengths", "position_ids", "kept_lengths"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     slots = ROADS["kept logits"].run(half, ids, mask).cache.slot_lengths

@@ -38,8 +38,12 @@ def test_books(case, road):
         answer = outcome.by_row["first tokens"].shape[1]
         turns = [answer + len(row) // 2 for row in rows]
         width = max(turns)
+    if road == "recompressed":
+        # Where the text begins that the next reading again would take.
+        assert cache.generated.start == ids.shape[1] + RECOMPRESS_EVERY
     copies = len(cache.slot_lengths) // len(rows)
     assert cache.get_seq_length() == ids.shape[1] + width + read
+    assert type(cache.get_seq_length()) is int
     original = torch.tensor([len(row) + turn + read for row, turn in zip(rows, turns, strict=True)])
     assert torch.equal(cache.original_lengths, original.repeat_interleave(copies))
     assert torch.equal(cache.compressed_lengths, (cache.slot_lengths > 0).sum(1))
