@@ -4,11 +4,12 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from semtoken_hf.adapter_semtoken import has_adapter
 from semtoken_hf.training.distillation import DistillationModel
 from semtoken_hf.training.trainable_parts import choose_trainable, parameter_groups
-from tests.fixtures.tiny import random_ids, tiny_model
+from tests.fixtures.tiny import FAMILIES, random_ids, tiny_model
 
 PROJECTIONS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -50,6 +51,30 @@ def test_lora():
     assert model.config.adapter_subfolder == "adapter"
     # A fresh adapter changes nothing.
     torch.testing.assert_close(model(ids, logits_to_keep=2).logits, before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_of_every_family(family, tmp_path):
+    """The adapter reaches every linear layer of the decoder, acts on merged slots alone, and comes back from disk."""
+    fields = {"merge_mode": "learned", "merger_rank": 4, "family": family}
+    model, ids = tiny_model(**fields), random_ids(1, 64)
+    plain = model(ids).logits
+    choose_trainable(model, "lora", lora_rank=3, lora_alpha=6)
+    adapted = {name.split(".lora_")[0] for name in trained_names(model) if ".lora_" in name}
+    layers = dict(model.base_model.layers.named_modules())
+    linear = {n for n, m in layers.items() if hasattr(m, "in_features") and ".lora_" not in n and "base_layer" not in n}
+    assert adapted == {f"{model.base_model_prefix}.layers.{name}" for name in linear}
+    assert len(adapted) >= 8
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    torch.testing.assert_close(model(ids).logits, plain, rtol=0, atol=0)
+    merged = model(ids, logits_to_keep=2).logits
+    assert not torch.allclose(merged, tiny_model(**fields)(ids, logits_to_keep=2).logits, atol=1e-2)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(ids, logits_to_keep=2).logits, merged)
+    torch.testing.assert_close(loaded(ids).logits, plain, rtol=0, atol=0)
 
 
 def test_lora_leaves_a_transformer_encoder_alone():

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
 
 from ..adapter_semtoken import add_adapter
 
-# Every projection of the decoder layers, and nothing of the encoder.
-LORA_TARGETS = r"(model\.)?layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+
+def lora_targets(model: Any) -> str:
+    """Every linear layer of the decoder layers, as PEFT's regular expression; nothing of the encoder or the merger."""
+    layers = model.base_model.layers
+    kinds = {name.split(".", 1)[1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
+    return rf"({model.base_model_prefix}\.)?layers\.\d+\.({'|'.join(map(re.escape, sorted(kinds)))})"
 
 
 def choose_trainable(model: Any, trainable: str, lora_rank: int, lora_alpha: int) -> None:
@@ -26,7 +31,7 @@ def choose_trainable(model: Any, trainable: str, lora_rank: int, lora_alpha: int
             from peft import LoraConfig
         except ImportError as error:
             raise ImportError("trainable='lora' needs PEFT: install `peft`") from error
-        lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+        lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=lora_targets(model), task_type="CAUSAL_LM")
         add_adapter(model, lora)
     model.base_model.learned_merger.requires_grad_(True)
     model.base_model.semantic_encoder.requires_grad_(False)
