@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert a plain Llama checkpoint and an encoder into one SemToken folder.
+"""Convert a plain checkpoint (Llama, Mistral, Qwen3, GPT-NeoX) and an encoder into one SemToken folder.
 
     python scripts/convert.py meta-llama/Llama-3.2-1B sentence-transformers/all-MiniLM-L6-v2 llama-3.2-1b-semtoken
     python scripts/convert.py llama encoder out --set target_ratio=4 segmentation_mode=greedy --protect_digits
@@ -31,7 +31,7 @@ def parse_field(text: str) -> tuple[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub id of a plain Llama checkpoint (safetensors, tokenizer.json)")
+    parser.add_argument("model", help="folder or Hub id of a plain checkpoint (safetensors, tokenizer.json)")
     parser.add_argument("encoder", help="folder or Hub id of a transformer encoder (BERT, MiniLM, ...), or 'none'")
     parser.add_argument("output_dir", help="the new folder")
     parser.add_argument(
