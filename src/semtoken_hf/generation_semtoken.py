@@ -20,6 +20,7 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 from transformers.utils import logging
 
 from .cache_semtoken import SemTokenCache, is_quantized, tracks_slots
+from .configuration_semtoken import validate_compression_fields
 
 logger = logging.get_logger(__name__)
 
@@ -81,6 +82,8 @@ class SemTokenGenerationMixin:
                 self._warn_uncompressed(f"{kind} cannot hold merged slots; use the default cache")
                 model_kwargs["compression"] = False
         if tracks_slots(cache) and self.config.recompress_every is not None:
+            # Mostly set on a loaded model, and too small a number would never merge anything.
+            validate_compression_fields(self.config)
             # Layers with a sliding window forget what a crop would have to bring back.
             cache.activate_past_recording()
         return result

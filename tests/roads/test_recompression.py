@@ -199,6 +199,16 @@ def test_too_short_to_merge():
     assert tiny_model(recompress_every=12).config.recompress_every == 12
 
 
+@pytest.mark.parametrize(("every", "message"), [(11, "at least min_prompt_length - keep_last"), (0, "integer >= 1")])
+def test_a_field_that_is_set_later(every, message):
+    """Set on a loaded model, which checks nothing: generation would never merge, without a word."""
+    model = tiny_model(**FIELDS)
+    model.config.recompress_every = every
+    with pytest.raises(ValueError, match=message):
+        generate(model, random_ids(1, PROMPT), 4)
+    assert generate(model, random_ids(1, PROMPT), 4, compression=False).sequences.shape[1] == PROMPT + 4
+
+
 def test_sliding_windows():
     """The window forgets old slots; what is read again is brought back first."""
     model = tiny_model(family="mistral", sliding_window=30, **FIELDS)
