@@ -224,8 +224,16 @@ def _append_plain(
     """Record tokens that are appended one slot each; returns the mask and positions that the layers need.
 
     As long as the cache holds nothing merged, both are what the caller gave, so that the family's own path is exact.
+
+    Raises:
+        ValueError: a prepared mask, over the original sequence, and a cache with merged slots.
     """
-    new = None if attention_mask is None else attention_mask[:, -tokens.shape[1] :]
+    is_prepared = attention_mask is not None and attention_mask.ndim != 2
+    if is_prepared and cache.is_compressed:
+        raise ValueError(
+            "a prepared attention mask does not fit a cache with merged slots; pass a 2D mask over all tokens"
+        )
+    new = None if attention_mask is None or is_prepared else attention_mask[:, -tokens.shape[1] :]
     slots = torch.ones(tokens.shape, dtype=torch.long, device=tokens.device) if new is None else (new != 0).long()
     if cache.is_compressed and (position_mode == "compact" or position_ids is None):
         held = cache.compressed_lengths if position_mode == "compact" else cache.original_lengths
