@@ -125,6 +125,26 @@ def test_the_question_steers_and_stays_whole(tokenizer):
     assert not torch.equal(prompt.span_ids, model.compress(inputs["input_ids"]).span_ids)
 
 
+def test_empty_texts():
+    """A call of a tool has no text, and templates ask whether there is any."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{% if m['content'] %}{{ '\n' + m['content'] }}{% endif %}{% endfor %}"
+    )
+    chat = [CHAT[1], {"role": "assistant", "content": "", "tool_calls": []}, CHAT[3]]
+    encoding = tokenizer.apply_chat_template(chat, mark_question=True, protect_template=True)
+    assert text_of(tokenizer, encoding["input_ids"], encoding["query_mask"]) == CHAT[3]["content"]
+
+
+def test_padding_later(tokenizer):
+    """As a data collator does it."""
+    options = {"mark_question": True, "protect_template": True}
+    chats = [CHAT, CHAT[3:]]
+    at_once = tokenizer.apply_chat_template(chats, padding=True, **options)
+    later = tokenizer.pad([tokenizer.apply_chat_template(chat, **options) for chat in chats])
+    assert at_once.data == later.data
+
+
 def test_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
