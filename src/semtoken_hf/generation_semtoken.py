@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from .cache_semtoken import SemTokenCache, is_quantized, tracks_slots
 from .configuration_semtoken import validate_compression_fields
+from .paged_semtoken import PROMPT_ARGUMENTS
 
 logger = logging.get_logger(__name__)
 
@@ -162,6 +163,8 @@ class SemTokenGenerationMixin:
             past_key_values.crop(-again)
             text.start += length - keep_last
             next_sequence_length = length + drafted
+            # They are the prompt's, even where it happens to be as long as what is read again.
+            kwargs |= dict.fromkeys(PROMPT_ARGUMENTS)
             if ratio is not None:
                 # The recent window comes on top, so that the cache grows at exactly 1 / ratio.
                 kwargs["target_ratio"] = length / (math.ceil((length - keep_last) / ratio - 1e-9) + keep_last)

@@ -209,6 +209,21 @@ def test_a_field_that_is_set_later(every, message):
     assert generate(model, random_ids(1, PROMPT), 4, compression=False).sequences.shape[1] == PROMPT + 4
 
 
+@pytest.mark.parametrize("name", ["protected_mask", "query_mask", "span_ids"])
+def test_masks_of_the_prompt_stay_with_it(model, name):
+    """Also where it is as long as what is read again."""
+    ids = random_ids(1, EVERY + KEEP_LAST)
+    values = model.compress(ids).span_ids if name == "span_ids" else torch.ones_like(ids)
+    cache = generate(model, ids, EVERY + KEEP_LAST + 1, **{name: values}).past_key_values
+    prompt = int(values.max()) + 1 if name == "span_ids" else ids.shape[1]
+    assert cache.compressed_lengths.tolist() == [prompt + MERGED + KEEP_LAST]
+    ratio = (EVERY + KEEP_LAST) / (MERGED + KEEP_LAST)
+    again = generate(model, ids, EVERY + KEEP_LAST + 1, **{name: values}).sequences[:, ids.shape[1] : -1]
+    assert torch.equal(
+        cache.slot_lengths[:, prompt:], model.compress(again, target_ratio=ratio, past_key_values=cache).slot_lengths
+    )
+
+
 def test_sliding_windows():
     """The window forgets old slots; what is read again is brought back first."""
     model = tiny_model(family="mistral", sliding_window=30, **FIELDS)
