@@ -76,6 +76,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         Returns:
             `last_hidden_state` [B, T, H] and no `span_ids` where nothing merged; else [B, M, H] over the slots.
         """
+        _heed_mask_of_past(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
         if compression and input_ids is not None:
             prompt = self.compress(
                 input_ids,
@@ -216,6 +217,15 @@ def _mask_of_call(mask: Tensor | None, input_ids: Tensor, cache: Any) -> Tensor 
         expected = (len(input_ids), held + tokens)
         raise ValueError(f"`attention_mask` must have the shape {expected}, got {tuple(mask.shape)}")
     return mask[:, -tokens:]
+
+
+def _heed_mask_of_past(mask: Tensor | None, columns: Tensor | None, cache: Any) -> None:
+    """Let a cache leave out what the mask of a new turn hides of earlier ones; single steps of decoding have no say."""
+    if mask is None or mask.ndim != 2 or columns is None or columns.shape[1] == 1 or not tracks_slots(cache):
+        return
+    held = cache.get_seq_length()
+    if held and mask.shape[1] == held + columns.shape[1]:
+        cache.leave_out(mask[:, :held])
 
 
 def _append_plain(
