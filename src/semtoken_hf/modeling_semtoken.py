@@ -221,7 +221,9 @@ def _mask_of_call(mask: Tensor | None, input_ids: Tensor, cache: Any) -> Tensor 
 
 def _heed_mask_of_past(mask: Tensor | None, columns: Tensor | None, cache: Any) -> None:
     """Let a cache leave out what the mask of a new turn hides of earlier ones; single steps of decoding have no say."""
-    if mask is None or mask.ndim != 2 or columns is None or columns.shape[1] == 1 or not tracks_slots(cache):
+    if mask is None or columns is None or not tracks_slots(cache):
+        return
+    if getattr(mask, "ndim", 0) != 2 or columns.shape[1] == 1:
         return
     held = cache.get_seq_length()
     if held and mask.shape[1] == held + columns.shape[1]:
@@ -238,7 +240,7 @@ def _append_plain(
     Raises:
         ValueError: a prepared mask, over the original sequence, and a cache with merged slots.
     """
-    is_prepared = attention_mask is not None and attention_mask.ndim != 2
+    is_prepared = attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2
     if is_prepared and cache.is_compressed:
         raise ValueError(
             "a prepared attention mask does not fit a cache with merged slots; pass a 2D mask over all tokens"
