@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from semtoken_hf import SemTokenLlamaForCausalLM
+from tests.fixtures.logs import warnings_of
 from tests.fixtures.tiny import BERT, plain_twin, ragged_prompts, random_ids, tiny_config, tiny_model
 
 TOKENS = 48
@@ -66,10 +67,6 @@ GENERATE = {
         "right",
     ),
 }
-
-
-def warnings_of(caplog):
-    return [r.message for r in caplog.records if r.name.startswith("semtoken_hf")]
 
 
 @pytest.mark.parametrize("case", FORWARD)
