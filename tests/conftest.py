@@ -8,6 +8,8 @@ from transformers import dynamic_module_utils
 from transformers.utils import logging
 
 from tests.fixtures.tiny import minilm_folder
+from tests.hub.client import use_hub
+from tests.hub.hub_server import OWNER, HubServer
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +42,12 @@ def remote_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     yield tmp_path
     for name in loaded():
         del sys.modules[name]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A loopback Hub that the client in this process uses as the owner of `me/...`."""
+    with HubServer() as server:
+        use_hub(monkeypatch, server, tmp_path / "hub-cache", OWNER)
+        yield server
+    assert server.unknown == []

@@ -6,13 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.fixtures.logs import warnings_of
 from tests.fixtures.tiny import random_ids, tiny_model
 
 MODES = ["original", "compact"]
-
-
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.message for r in caplog.records if r.name.startswith("semtoken_hf")]
 
 
 def adapted(used: str, adapted_for: dict | None):

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +14,7 @@ from transformers.dynamic_module_utils import get_imports
 from semtoken_hf import SemTokenLlamaForCausalLM, adapter_semtoken
 from semtoken_hf.adapter_semtoken import has_adapter
 from tests.fixtures.adapted import adapted_model
+from tests.fixtures.children import run_clean
 from tests.fixtures.tiny import plain_twin, ragged_prompts, tiny_model, tiny_tokenizer
 
 TEXT = "the cat sat on the mat and the dog ran to the man " * 6
@@ -195,7 +192,6 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, saved, change):
 # Read in fresh interpreters, where this package does not exist.
 CHILD = """
 import json, sys
-sys.modules["semtoken_hf"] = None
 folder, plain, peft, text = sys.argv[1:]
 if peft == "without":
     class Missing:
@@ -233,13 +229,7 @@ def test_remote_code(tmp_path, saved, peft):
     model, folder = saved
     plain = tiny_model()
     plain.save_pretrained(tmp_path / "plain")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    for name in ("HF_MODULES_CACHE", "HF_HUB_CACHE", "TRANSFORMERS_CACHE"):
-        environment.pop(name, None)
-    command = [sys.executable, "-I", "-c", CHILD, str(folder), str(tmp_path / "plain"), peft, TEXT]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    facts = json.loads(result.stdout.split("FACTS")[1])
+    facts = run_clean(CHILD, folder, tmp_path / "plain", peft, TEXT, home=tmp_path / "home")
     encoding = tiny_tokenizer()(TEXT, return_tensors="pt")
 
     def run(model):

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import semtoken_hf
 from semtoken_hf.conversion.vocabulary import special_token_ids
+from tests.fixtures.children import ROOT, run_script
 from tests.fixtures.tiny import left_padded, plain_twin
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "model_cards" / "semtoken-llama-tiny"
 CHAPTER = (ROOT / "scripts" / "quickstart_chapter.txt").read_text(encoding="utf-8")
 
@@ -116,9 +113,7 @@ def test_the_card_shows_the_measured_metrics():
 
 
 def test_quickstart_runs():
-    command = [sys.executable, "scripts/quickstart.py", "--repetitions", "1", "--max_new_tokens", "4"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    output = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    output = run_script("quickstart.py", "--repetitions", "1", "--max_new_tokens", "4").stdout
     slots = int(re.search(r"positions read \(slots\) \| 1,934 \| (\d+) \|", output)[1])
     assert slots == math.ceil(1934 / 2.4)
     assert "SemToken goes on:" in output

@@ -68,8 +68,12 @@ class SemTokenGenerationMixin:
         if not self._wants_compression(model_kwargs.get("compression"), model_kwargs.get("target_ratio")):
             return result
         mask = model_kwargs.get("attention_mask")
+        # A mask of ones is gone by now.
+        length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[-1]
+        is_short = length is not None and length < self.config.min_prompt_length
         if mask is not None and mask.ndim == 2 and bool((mask[:, -1] == 0).any()):
-            self._warn_uncompressed("the prompts are padded on the right; use `padding_side='left'` to generate")
+            if not is_short:
+                self._warn_uncompressed("the prompts are padded on the right; use `padding_side='left'` to generate")
             model_kwargs["compression"] = False
             return result
         cache = model_kwargs.get("past_key_values")
@@ -78,7 +82,8 @@ class SemTokenGenerationMixin:
                 cache = model_kwargs["past_key_values"] = SemTokenCache.from_cache(cache)
             else:
                 kind = "generate(use_cache=False)" if cache is None else f"a {type(cache).__name__}"
-                self._warn_uncompressed(f"{kind} cannot hold merged slots; use the default cache")
+                if not is_short:
+                    self._warn_uncompressed(f"{kind} cannot hold merged slots; use the default cache")
                 model_kwargs["compression"] = False
         if tracks_slots(cache) and self.config.recompress_every is not None:
             # Layers with a sliding window forget what a crop would have to bring back.

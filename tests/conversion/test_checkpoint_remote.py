@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from semtoken_hf import convert_checkpoint
+from tests.fixtures.children import run_clean
 
 SCRIPT = """
 import json, sys
-sys.modules["semtoken_hf"] = None  # importing it raises
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -39,7 +34,7 @@ for source in (folder, resaved):
     }
     model.save_pretrained(resaved)
     tokenizer.save_pretrained(resaved)
-print(json.dumps([report[folder], report[resaved]]))
+print("FACTS" + json.dumps([report[folder], report[resaved]]))
 """
 
 
@@ -48,20 +43,7 @@ def test_loads_offline_without_the_package(make_llama, encoder_folder, tmp_path,
     out = convert_checkpoint(
         make_llama(), encoder_folder, tmp_path / "out", encoder_kind=kind, static_dim=8, progress=False
     )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", SCRIPT, str(out), str(tmp_path / "resaved")],
-        cwd=elsewhere,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    first, again = json.loads(result.stdout.splitlines()[-1])
+    first, again = run_clean(SCRIPT, out, tmp_path / "resaved", home=tmp_path / "home")
     assert first == again
     assert first["classes"] == [
         "SemTokenFastTokenizer",

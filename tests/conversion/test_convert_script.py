@@ -1,27 +1,15 @@
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "convert.py"
+from tests.fixtures.scripts import main_of
 
 
 @pytest.fixture
 def run_script(monkeypatch):
-    """A function that runs `scripts/convert.py` with the given arguments."""
-    spec = importlib.util.spec_from_file_location("convert_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments) -> None:
-        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
-        module.main()
-
-    return run
+    return main_of("convert.py", monkeypatch)
 
 
 def test_converts_with_options_and_fields(run_script, make_llama, encoder_folder, tmp_path, capsys):

@@ -10,6 +10,7 @@ import pytest
 
 from semtoken_hf import SemTokenLlamaForCausalLM, convert_checkpoint
 from semtoken_hf.conversion.staging import check_output, remove_stale, staged_folder
+from tests.fixtures.children import environment
 
 # Stops for good at the second call of a function, so that the test kills it at a known place.
 SCRIPT = """
@@ -34,10 +35,9 @@ convert_checkpoint(*sys.argv[2:5], max_shard_size="20KB", progress=False, overwr
 
 def kill_conversion(where: str, source: Path, encoder: Path, output: Path) -> int:
     """SIGKILL a conversion at the second weight file or at the second rename; returns its process id."""
-    package = Path(convert_checkpoint.__code__.co_filename).parents[1]
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, where, str(source), str(encoder), str(output)],
-        env=os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.fixtures.children import run_script
 from tests.fixtures.evaluation_data import EMBEDDED, write_rows
 from tests.fixtures.text import PROSE
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +27,8 @@ def report(tmp_path_factory) -> str:
     ]
     write_rows(folder / "hotpotqa.jsonl.xz", [*rows, {**rows[0], "id": "c", "answers": ["yes"]}])
     output = folder / "answer_tokens.md"
-    command = [
-        *(sys.executable, ROOT / "scripts" / "measure_answer_tokens.py", "--checkpoints", f"static={EMBEDDED}"),
-        *("--data_dir", folder, "--output", output),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    paths = ("--checkpoints", f"static={EMBEDDED}", "--data_dir", folder, "--output", output)
+    run_script("measure_answer_tokens.py", *paths)
     return output.read_text()
 
 

@@ -5,10 +5,6 @@ The report has tests of its own.
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -22,12 +18,11 @@ from semtoken_hf.evaluation.configuration import EvaluationConfig
 from semtoken_hf.evaluation.jobs import read_records
 from semtoken_hf.evaluation.methods import METHODS
 from semtoken_hf.evaluation.tasks import TASKS
+from tests.fixtures.children import run_script
 from tests.fixtures.evaluation_data import EMBEDDED, needs_lm_eval, write_data
 from tests.fixtures.tiny import BERT
 
 pytestmark = needs_lm_eval
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "evaluate.py"
 LENGTH = 256
 SMALL = {
     "ratios": [2.0],
@@ -267,9 +262,6 @@ def test_two_evaluations_of_one_folder_do_not_mix(evaluated, fields, no_measurin
 
 
 def test_the_script_runs_as_a_program():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, SCRIPT, "--checkpoint", "none", "--tasks", "sudoku"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    done = run_script("evaluate.py", "--checkpoint", "none", "--tasks", "sudoku", code=1)
     assert done.stderr.strip().splitlines()[-1].startswith("error: --tasks does not know ['sudoku']; it knows")
     assert "Traceback" not in done.stderr

@@ -10,6 +10,7 @@ import pytest
 from semtoken_hf.evaluation.configuration import EvaluationConfig
 from semtoken_hf.evaluation.evaluate import evaluate, measure_once, read_measured
 from semtoken_hf.evaluation.jobs import complete_records, read_records, run_jobs
+from tests.fixtures.children import environment
 from tests.fixtures.evaluation_data import EMBEDDED
 
 ENDLESS = """
@@ -41,7 +42,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     script, pids = tmp_path / "endless.py", tmp_path / "pids"
     script.write_text(ENDLESS)
     pids.mkdir()
-    parent = subprocess.Popen([sys.executable, str(script), str(pids)], env={**os.environ, "PYTHONPATH": "src"})
+    parent = subprocess.Popen([sys.executable, str(script), str(pids)], env=environment())
     deadline = time.monotonic() + 60
     while len(list(pids.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)

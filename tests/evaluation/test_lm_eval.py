@@ -22,29 +22,11 @@ from tests.fixtures.lm_eval_tasks import (
     SHORT,
     TARGETS,
     assert_scores,
-    evaluator,
     expected,
     generated,
     loaded,
     requests_of,
-    write_folders,
 )
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return write_folders(tmp_path_factory.mktemp("lm_eval"))
-
-
-@pytest.fixture(scope="module")
-def evaluate(folders):
-    return evaluator(folders)
-
-
-@pytest.fixture(scope="module")
-def plain(folders, evaluate):
-    """What `hf` answers with the plain twin."""
-    return evaluate("hf", pretrained=str(folders / "plain"))[1]
 
 
 @pytest.mark.parametrize(

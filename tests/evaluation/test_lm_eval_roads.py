@@ -1,8 +1,6 @@
 """The roads into lm-eval: `hf` on the code that a checkpoint carries, the command line, and what is refused."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,25 +8,16 @@ import pytest
 
 import semtoken_hf
 from semtoken_hf.command_line import main
+from tests.fixtures.children import clean_environment, run, run_clean
 from tests.fixtures.tiny import plain_twin, tiny_model, tiny_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 from semtoken_hf.evaluation.lm_eval_model import SemTokenLM
-from tests.fixtures.lm_eval_tasks import (
-    CONTEXTS,
-    FIELDS,
-    LONG,
-    TASKS,
-    evaluator,
-    generated,
-    loaded,
-    write_folders,
-)
+from tests.fixtures.lm_eval_tasks import CONTEXTS, FIELDS, LONG, TASKS, generated, loaded
 
 # The code that the folder carries, where the package cannot be imported.
 HF_SCRIPT = """
 import json, sys
-sys.modules["semtoken_hf"] = None
 import lm_eval
 from lm_eval.tasks import TaskManager
 
@@ -47,42 +36,8 @@ for options in ({}, {"compression": False}):
     answers.append({
         name: [[response[0] for response in sample["resps"]] for sample in results["samples"][name]] for name in names
     })
-print(json.dumps(answers))
+print("FACTS" + json.dumps(answers))
 """
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return write_folders(tmp_path_factory.mktemp("lm_eval"))
-
-
-@pytest.fixture(scope="module")
-def evaluate(folders):
-    return evaluator(folders)
-
-
-@pytest.fixture(scope="module")
-def plain(folders, evaluate):
-    """What `hf` answers with the plain twin."""
-    return evaluate("hf", pretrained=str(folders / "plain"))[1]
-
-
-def child_environment(tmp_path, **variables):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))}
-    return kept | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"} | variables
-
-
-def run_child(arguments, tmp_path, **variables):
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        env=child_environment(tmp_path, **variables),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result
 
 
 def as_json(value):
@@ -90,8 +45,7 @@ def as_json(value):
 
 
 def test_hf_scores_exactly_as_the_plain_model_where_the_package_is_not_installed(folders, plain, tmp_path):
-    names = [str(folders / "semtoken"), str(folders / "tasks"), *TASKS]
-    default, off = json.loads(run_child(["-c", HF_SCRIPT, *names], tmp_path).stdout.splitlines()[-1])
+    default, off = run_clean(HF_SCRIPT, folders / "semtoken", folders / "tasks", *TASKS, home=tmp_path / "home")
     assert off == as_json(plain)
     # Only `generate` compresses on its own: every other request reads all logits.
     assert {name: default[name] for name in TASKS if name != "answers"} == {
@@ -108,8 +62,9 @@ def test_the_command_line(folders, evaluate, tmp_path):
     tasks = ["choices", "answers"]
     arguments += ["--tasks", *tasks, "--include_path", str(folders / "tasks"), "--device", "cpu"]
     arguments += ["--output_path", str(tmp_path / "out.json"), "--log_samples"]
-    source = str(Path(semtoken_hf.__file__).parents[1])
-    child = run_child(["-m", "semtoken_hf.evaluation.lm_eval_model", *arguments], tmp_path, PYTHONPATH=source)
+    environment = clean_environment(tmp_path / "home", PYTHONPATH=str(Path(semtoken_hf.__file__).parents[1]))
+    command = [sys.executable, "-m", "semtoken_hf.evaluation.lm_eval_model", *arguments]
+    child = run(command, environment, cwd=tmp_path)
     (results,) = [json.loads(path.read_text()) for path in tmp_path.glob("out*.json")]
     wanted = evaluate("semtoken", tasks, pretrained=str(folders / "semtoken"), target_ratio=2.0)[0]
     assert sorted(results["results"]) == sorted(tasks)

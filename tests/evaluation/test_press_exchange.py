@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
@@ -23,11 +22,11 @@ from semtoken_hf.evaluation.configuration import EvaluationConfig
 from semtoken_hf.evaluation.methods import METHODS, PRESSES, press_methods
 from semtoken_hf.evaluation.tasks import TASKS
 from tests.fixtures.adapted import adapted_model
+from tests.fixtures.scripts import load_script
 from tests.fixtures.text import PROSE
 from tests.fixtures.tiny import random_ids, tiny_model, tiny_tokenizer
 
 RATIO = 2.0
-SCRIPT = Path(__file__).parents[2] / "scripts" / "kvpress_run.py"
 
 
 @dataclass
@@ -42,12 +41,7 @@ class KeepAll:
 
 @pytest.fixture(scope="module")
 def runner() -> ModuleType:
-    """scripts/kvpress_run.py as a module."""
-    spec = importlib.util.spec_from_file_location("kvpress_run", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("kvpress_run.py")
 
 
 @pytest.fixture

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -45,12 +43,11 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
 
-    def environment(self, home: Path, token: str | None) -> dict[str, str]:
-        """For a child process: this Hub, nothing cached, nothing of the user's own."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    @property
+    def variables(self) -> dict[str, str]:
+        """Those with which a child process talks to this Hub, as nobody."""
         switches = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        own = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1"}
-        return {**kept, **switches, **own, **({"HF_TOKEN": token} if token else {})}
+        return {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1,localhost", **switches}
 
     def answer(self, method: str, target: str, token: str | None, body: bytes) -> Answer:
         """Find the endpoint and let it answer."""

@@ -7,8 +7,6 @@ revision: weights, code, adapter and planner of that revision.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.fixtures.adapted import adapted_model
+from tests.fixtures.children import run_clean
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 from tests.hub.client import use_hub
 from tests.hub.hub_server import OWNER, READER, STRANGER, HubServer
@@ -42,14 +41,6 @@ def without_loading_notes(files):
     return {**files, "tokenizer_config.json": tokenizer}
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with HubServer() as server:
-        use_hub(monkeypatch, server, tmp_path / "cache", OWNER)
-        yield server
-    assert server.unknown == []
-
-
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory):
     """A Hub with `me/tiny` (two revisions, a tag and a branch on the first) and `me/adapted`, both private."""
@@ -74,7 +65,6 @@ def pushed(tmp_path_factory):
 
 CHILD = """
 import json, os, sys
-sys.modules["semtoken_hf"] = None
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 task = json.loads(sys.argv[1])
 def load(repo, **hub):
@@ -111,11 +101,8 @@ print("FACTS" + json.dumps(result))
 
 def run_child(hub, home, offline=False, **task):
     task = {"text": TEXT, "owner": OWNER, "load": {}, "refuse": {}, "ratios": [], "push": {}, "remote": {}, **task}
-    command = [sys.executable, "-I", "-c", CHILD, json.dumps(task)]
-    environment = {**hub.environment(home, token=None), **({"HF_HUB_OFFLINE": "1"} if offline else {})}
-    result = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.split("FACTS")[1])
+    variables = {**hub.variables, **({"HF_HUB_OFFLINE": "1"} if offline else {})}
+    return run_clean(CHILD, json.dumps(task), home=home, variables=variables)
 
 
 def expected_facts(model, commit, code=None):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from tests.fixtures.logs import warnings_of
 from tests.fixtures.tiny import ragged_prompts, tiny_model
 
 from .cases import FAMILY_FIELDS, RATIO, Case, build, each_case, each_cell, every_case, model_of, outcome_of
@@ -70,10 +71,6 @@ def test_a_ratio_out_of_reach_is_said(family, caplog):
     assert len(messages) == 1
     assert "budget_met" in messages[0]
     assert "`max_span_length` (2)" in messages[0]
-
-
-def warnings_of(caplog):
-    return [r.message for r in caplog.records if r.name.startswith("semtoken_hf")]
 
 
 LENGTHS = (96, 70, 41, 18, 9)

@@ -2,9 +2,6 @@
 
 import ast
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,13 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.dynamic_module_utils import get_relative_imports
 
 from semtoken_hf import SemTokenFastTokenizer
+from tests.fixtures.children import run_clean
 from tests.fixtures.tiny import BERT, FAMILIES, LLAMA, random_ids, tiny_model, tiny_tokenizer
 
 TEXT = "the cat sat on the mat and the dog ran to the man " * 6
 # Read in a fresh interpreter: `facts` is what parent and child must agree on.
 CHILD = """
 import json, sys
-sys.modules["semtoken_hf"] = None
 try:
     import semtoken_hf
     sys.exit("the package can be imported")
@@ -62,17 +59,6 @@ print("FACTS" + json.dumps(facts))
 """
 
 
-def run_child(folder, again, home):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    for name in ("HF_MODULES_CACHE", "HF_HUB_CACHE", "TRANSFORMERS_CACHE"):
-        environment.pop(name, None)
-    home.mkdir()
-    command = [sys.executable, "-I", "-c", CHILD, str(folder), str(again), TEXT]
-    result = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.split("FACTS")[1])
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Every family's model, the tokenizer, and the folder of the folders they were saved to."""
@@ -112,8 +98,8 @@ def test_loads_and_saves_itself_where_the_package_is_missing(saved):
     models, tokenizer, folder = saved
     again, third = folder.parent / "again", folder.parent / "third"
     expected = {family: facts_of(model, tokenizer) for family, model in models.items()}
-    assert run_child(folder, again, folder.parent / "home1") == expected
-    assert run_child(again, third, folder.parent / "home2") == expected
+    assert run_clean(CHILD, folder, again, TEXT, home=folder.parent / "home1") == expected
+    assert run_clean(CHILD, again, third, TEXT, home=folder.parent / "home2") == expected
     for family in models:
         code = [{p.name: p.read_text() for p in (f / family).glob("*.py")} for f in (folder, again, third)]
         assert code[0] == code[1] == code[2]

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from semtoken_hf import SemTokenLlamaForCausalLM
+from tests.fixtures.logs import warnings_of
 from tests.fixtures.tiny import BERT, plain_twin, ragged_prompts, random_ids, tiny_config, tiny_model
 
 TOKENS = 48
@@ -66,10 +67,6 @@ GENERATE = {
         "right",
     ),
 }
-
-
-def warnings_of(caplog):
-    return [r.message for r in caplog.records if r.name.startswith("semtoken_hf")]
 
 
 @pytest.mark.parametrize("case", FORWARD)
@@ -205,3 +202,13 @@ def test_sliding_windows_count_slots(caplog):
         model = tiny_model(family="mistral", **{"sliding_window": 24, **fields})
         model(ids, logits_to_keep=1)
         assert [("sliding_window" in m) for m in warnings_of(caplog)] == [True] * warned
+
+
+@pytest.mark.parametrize("arguments", [{"use_cache": False}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_is_too_short_to_compress_is_quiet(twins, caplog, arguments, padded):
+    """Nothing would be compressed anyway."""
+    ids, mask = ragged_prompts((12, 9) if padded else (12, 12))
+    ours, theirs = (twin.generate(ids, attention_mask=mask, max_new_tokens=3, **arguments) for twin in twins)
+    assert torch.equal(ours, theirs)
+    assert not warnings_of(caplog)

@@ -6,8 +6,6 @@ import pytest
 
 from tests.fixtures.adapted import adapted_model
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
-from tests.hub.client import use_hub
-from tests.hub.hub_server import OWNER, HubServer
 
 
 @pytest.fixture(scope="session")
@@ -30,12 +28,3 @@ def make_checkpoint(checkpoints, tmp_path):
         return shutil.copytree(checkpoints / kind, tmp_path / name)
 
     return make
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A loopback Hub that the client in this process uses as the owner of `me/...`."""
-    with HubServer() as server:
-        use_hub(monkeypatch, server, tmp_path / "hub-cache", OWNER)
-        yield server
-    assert server.unknown == []

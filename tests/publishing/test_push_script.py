@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.fixtures.scripts import main_of
 from tests.hub.hub_server import OWNER, STRANGER
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
 
 
 @pytest.fixture
 def run_script(monkeypatch, capsys):
     """A function that runs the script and returns what it prints."""
-    spec = importlib.util.spec_from_file_location("push_to_hub_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    main = main_of("push_to_hub.py", monkeypatch)
 
     def run(*arguments) -> str:
-        monkeypatch.setattr(sys, "argv", ["push_to_hub.py", *map(str, arguments)])
-        module.main()
+        main(*arguments)
         return capsys.readouterr().out
 
     return run

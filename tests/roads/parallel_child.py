@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import semtoken_hf  # noqa: F401, registers its classes
+from tests.fixtures.children import write_facts
 from tests.fixtures.tiny import left_padded, random_ids
-from tests.roads.children import write_facts
 
 RANK = int(os.environ.get("RANK", "0"))
 

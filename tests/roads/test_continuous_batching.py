@@ -3,9 +3,6 @@
 import asyncio
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -28,8 +25,9 @@ from tests.fixtures.batching import (
     model_of,
     prompts_of,
     settings,
-    warnings_of,
 )
+from tests.fixtures.children import run_clean
+from tests.fixtures.logs import warnings_of
 from tests.fixtures.tiny import BERT, plain_twin, random_ids, tiny_model
 
 
@@ -223,7 +221,6 @@ def test_transformers_that_changed(caplog, monkeypatch):
 
 REMOTE = """
 import json, sys
-sys.modules["semtoken_hf"] = None
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 folder, prompts, generation, batching = sys.argv[1], *map(json.loads, sys.argv[2:])
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation="sdpa").eval()
@@ -233,7 +230,7 @@ names = manager.add_requests(prompts)
 manager.start()
 results = {r.request_id: r for r in (manager.get_result(timeout=60) for _ in names)}
 manager.stop()
-print("TOKENS" + json.dumps([results[name].generated_tokens for name in names]))
+print("FACTS" + json.dumps([results[name].generated_tokens for name in names]))
 """
 
 
@@ -241,10 +238,6 @@ def test_remote_code(tmp_path):
     """What is imported only when it is asked for travels with the checkpoint, too."""
     model, prompts = model_of(), prompts_of()
     model.save_pretrained(tmp_path / "checkpoint")
-    arguments = [str(tmp_path / "checkpoint"), *map(json.dumps, (prompts, GREEDY, BATCHING))]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", "-c", REMOTE, *arguments]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    tokens = json.loads(result.stdout.split("TOKENS")[1])
+    arguments = [tmp_path / "checkpoint", *map(json.dumps, (prompts, GREEDY, BATCHING))]
+    tokens = run_clean(REMOTE, *arguments, home=tmp_path / "home")
     assert tokens == [generate(model, prompt)[0] for prompt in prompts]

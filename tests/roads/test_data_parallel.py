@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from semtoken_hf import SemTokenLlamaForCausalLM
+from tests.fixtures.children import run_ranks
 from tests.fixtures.tiny import BERT, tiny_model
-from tests.roads.children import run_ranks
 from tests.roads.parallel_child import __name__ as child
 from tests.roads.parallel_child import gradients, prompts, training_rows
 

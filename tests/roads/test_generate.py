@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from semtoken_hf import SemTokenCache
 from semtoken_hf.cache_semtoken import cache_bytes
+from tests.fixtures.logs import warnings_of
 from tests.fixtures.tiny import FAMILIES, left_padded, plain_twin, ragged_prompts, random_ids, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
@@ -53,10 +54,6 @@ def generate(model, ids, mask=None, **arguments):
     mask = torch.ones_like(ids) if mask is None else mask
     arguments = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, **arguments}
     return model.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **arguments)
-
-
-def warnings_of(caplog):
-    return [r.message for r in caplog.records if r.name.startswith("semtoken_hf")]
 
 
 def decode_by_hand(model, ids, mask, choose, **arguments):

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.fixtures.children import run_python
 from tests.fixtures.tiny import LLAMA, tiny_tokenizer
-from tests.roads.children import run_python
 
 SHARD = 40_000_000
 # Sizes in kB, as the kernel says them. A file that is mapped counts as resident as long as nobody needs its pages, so:

@@ -14,8 +14,9 @@ from transformers.utils import logging
 
 from semtoken_hf import SemTokenLlamaForCausalLM
 from tests.fixtures.adapted import adapted_model
+from tests.fixtures.children import run_clean
+from tests.fixtures.logs import warnings_of
 from tests.fixtures.tiny import BERT, plain_twin, ragged_prompts, random_ids, tiny_model
-from tests.roads.children import run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TRANSFORMER = {"encoder_config": dict(BERT), "encoder_window": 48}
@@ -42,10 +43,6 @@ def trained(model, seed=1):
         if "lora_B.default" in name:
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     return model.eval()
-
-
-def warnings_of(caplog):
-    return [r.message for r in caplog.records if r.name.startswith("semtoken_hf")]
 
 
 @pytest.mark.parametrize("fields", [{}, TRANSFORMER, LLAMA_ENCODER], ids=["static", "bert", "llama encoder"])
@@ -127,7 +124,6 @@ def test_gradient_checkpointing(use_reentrant):
 
 CHILD = """
 import json, sys
-sys.modules["semtoken_hf"] = None
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
@@ -176,7 +172,7 @@ def test_trained_saved_and_loaded_in_a_clean_process(tmp_path):
     model.eval()
     prompt = random_ids(1, 150, seed=9)
     expected = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
-    facts = run_python(CHILD, tmp_path / "base", tmp_path / "adapter", prompt.tolist())
+    facts = run_clean(CHILD, tmp_path / "base", tmp_path / "adapter", prompt.tolist(), home=tmp_path / "home")
     assert facts["tokens"] == facts["auto"] == expected.sequences.tolist()
     assert facts["slots"] == expected.past_key_values.compressed_lengths.tolist()
     assert facts["slots"][0] < 100

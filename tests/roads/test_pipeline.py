@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from contextlib import contextmanager
 
 import pytest
@@ -13,10 +11,10 @@ import torch
 from transformers import pipeline, set_seed
 
 from semtoken_hf.publishing.push import prepare, push
+from tests.fixtures.children import run_clean
 from tests.fixtures.text import PROSE
 from tests.fixtures.tiny import plain_twin, tiny_model, tiny_tokenizer
-from tests.hub.client import use_hub
-from tests.hub.hub_server import OWNER, READER, HubServer
+from tests.hub.hub_server import READER
 
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -222,7 +220,7 @@ print("FACTS" + json.dumps({name: facts(*source) for name, source in task["sourc
 
 
 @pytest.mark.slow
-def test_by_folder_and_by_hub_id_in_a_clean_process(pipe, tmp_path, monkeypatch):
+def test_by_folder_and_by_hub_id_in_a_clean_process(pipe, tmp_path, hub):
     """A local folder, and the same pushed to a private repository and loaded by a pinned revision."""
     folder = tmp_path / "checkpoint"
     pipe.model.save_pretrained(folder)
@@ -236,17 +234,10 @@ def test_by_folder_and_by_hub_id_in_a_clean_process(pipe, tmp_path, monkeypatch)
             "ratio": pipe(PROSE, target_ratio=4.0, **NEW),
         }
     assert_compressed(pipe, caches[0], [encode(pipe, PROSE)])
-    with HubServer() as hub:
-        use_hub(monkeypatch, hub, tmp_path / "cache", OWNER)
-        done = push(prepare(folder, "me/pipe"))
-        hub.repositories["me/pipe"].add_commit("main", "broken since", {"config.json": b"{}"})
-        sources = {"folder": (str(folder), {}), "hub": ("me/pipe", {"revision": done.sha, "token": READER})}
-        task = {"text": PROSE, "chat": CHAT, "prompts": PROMPTS, "new": NEW, "sources": sources}
-        command = [sys.executable, "-I", "-c", CHILD, json.dumps(task)]
-        environment = hub.environment(tmp_path, token=None)
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    facts = json.loads(result.stdout.split("FACTS")[1])
+    done = push(prepare(folder, "me/pipe"))
+    hub.repositories["me/pipe"].add_commit("main", "broken since", {"config.json": b"{}"})
+    sources = {"folder": (str(folder), {}), "hub": ("me/pipe", {"revision": done.sha, "token": READER})}
+    task = {"text": PROSE, "chat": CHAT, "prompts": PROMPTS, "new": NEW, "sources": sources}
+    facts = run_clean(CHILD, json.dumps(task), home=tmp_path / "home", variables=hub.variables)
     slots = [cache.compressed_lengths.tolist() for cache in caches]
     assert facts == {name: {"results": expected, "slots": slots} for name in sources}
-    assert hub.unknown == []

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.fixtures.adapted import adapted_model
+from tests.fixtures.children import run_ranks
 from tests.fixtures.tiny import BERT, FAMILIES, plain_twin, random_ids, tiny_model
-from tests.roads.children import run_ranks
 from tests.roads.parallel_child import __name__ as child
 from tests.roads.parallel_child import prompts, read, train
 

@@ -13,8 +13,8 @@ import torch
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from semtoken_hf import SemTokenLlamaForCausalLM
+from tests.fixtures.children import ROOT
 from tests.fixtures.tiny import BERT, left_padded, plain_twin, random_ids, tiny_model, tiny_tokenizer
-from tests.roads.children import ROOT
 
 TRANSFORMER = {"encoder_config": dict(BERT), "encoder_window": 48}
 LEARNED = {"merge_mode": "learned", "merger_rank": 4}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,29 +12,26 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-import semtoken_hf
 from semtoken_hf.serving.prompt_embeds import decode_prompt_embeds, export_prompt
 from tests.fixtures.adapted import adapted_model
+from tests.fixtures.children import run_script as run_child
+from tests.fixtures.scripts import main_of
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "export_prompt_embeds.py"
+SCRIPT = "export_prompt_embeds.py"
 TEXT = "the cat sat on the mat and the dog ran to the man " * 6
 
 
 @pytest.fixture
 def run_script(monkeypatch, capsysbinary):
     """A function that runs the script in this process: arguments and standard input -> code, output, errors."""
-    spec = importlib.util.spec_from_file_location("export_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    verbosity = logging.get_verbosity()
+    main, verbosity = main_of(SCRIPT, monkeypatch), logging.get_verbosity()
 
     def run(*arguments, stdin: str = TEXT) -> tuple[int, bytes, list[str]]:
-        monkeypatch.setattr(sys, "argv", [SCRIPT.name, *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         code = 0
         try:
-            module.main()
+            main(*arguments)
         except SystemExit as stopped:
             code = stopped.code
         written = capsysbinary.readouterr()
@@ -61,22 +55,17 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_a_request_and_the_plain_model_that_answers_it(folder, tmp_path):
     """In a process of its own, from standard input to standard output: with the plain folder, what `generate` says."""
-    command = [sys.executable, SCRIPT, folder, "-", "--export_plain", tmp_path / "plain", "--format", "json"]
-    command += ["--model", "served", "--max_tokens", "9", "--target_ratio", "3"]
-    environment = os.environ | {"PYTHONPATH": str(Path(semtoken_hf.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [*map(str, command)], input=TEXT.encode(), capture_output=True, env=environment, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    options = ["--export_plain", tmp_path / "plain", "--format", "json", "--model", "served"]
+    result = run_child(SCRIPT, folder, "-", *options, "--max_tokens", "9", "--target_ratio", "3", stdin=TEXT)
     request = json.loads(result.stdout)
     embeds = decode_prompt_embeds(request.pop("prompt_embeds"))
     assert request == {"model": "served", "max_tokens": 9}
 
     ids = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt")["input_ids"]
     slots = -(-ids.shape[1] // 3)
-    report = result.stderr.decode().splitlines()[-1]
+    report = result.stderr.splitlines()[-1]
     assert report.startswith(f"{ids.shape[1]} tokens, {slots} slots, ratio {ids.shape[1] / slots:.2f}, torch.float32, ")
-    assert report.endswith(f" {len(result.stdout)} bytes")
+    assert report.endswith(f" {len(result.stdout.encode())} bytes")
     model = AutoModelForCausalLM.from_pretrained(folder, position_mode="compact")
     expected = model.generate(ids, max_new_tokens=9, target_ratio=3.0)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from semtoken_hf.adapter_semtoken import has_adapter
 from semtoken_hf.training.adaptation import adapt, build_trainer
+from tests.fixtures.children import run_script
 from tests.fixtures.tiny import random_ids
 from tests.training.adaptation_runs import OPTIONS, curve, make_inputs, options
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "adapt.py"
 STEPS = 32
 
 
@@ -193,16 +189,8 @@ def test_gradient_checkpointing_changes_nothing(inputs, tmp_path, trainable):
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def run_script(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1] / "src")}
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 def test_the_script_explains_itself():
-    text = run_script("--help")
+    text = run_script("adapt.py", "--help").stdout
     for option in ("--checkpoint", "--text_column", "--trainable {merger,lora,full}", "--set_fields", "--max_steps"):
         assert option in text
 
@@ -213,7 +201,7 @@ def test_the_script_runs(inputs, tmp_path):
     sizes = ("--max_steps", "2", "--per_device_train_batch_size", "2", "--evaluation_windows", "1")
     paths = ("--checkpoint", inputs / "checkpoint", "--text", inputs / "text", "--output_dir", tmp_path / "run")
     rest = ("--held_out_share", "0.3", "--bf16", "False", "--trainable", "lora", "--use_cpu")
-    printed = run_script(*paths, *fields, *lengths, *sizes, *rest)
+    printed = run_script("adapt.py", *paths, *fields, *lengths, *sizes, *rest).stdout
     assert printed.splitlines()[-1] == str(tmp_path / "run" / "model")
     config = loaded(tmp_path / "run" / "model").config
     assert (config.adapted_for["trainable"], config.position_mode) == ("lora", "compact")

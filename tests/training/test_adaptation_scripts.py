@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.fixtures.children import run_script
 from tests.fixtures.text import PROSE
 from tests.fixtures.tiny import tiny_model, tiny_tokenizer
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +25,6 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
-def run(script: str, *arguments: str | Path) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 def costs_of(report: str) -> dict[str, str]:
     rows = [line.split(" | ") for line in report.splitlines() if line.startswith("| ")]
     return {row[0].removeprefix("| "): row[1].removesuffix(" |") for row in rows}
@@ -44,12 +32,12 @@ def costs_of(report: str) -> dict[str, str]:
 
 def test_an_ablation_trains_every_variant_once_and_reports_it(inputs: Path, tmp_path: Path) -> None:
     def ablate(*more: str | Path) -> str:
-        return run(
+        return run_script(
             "ablate_adaptation.py",
             *("--checkpoint", inputs / "semtoken", "--text", inputs / "corpus", "--text_file", inputs / "test.txt"),
             *("--runs", tmp_path / "runs", "--suite", "tasks", "--seeds", "0", "--steps", "2", "--windows", "2"),
             *("--context", "64", "--target", "16", "--held_out_share", "0.2", *more),
-        )
+        ).stdout
 
     assert "# Ablation" not in ablate("--shard", "0/2")
     done = {f: f.stat().st_mtime_ns for f in (tmp_path / "runs" / "tasks").glob("*/model/config.json")}
@@ -66,13 +54,13 @@ def test_an_ablation_trains_every_variant_once_and_reports_it(inputs: Path, tmp_
 
 
 def test_the_table_of_adapted_checkpoints(inputs: Path, tmp_path: Path) -> None:
-    report = run(
+    report = run_script(
         "measure_adaptation.py",
         *("--checkpoint", inputs / "semtoken", "--adapted", f"merger only={inputs / 'semtoken'}"),
         *("--text_file", inputs / "test.txt", "--held_out", inputs / "corpus" / "novels.txt"),
         *("--held_out_share", "0.2", "--ratios", "2.4", "--context", "64", "--target", "16", "--windows", "2"),
         *("--output", tmp_path / "adaptation.md"),
-    )
+    ).stdout
     assert report.count("| full context | 1.00 |") == 2
     tables = report.split("## ")[1:]
     for table in tables:
