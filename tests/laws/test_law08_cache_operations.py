@@ -214,3 +214,20 @@ def test_offloading_is_kept(monkeypatch):
         model.generate(random_ids(1, 96), max_new_tokens=2, cache_implementation="offloaded")
     assert isinstance(caches[0], SemTokenCache)
     assert caches[0].offloading
+
+
+def test_prepared_masks(model):
+    """Over a cache without merged slots they are the plain model's; with some they fit nothing."""
+    ids = random_ids(1, 40)
+    causal = torch.ones(40, 40, dtype=torch.bool).tril()[None, None]
+    cache, plain = SemTokenCache(model.config), DynamicCache(config=model.config)
+    with torch.no_grad():
+        ours = model(ids, attention_mask=causal, past_key_values=cache)
+        theirs = plain_twin(model)(ids, attention_mask=causal, past_key_values=plain)
+    assert torch.equal(ours.logits, theirs.logits)
+    assert cache.slot_lengths.tolist() == [[1] * 40]
+    cache = prefill(model, ids).past_key_values
+    held = cache.slot_lengths.clone()
+    with pytest.raises(ValueError, match="pass a 2D mask"), torch.no_grad():
+        model(ids[:, :1], attention_mask=causal[:, :, -1:], past_key_values=cache)
+    assert torch.equal(cache.slot_lengths, held)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from semtoken_hf.chat_semtoken import content_spans
-from tests.fixtures.tiny import random_ids, tiny_model, tiny_tokenizer
+from tests.fixtures.tiny import ragged_prompts, random_ids, tiny_model, tiny_tokenizer
 
 # As Llama 3's, ChatML with default system text, and Llama 2's, which puts the system text into the first user turn.
 TEMPLATES = {
@@ -125,6 +125,26 @@ def test_the_question_steers_and_stays_whole(tokenizer):
     assert not torch.equal(prompt.span_ids, model.compress(inputs["input_ids"]).span_ids)
 
 
+def test_empty_texts():
+    """A call of a tool has no text, and templates ask whether there is any."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{% if m['content'] %}{{ '\n' + m['content'] }}{% endif %}{% endfor %}"
+    )
+    chat = [CHAT[1], {"role": "assistant", "content": "", "tool_calls": []}, CHAT[3]]
+    encoding = tokenizer.apply_chat_template(chat, mark_question=True, protect_template=True)
+    assert text_of(tokenizer, encoding["input_ids"], encoding["query_mask"]) == CHAT[3]["content"]
+
+
+def test_padding_later(tokenizer):
+    """As a data collator does it."""
+    options = {"mark_question": True, "protect_template": True}
+    chats = [CHAT, CHAT[3:]]
+    at_once = tokenizer.apply_chat_template(chats, padding=True, **options)
+    later = tokenizer.pad([tokenizer.apply_chat_template(chat, **options) for chat in chats])
+    assert at_once.data == later.data
+
+
 def test_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
@@ -167,6 +187,36 @@ def test_turns_with_a_template():
         assert turn == 0 or read < 90
         chat.append({"role": "assistant", "content": "ok"})
     assert cache.physical_length() < cache.get_seq_length() / 1.5
+
+
+@pytest.mark.parametrize("position_mode", ["original", "compact"])
+@pytest.mark.parametrize("turn", [40, 12])
+def test_rows_that_finish_early(position_mode, turn):
+    """The next turn's mask hides what fills them up, and each row goes on as it does alone."""
+    model = tiny_model(position_mode=position_mode)
+    ids, mask = ragged_prompts((60, 50))
+    arguments = {"max_new_tokens": 20, "return_dict_in_generate": True, "pad_token_id": 0, "do_sample": False}
+    rows = [row[m.bool()][None] for row, m in zip(ids, mask, strict=True)]
+    answers = [model.generate(row, eos_token_id=None, **arguments).sequences[0, -20:].tolist() for row in rows]
+    eos = next(token for token in answers[1][4:] if token not in answers[0])
+    arguments |= {"eos_token_id": eos}
+    new = random_ids(2, turn + 1, 9)[:, 1:]
+    first = model.generate(ids, attention_mask=mask, **arguments)
+    answer = first.sequences[:, 60:]
+    is_filler = ((answer == eos).cumsum(1) - (answer == eos).long()) > 0
+    assert is_filler[1].sum() > 2
+    assert not is_filler[0].any()
+    sequences = torch.cat([first.sequences, new], dim=1)
+    mask = torch.cat([mask, (~is_filler).long(), torch.ones_like(new)], dim=1)
+    together = model.generate(sequences, attention_mask=mask, past_key_values=first.past_key_values, **arguments)
+    for row, prompt in enumerate(rows):
+        alone = model.generate(prompt, **arguments)
+        if alone.sequences[0, -1] == eos:  # the batch has read it already
+            model(alone.sequences[:, -1:], past_key_values=alone.past_key_values)
+        sequences = torch.cat([alone.sequences, new[row : row + 1]], dim=1)
+        alone = model.generate(sequences, past_key_values=alone.past_key_values, **arguments)
+        length = alone.sequences.shape[1] - sequences.shape[1]
+        assert torch.equal(together.sequences[row, 80 + turn :][:length], alone.sequences[0, sequences.shape[1] :])
 
 
 def test_only_new_ids():

@@ -203,6 +203,12 @@ def test_positions_that_cannot_be_moved(caplog):
     assert len(warnings_of(caplog)) == 1
 
 
+def test_recompression_is_not_forgotten_silently(caplog):
+    model = tiny_model(attn_implementation="sdpa", recompress_every=20)
+    generate_batch(model, prompts_of((40,)))
+    assert [message for message in warnings_of(caplog) if "`recompress_every` has no effect" in message]
+
+
 def test_transformers_that_changed(caplog, monkeypatch):
     """Without a hook the slots would never be read."""
     model = tiny_model(attn_implementation="sdpa")

@@ -199,6 +199,31 @@ def test_too_short_to_merge():
     assert tiny_model(recompress_every=12).config.recompress_every == 12
 
 
+@pytest.mark.parametrize(("every", "message"), [(11, "at least min_prompt_length - keep_last"), (0, "integer >= 1")])
+def test_a_field_that_is_set_later(every, message):
+    """Set on a loaded model, which checks nothing: generation would never merge, without a word."""
+    model = tiny_model(**FIELDS)
+    model.config.recompress_every = every
+    with pytest.raises(ValueError, match=message):
+        generate(model, random_ids(1, PROMPT), 4)
+    assert generate(model, random_ids(1, PROMPT), 4, compression=False).sequences.shape[1] == PROMPT + 4
+
+
+@pytest.mark.parametrize("name", ["protected_mask", "query_mask", "span_ids"])
+def test_masks_of_the_prompt_stay_with_it(model, name):
+    """Also where it is as long as what is read again."""
+    ids = random_ids(1, EVERY + KEEP_LAST)
+    values = model.compress(ids).span_ids if name == "span_ids" else torch.ones_like(ids)
+    cache = generate(model, ids, EVERY + KEEP_LAST + 1, **{name: values}).past_key_values
+    prompt = int(values.max()) + 1 if name == "span_ids" else ids.shape[1]
+    assert cache.compressed_lengths.tolist() == [prompt + MERGED + KEEP_LAST]
+    ratio = (EVERY + KEEP_LAST) / (MERGED + KEEP_LAST)
+    again = generate(model, ids, EVERY + KEEP_LAST + 1, **{name: values}).sequences[:, ids.shape[1] : -1]
+    assert torch.equal(
+        cache.slot_lengths[:, prompt:], model.compress(again, target_ratio=ratio, past_key_values=cache).slot_lengths
+    )
+
+
 def test_sliding_windows():
     """The window forgets old slots; what is read again is brought back first."""
     model = tiny_model(family="mistral", sliding_window=30, **FIELDS)
