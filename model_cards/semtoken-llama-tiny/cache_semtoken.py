@@ -37,6 +37,8 @@ class SemTokenCache(DynamicCache):
         self.seen_tokens = 0
         self.is_compressed = False
         self.is_padded = False
+        # Latest columns that are one token each.
+        self.plain_tail = 0
         # Set by `generate`, for `recompress_every`.
         self.generated: Any = None
 
@@ -54,6 +56,23 @@ class SemTokenCache(DynamicCache):
         self.seen_tokens += tokens
         self.is_compressed |= compressed
         self.is_padded |= padded
+        self.plain_tail = 0 if compressed else self.plain_tail + tokens
+
+    def leave_out(self, attention_mask: Tensor) -> None:
+        """Take tokens out of the record that were read and that a later mask hides: what fills up a finished row.
+
+        Args:
+            attention_mask: [B, P] over the tokens so far; only what was appended since the last merged slots is heeded.
+        """
+        if not self.plain_tail or self.slot_lengths is None:
+            return
+        tail = self.slot_lengths[:, -self.plain_tail :]
+        hidden = (attention_mask[:, -self.plain_tail :] == 0) & (tail > 0)
+        if bool(hidden.any()):
+            self.slot_lengths = torch.cat(
+                [self.slot_lengths[:, : -self.plain_tail], tail.masked_fill(hidden, 0)], dim=1
+            )
+            self.is_padded = True
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -129,6 +148,7 @@ class SemTokenCache(DynamicCache):
         super().crop(-count)
         self.slot_lengths = self.slot_lengths[:, :-count]
         self.seen_tokens -= count
+        self.plain_tail = max(self.plain_tail - count, 0)
 
     def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)

@@ -30,6 +30,8 @@ def content_spans(render: Callable[[list[dict]], str], messages: list[dict]) -> 
     contents: list[tuple[int, str]] = []
 
     def sentinel(number: int, text: str) -> str:
+        if not text:  # a template may ask whether there is any
+            return text
         contents.append((number, text))
         return f"\ue000{len(contents) - 1}\ue001"
 

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+from transformers.utils import logging
 
 from .compression import CompressedPrompt
 from .paged_semtoken import SlotStep, SlotTable, batch_options, moving_rope_types, reading_slots
+
+logger = logging.get_logger(__name__)
 
 # Of Transformers, overridden here: without one of them prompts cannot be compressed.
 HOOKS = ("_generation_loop_body", "_generation_step", "_run_generation_loop", "add_request", "cancel_request", "warmup")
@@ -178,6 +181,10 @@ def take_over(manager: Any) -> Any:
     if missing := [name for name in HOOKS if not hasattr(ContinuousBatchingManager, name)]:
         model._warn_uncompressed(f"continuous batching of this version of Transformers has no {missing}")
         return manager
+    if model.config.recompress_every is not None:
+        logger.warning_once(
+            "`recompress_every` has no effect in continuous batching: generated tokens keep their slots"
+        )
     first_id = max(model.config.vocab_size, model.get_input_embeddings().weight.shape[0])
     slots = SlotTable(first_id, manager.num_return_sequences - 1)
     manager.__class__, manager.slots = SemTokenContinuousBatchingManager, slots

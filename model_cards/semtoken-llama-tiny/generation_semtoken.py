@@ -20,6 +20,8 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 from transformers.utils import logging
 
 from .cache_semtoken import SemTokenCache, is_quantized, tracks_slots
+from .configuration_semtoken import validate_compression_fields
+from .paged_semtoken import PROMPT_ARGUMENTS
 
 logger = logging.get_logger(__name__)
 
@@ -86,6 +88,8 @@ class SemTokenGenerationMixin:
                     self._warn_uncompressed(f"{kind} cannot hold merged slots; use the default cache")
                 model_kwargs["compression"] = False
         if tracks_slots(cache) and self.config.recompress_every is not None:
+            # Mostly set on a loaded model, and too small a number would never merge anything.
+            validate_compression_fields(self.config)
             # Layers with a sliding window forget what a crop would have to bring back.
             cache.activate_past_recording()
         return result
@@ -164,6 +168,8 @@ class SemTokenGenerationMixin:
             past_key_values.crop(-again)
             text.start += length - keep_last
             next_sequence_length = length + drafted
+            # They are the prompt's, even where it happens to be as long as what is read again.
+            kwargs |= dict.fromkeys(PROMPT_ARGUMENTS)
             if ratio is not None:
                 # The recent window comes on top, so that the cache grows at exactly 1 / ratio.
                 kwargs["target_ratio"] = length / (math.ceil((length - keep_last) / ratio - 1e-9) + keep_last)

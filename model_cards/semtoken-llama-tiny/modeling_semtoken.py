@@ -76,6 +76,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         Returns:
             `last_hidden_state` [B, T, H] and no `span_ids` where nothing merged; else [B, M, H] over the slots.
         """
+        _heed_mask_of_past(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
         if compression and input_ids is not None:
             prompt = self.compress(
                 input_ids,
@@ -218,14 +219,33 @@ def _mask_of_call(mask: Tensor | None, input_ids: Tensor, cache: Any) -> Tensor 
     return mask[:, -tokens:]
 
 
+def _heed_mask_of_past(mask: Tensor | None, columns: Tensor | None, cache: Any) -> None:
+    """Let a cache leave out what the mask of a new turn hides of earlier ones; single steps of decoding have no say."""
+    if mask is None or columns is None or not tracks_slots(cache):
+        return
+    if getattr(mask, "ndim", 0) != 2 or columns.shape[1] == 1:
+        return
+    held = cache.get_seq_length()
+    if held and mask.shape[1] == held + columns.shape[1]:
+        cache.leave_out(mask[:, :held])
+
+
 def _append_plain(
     cache: Any, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, position_mode: str
 ) -> tuple[Tensor | None, Tensor | None]:
     """Record tokens that are appended one slot each; returns the mask and positions that the layers need.
 
     As long as the cache holds nothing merged, both are what the caller gave, so that the family's own path is exact.
+
+    Raises:
+        ValueError: a prepared mask, over the original sequence, and a cache with merged slots.
     """
-    new = None if attention_mask is None else attention_mask[:, -tokens.shape[1] :]
+    is_prepared = attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2
+    if is_prepared and cache.is_compressed:
+        raise ValueError(
+            "a prepared attention mask does not fit a cache with merged slots; pass a 2D mask over all tokens"
+        )
+    new = None if attention_mask is None or is_prepared else attention_mask[:, -tokens.shape[1] :]
     slots = torch.ones(tokens.shape, dtype=torch.long, device=tokens.device) if new is None else (new != 0).long()
     if cache.is_compressed and (position_mode == "compact" or position_ids is None):
         held = cache.compressed_lengths if position_mode == "compact" else cache.original_lengths

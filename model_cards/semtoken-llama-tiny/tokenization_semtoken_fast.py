@@ -13,7 +13,7 @@ from .standalone_planner import SpanPlanner
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 # What a padding token gets in each per-token output.
-PADDING_VALUES = {"span_ids": -1, "protected_mask": 0}
+PADDING_VALUES = {"span_ids": -1, "protected_mask": 0, "query_mask": 0}
 # Of `apply_chat_template`, for what happens after rendering.
 ENCODING_ARGUMENTS = ("tokenize", "padding", "truncation", "max_length", "return_dict", "return_assistant_tokens_mask")
 
