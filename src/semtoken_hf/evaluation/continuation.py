@@ -45,8 +45,9 @@ def score_target(model: Any, prefill: Prefill, target: Tensor) -> Tensor:
     """Negative log-likelihood float64 [t] (nats) of tokens int64 [t] behind the prompt; the cache stays as it was."""
     logits = prefill.logits[None]
     if len(target) > 1:
-        # Layers with a sliding window forget what the crop has to bring back.
-        prefill.cache.activate_past_recording()
+        # Layers with a sliding window forget what the crop has to bring back. kvpress's Transformers cannot be told.
+        if hasattr(prefill.cache, "activate_past_recording"):
+            prefill.cache.activate_past_recording()
         logits = torch.cat([logits, extend(model, prefill, target[:-1], 0)])
         prefill.cache.crop(1 - len(target))
     return torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
