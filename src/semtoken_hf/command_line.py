@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
         from .evaluation.lm_eval_model import main as lm_eval
 
         return lm_eval(rest)
-    lines = [f"  {command}  {text}" for command, text in COMMANDS.items()]
+    lines = [f"  {command:<10}{text}" for command, text in COMMANDS.items()]
     usage = "\n".join(["usage: semtoken COMMAND OPTIONS", "", *lines, "", "semtoken COMMAND --help lists the options."])
     if name in ("-h", "--help"):
         print(usage)
