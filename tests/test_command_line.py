@@ -8,7 +8,7 @@ def test_help_lists_the_commands(capsys):
     for arguments in ([], ["--help"], ["-h"]):
         main(arguments)
         shown = capsys.readouterr().out
-        assert all(f"  {name}  {text}" in shown for name, text in COMMANDS.items())
+        assert all(f"  {name:<10}{text}" in shown for name, text in COMMANDS.items())
 
 
 def test_an_unknown_command_is_an_error_that_names_those_there_are():
