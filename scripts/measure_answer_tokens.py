@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from semtoken_hf import SpanPlanner
-from semtoken_hf.evaluation.configuration import EvaluationConfig
+from semtoken_hf.evaluation.configuration import EvaluationConfig, pairs
 from semtoken_hf.evaluation.prompts import Prompt
 from semtoken_hf.evaluation.provenance import publish_report
 from semtoken_hf.evaluation.tasks import TASKS
@@ -80,7 +80,7 @@ def shares_kept(planner: SpanPlanner, prompts: list[Prompt]) -> dict[tuple[str, 
 
 def main() -> None:
     arguments = parse_arguments()
-    folders = dict(item.split("=", 1) for item in arguments.checkpoints)
+    folders = pairs(arguments.checkpoints, "checkpoints")
     config = EvaluationConfig(checkpoint=next(iter(folders.values())), data_dir=arguments.data_dir)
     tokenizer = AutoTokenizer.from_pretrained(config.checkpoint)
     prompts = TASKS[arguments.task].prompts(tokenizer, config.settings(arguments.task, arguments.limit))

@@ -105,8 +105,9 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
         if step_of_call(kwargs) is not None:  # its prompts were compressed when they were added
             return super().forward(**plain)
         columns = inputs_embeds if input_ids is None else input_ids
+        length = None if columns is None else columns.shape[1]
         asks_for_all = labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if asks_for_all or self._is_short(columns) or not self._wants_compression(compression, target_ratio):
+        if asks_for_all or self._is_short(length) or not self._wants_compression(compression, target_ratio):
             return super().forward(**plain)
         if (reason := _why_not(input_ids, attention_mask, position_ids, past_key_values, kwargs)) is not None:
             self._warn_uncompressed(reason)
@@ -183,8 +184,8 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
         ratio = self.config.target_ratio if target_ratio is None else target_ratio
         return bool(wanted) and not (ratio == 1 and self.config.max_kept_tokens is None)
 
-    def _is_short(self, columns: Tensor | None) -> bool:
-        return columns is not None and columns.shape[1] < max(2, self.config.min_prompt_length)
+    def _is_short(self, length: int | None) -> bool:
+        return length is not None and length < max(2, self.config.min_prompt_length)
 
     def _warn_uncompressed(self, reason: str) -> None:
         logger.warning_once(f"SemToken does not compress this call and runs the plain model exactly: {reason}")

@@ -97,7 +97,7 @@ class SemTokenContinuousBatchingManager(ContinuousBatchingManager):
         """The prompt as slots, or None where it is read as it is."""
         model: Any = self.model
         ids = torch.tensor([list(input_ids)], device=model.device)
-        if not model._wants_compression(compression, target_ratio) or model._is_short(ids):
+        if not model._wants_compression(compression, target_ratio) or model._is_short(ids.shape[1]):
             return None
         if (reason := self._why_not()) is not None:
             model._warn_uncompressed(reason)

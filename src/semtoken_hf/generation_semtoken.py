@@ -72,7 +72,7 @@ class SemTokenGenerationMixin:
         mask = model_kwargs.get("attention_mask")
         # A mask of ones is gone by now.
         length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[-1]
-        is_short = length is not None and length < self.config.min_prompt_length
+        is_short = self._is_short(length)
         if mask is not None and mask.ndim == 2 and bool((mask[:, -1] == 0).any()):
             if not is_short:
                 self._warn_uncompressed("the prompts are padded on the right; use `padding_side='left'` to generate")
@@ -107,7 +107,7 @@ class SemTokenGenerationMixin:
     def _get_logits_processor(self, *args: Any, **kwargs: Any):
         processors = super()._get_logits_processor(*args, **kwargs)
         model_kwargs = kwargs.get("model_kwargs") or {}
-        own = {name: model_kwargs[name] for name in ("compression", "target_ratio") if name in model_kwargs}
+        own = {name: model_kwargs[name] for name in GENERATION_FIELDS if name in model_kwargs}
         for processor in processors:
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
                 # It would ask for the logits of the whole negative prompt, and read the last.
@@ -138,8 +138,9 @@ class SemTokenGenerationMixin:
             for name, value in list(outputs.items()):
                 if name != "past_key_values":
                     outputs[name] = _repeat_rows(value, copies)
-        filler = getattr(generation_config, "_pad_token_tensor", None)
-        cache.generated = GeneratedText(cache.get_seq_length(), None if filler is None else int(filler))
+        if self.config.recompress_every is not None:
+            filler = getattr(generation_config, "_pad_token_tensor", None)
+            cache.generated = GeneratedText(cache.get_seq_length(), None if filler is None else int(filler))
         return outputs
 
     def _reads_copies_once(self, input_ids: Tensor, cache: Any, copies: int, model_kwargs: dict[str, Any]) -> bool:
@@ -147,7 +148,7 @@ class SemTokenGenerationMixin:
         if not wanted or copies == 1 or cache.get_seq_length() or is_quantized(cache):
             return False
         # A short prompt stays plain to the last bit, which another batch size may change.
-        return not self._is_short(input_ids)
+        return not self._is_short(input_ids.shape[1])
 
     def prepare_inputs_for_generation(
         self,

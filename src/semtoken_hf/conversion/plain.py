@@ -79,7 +79,7 @@ def read_plain_part(folder: Path) -> PreTrainedConfig:
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if stored.get("quantization_config") is not None:
         raise ValueError(f"{folder} is quantised; export the unquantised checkpoint and quantise the result")
-    return plain_part({**stored, "model_type": model_type})
+    return plain_part(stored)
 
 
 def plain_part(stored: dict[str, Any]) -> PreTrainedConfig:

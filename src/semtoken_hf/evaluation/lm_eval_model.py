@@ -131,7 +131,7 @@ class SemTokenLM(HFLM):
             return super().loglikelihood(requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        if self._wants_compression():
+        if self.model._wants_compression(None, None):
             logger.warning(
                 "SemToken compresses nothing in loglikelihood_rolling, where every token is scored, and runs the plain "
                 "model exactly: for a context-compressed score, use a task with `output_type: loglikelihood`"
@@ -150,13 +150,10 @@ class SemTokenLM(HFLM):
         reads = {name: asdict(count) for name, count in self.reads.items()}
         return {**super().get_model_info(), "semtoken": own | reads}
 
-    def _wants_compression(self) -> bool:
-        config = self.model.config
-        return config.compression and not (config.target_ratio == 1 and config.max_kept_tokens is None)
-
     def _may_merge(self, context: tuple[int, ...]) -> bool:
-        long_enough = len(context) >= max(2, self.model.config.min_prompt_length)
-        return long_enough and self._request_type != "loglikelihood_rolling" and self._wants_compression()
+        if self._request_type == "loglikelihood_rolling" or self.model._is_short(len(context)):
+            return False
+        return self.model._wants_compression(None, None)
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
