@@ -33,6 +33,7 @@ class CompressedPrompt:
         original_lengths: int64 [B], tokens of each row.
         kept_lengths: int64 [B], slots of each row.
         budget_met: bool [B], False where protected tokens or the span cap forbade the budget.
+        slot_counts: `kept_lengths` on the host.
         is_merged: whether any slot stands for more than one token.
         is_padded: whether any slot is padding.
     """
@@ -45,6 +46,7 @@ class CompressedPrompt:
     original_lengths: Tensor
     kept_lengths: Tensor
     budget_met: Tensor
+    slot_counts: list[int]
     is_merged: bool
     is_padded: bool
 
@@ -85,7 +87,8 @@ def compress_prompt(
     slots, anchors = merge_spans(stream, plan.spans, base_merge_mode(config), plan.fingerprints, merger)
     row = layout.row[plan.spans.first]
     rank = plan.span_ids.flatten()[layout.token_index[plan.spans.first]]
-    width, shortest, is_merged = _slot_columns(plan, config)
+    slot_counts, is_merged = _counts_on_host(plan, config)
+    width = max(slot_counts)
     column = width - plan.kept_lengths[row] + rank
     mode = position_mode or config.position_mode
     _check_adaptation(config, mode, is_merged)
@@ -110,8 +113,9 @@ def compress_prompt(
         original_lengths=plan.original_lengths,
         kept_lengths=plan.kept_lengths,
         budget_met=plan.budget_met,
+        slot_counts=slot_counts,
         is_merged=is_merged,
-        is_padded=shortest < width,
+        is_padded=min(slot_counts) < width,
     )
 
 
@@ -125,21 +129,21 @@ def _check_adaptation(config: Any, position_mode: str, is_merged: bool) -> None:
         )
 
 
-def _slot_columns(plan: SpanPlan, config: Any) -> tuple[int, int, bool]:
-    """Slots of the longest and the shortest row, and whether anything merged; warns where a budget was not met.
+def _counts_on_host(plan: SpanPlan, config: Any) -> tuple[list[int], bool]:
+    """Slots of each row, and whether anything merged; warns where a budget was not met.
 
     The one place where the host waits for the device to learn how many slots there are.
     """
     kept, original = plan.kept_lengths, plan.original_lengths
-    facts = torch.stack([kept.max(), kept.min(), (kept < original).any().long(), plan.budget_met.all().long()])
-    longest, shortest, is_merged, all_met = facts.tolist()
+    flags = torch.stack([(kept < original).any(), plan.budget_met.all()])
+    *counts, is_merged, all_met = torch.cat([kept, flags.long()]).tolist()
     if is_merged and not all_met:
         logger.warning_once(
             "SemToken kept more slots than the budget allows: protected tokens, `keep_first`/`keep_last`, "
             f"`min_prompt_length` ({config.min_prompt_length}) or `max_span_length` ({config.max_span_length}) forbid "
             "it. See `CompressedPrompt.budget_met`."
         )
-    return longest, shortest, bool(is_merged)
+    return counts, bool(is_merged)
 
 
 __all__ = ["CompressedPrompt", "compress_prompt"]
