@@ -60,7 +60,7 @@ def test_shapes(ragged, dtype):
         "kept_lengths": ((5,), torch.int64),
         "budget_met": ((5,), torch.bool),
     }
-    assert {field.name for field in dataclasses.fields(prompt)} == {*shapes, "is_merged", "is_padded"}
+    assert {field.name for field in dataclasses.fields(prompt)} == {*shapes, "is_merged", "is_padded", "slot_counts"}
     for name, (shape, kind) in shapes.items():
         value = getattr(prompt, name)
         assert (tuple(value.shape), value.dtype) == (shape, kind), name

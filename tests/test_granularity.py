@@ -20,7 +20,8 @@ from semtoken_hf.granularity import (
     stretch_budgets,
 )
 from semtoken_hf.span_clustering import Spans, count_per_stretch, greedy_spans
-from semtoken_hf.token_layout import TokenLayout, build_layout
+from semtoken_hf.token_layout import TokenLayout
+from tests.fixtures.layouts import trimmed_layout
 from tests.fixtures.tiny import random_ids, tiny_model
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
@@ -46,7 +47,7 @@ def stretches_of(lengths: list[int], free: float = 1.0, seed: int = 0) -> TokenL
     generator = torch.Generator().manual_seed(seed)
     valid = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     protected = torch.rand(valid.shape, generator=generator) >= free
-    return build_layout(valid, torch.zeros_like(valid), protected, 0, 0, 0)
+    return trimmed_layout(valid, torch.zeros_like(valid), protected, 0, 0, 0)
 
 
 def drifting(tokens: int, seed: int = 0, dim: int = 6) -> Tensor:
@@ -117,6 +118,8 @@ def test_what_is_left_goes_to_the_highest_entropy(lengths: list[int], seed: int)
     budget = torch.stack([torch.randint(1, n + 1, (), generator=generator) for n in lengths])
     fine = spend_budget(starts, fingerprints, layout, budget, granularity())
     assert fine.tolist() == expected_fine(starts, fingerprints, layout, budget)
+    bounded = spend_budget(starts, fingerprints, layout, budget, granularity(), most_spans=int(starts.sum()) + seed % 5)
+    assert torch.equal(bounded, fine)
     before, after = (count_per_stretch(s, layout.stretch, len(lengths)) for s in (starts, fine))
     assert (after <= budget.maximum(before)).all()
 
@@ -241,7 +244,7 @@ def test_at_minus_one_spans_grow_to_the_cap_as_a_solved_search_would() -> None:
     fingerprints = torch.nn.functional.normalize(torch.randn(300, 8, generator=generator), dim=-1)
     valid = torch.ones(1, 300, dtype=torch.bool)
     protected = torch.rand(1, 300, generator=generator) < 0.1
-    layout = build_layout(valid, torch.zeros_like(valid), protected, 2, 4, 0)
+    layout = trimmed_layout(valid, torch.zeros_like(valid), protected, 2, 4, 0)
     fields = {"target_ratio": 2.0, "max_kept_tokens": None, "entropy_threshold": None, "max_span_length": 6}
     fields |= {"min_prompt_length": 0, "segmentation_mode": "greedy"}
     plans = [

@@ -6,7 +6,8 @@ import torch
 from transformers import BertConfig, Trainer, TrainingArguments
 
 from semtoken_hf import SpanPlanner
-from semtoken_hf.token_layout import TokenLayout, build_layout
+from semtoken_hf.token_layout import TokenLayout
+from tests.fixtures.layouts import trimmed_layout
 from tests.fixtures.tiny import ragged_prompts, random_ids, tiny_model, tiny_tokenizer
 
 BERT = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
@@ -60,6 +61,6 @@ def test_quantisers_leave_the_encoder_alone():
 def test_a_layout_moves_to_another_device():
     mask = ragged_prompts()[1]
     nothing = torch.zeros_like(mask, dtype=torch.bool)
-    moved = build_layout(mask.bool(), nothing, nothing, 2, 4, 16).to("meta")
+    moved = trimmed_layout(mask.bool(), nothing, nothing, 2, 4, 16).to("meta")
     assert isinstance(moved, TokenLayout)
     assert {value.device.type for value in vars(moved).values()} == {"meta"}

@@ -62,8 +62,8 @@ def by_loop(merger: LearnedMerger, embeddings: Tensor, slots: Tensor, lengths: T
 @pytest.mark.parametrize("base", BASES)
 def test_residual_against_a_loop(base: str, span_length: int) -> None:
     merger, embeddings = trained_merger(span_length), torch.randn(TOKENS, WIDTH)
-    bare, anchors = merge_spans(embeddings, spans(), base)
-    slots, same_anchors = merge_spans(embeddings, spans(), base, add_residual=merger)
+    bare, anchors = merge_spans(embeddings.__getitem__, spans(), base)
+    slots, same_anchors = merge_spans(embeddings.__getitem__, spans(), base, merger=merger)
     assert torch.equal(anchors, same_anchors)
     torch.testing.assert_close(slots, by_loop(merger, embeddings, bare).float(), rtol=1e-5, atol=1e-5)
     assert not torch.isclose(slots, bare)[LENGTHS > 1].all(1).any()
@@ -75,8 +75,8 @@ def test_residual_against_a_loop(base: str, span_length: int) -> None:
 def test_an_unadapted_merger_is_its_base(base: str, dtype: torch.dtype) -> None:
     merger = LearnedMerger(tiny_config(hidden_size=WIDTH, num_attention_heads=2))
     embeddings = torch.randn(TOKENS, WIDTH).to(dtype)
-    bare, _ = merge_spans(embeddings, spans(), base)
-    slots, _ = merge_spans(embeddings, spans(), base, add_residual=merger.to(dtype))
+    bare, _ = merge_spans(embeddings.__getitem__, spans(), base)
+    slots, _ = merge_spans(embeddings.__getitem__, spans(), base, merger=merger.to(dtype))
     assert slots.dtype == dtype
     assert torch.equal(slots, bare)
 
@@ -86,9 +86,9 @@ def test_gradients_against_a_loop() -> None:
     merger, embeddings = trained_merger(4), torch.randn(TOKENS, WIDTH, requires_grad=True)
     inputs = [embeddings, *merger.parameters()]
     weight = torch.randn(len(LENGTHS), WIDTH)
-    slots, _ = merge_spans(embeddings, spans(), "mean", add_residual=merger)
+    slots, _ = merge_spans(embeddings.__getitem__, spans(), "mean", merger=merger)
     ours = torch.autograd.grad((slots * weight).sum(), inputs)
-    bare, _ = merge_spans(embeddings, spans(), "mean")
+    bare, _ = merge_spans(embeddings.__getitem__, spans(), "mean")
     theirs = torch.autograd.grad((by_loop(merger, embeddings, bare) * weight).sum(), inputs)
     for a, b in zip(ours, theirs, strict=True):
         assert b.abs().sum() > 0
@@ -97,7 +97,7 @@ def test_gradients_against_a_loop() -> None:
 
 def test_an_unadapted_merger_can_learn() -> None:
     merger = LearnedMerger(tiny_config(hidden_size=WIDTH, num_attention_heads=2))
-    slots, _ = merge_spans(torch.randn(TOKENS, WIDTH), spans(), "mean", add_residual=merger)
+    slots, _ = merge_spans(torch.randn(TOKENS, WIDTH).__getitem__, spans(), "mean", merger=merger)
     slots.square().sum().backward()
     assert merger.out_proj.grad.abs().sum() > 0
 
@@ -105,18 +105,30 @@ def test_an_unadapted_merger_can_learn() -> None:
 def test_only_lone_tokens_change_no_bit_and_no_tokens_are_none() -> None:
     merger, embeddings = trained_merger(), torch.randn(TOKENS, WIDTH).bfloat16()
     alone = spans(torch.ones(TOKENS, dtype=torch.long))
-    assert torch.equal(merger(embeddings, alone, embeddings), embeddings)
+    # With a bound of 3, what stands for slots that are not there must change nothing.
+    for most_merged in (None, 0, 3):
+        slots, _ = merge_spans(embeddings.__getitem__, alone, "mean", merger=merger, most_merged=most_merged)
+        assert torch.equal(slots, embeddings)
     nothing = Spans.from_starts(torch.zeros(0, dtype=torch.bool))
-    assert merger(embeddings[:0], nothing, embeddings[:0]).shape == (0, WIDTH)
+    slots, _ = merge_spans(embeddings[:0].__getitem__, nothing, "mean", merger=merger)
+    assert slots.shape == (0, WIDTH)
+
+
+def test_a_bound_of_the_merged_slots_is_as_good_as_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    merger, embeddings = trained_merger(), torch.randn(TOKENS, WIDTH)
+    exact, _ = merge_spans(embeddings.__getitem__, spans(), "mean", merger=merger)
+    monkeypatch.setattr("semtoken_hf.span_merging.SLOTS_PER_CALL", 2)
+    bounded, _ = merge_spans(embeddings.__getitem__, spans(), "mean", merger=merger, most_merged=len(LENGTHS))
+    torch.testing.assert_close(bounded, exact)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16(autocast: bool) -> None:
     """The residual comes in the dtype of the stream and is as exact as that allows."""
     merger, embeddings = trained_merger(), torch.randn(TOKENS, WIDTH).bfloat16()
-    bare, _ = merge_spans(embeddings, spans(), "mean")
+    bare, _ = merge_spans(embeddings.__getitem__, spans(), "mean")
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        slots, _ = merge_spans(embeddings, spans(), "mean", add_residual=merger)
+        slots, _ = merge_spans(embeddings.__getitem__, spans(), "mean", merger=merger)
     expected = by_loop(merger, embeddings, bare)
     assert slots.dtype == torch.bfloat16
     scale = expected.abs().max()
@@ -127,14 +139,14 @@ def test_bfloat16(autocast: bool) -> None:
 @pytest.mark.parametrize("scale", [1e-3, 100.0])
 def test_the_residual_grows_with_the_embeddings(scale: float) -> None:
     merger, embeddings = trained_merger(), torch.randn(TOKENS, WIDTH)
-    once, _ = merge_spans(embeddings, spans(), "mean", add_residual=merger)
-    scaled, _ = merge_spans(embeddings * scale, spans(), "mean", add_residual=merger)
+    once, _ = merge_spans(embeddings.__getitem__, spans(), "mean", merger=merger)
+    scaled, _ = merge_spans((embeddings * scale).__getitem__, spans(), "mean", merger=merger)
     torch.testing.assert_close(scaled / scale, once, rtol=1e-4, atol=1e-4)
 
 
 def test_zero_embeddings_are_finite() -> None:
     merger, embeddings = trained_merger(), torch.zeros(TOKENS, WIDTH, requires_grad=True)
-    slots, _ = merge_spans(embeddings, spans(), "mean", add_residual=merger)
+    slots, _ = merge_spans(embeddings.__getitem__, spans(), "mean", merger=merger)
     slots.sum().backward()
     assert slots.isfinite().all()
     assert embeddings.grad.isfinite().all()
@@ -142,8 +154,14 @@ def test_zero_embeddings_are_finite() -> None:
 
 def residual(merger: LearnedMerger, tokens: Tensor) -> Tensor:
     """Of one span of all the tokens."""
-    zero = torch.zeros(1, WIDTH)
-    return merger(tokens, spans(torch.tensor([len(tokens)])), zero)[0]
+    return residuals(merger, tokens, torch.tensor([len(tokens)]))[0]
+
+
+def residuals(merger: LearnedMerger, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Of spans of these lengths."""
+    bare, _ = merge_spans(tokens.__getitem__, spans(lengths), "mean")
+    slots, _ = merge_spans(tokens.__getitem__, spans(lengths), "mean", merger=merger)
+    return slots - bare
 
 
 def test_place_matters() -> None:
@@ -168,11 +186,10 @@ def test_length_matters_up_to_the_longest_known() -> None:
 
 def test_a_short_span_looks_at_no_neighbour() -> None:
     merger, tokens = trained_merger(), torch.randn(6, WIDTH)
-    pairs = spans(torch.tensor([2, 2, 2]))
+    pairs = torch.tensor([2, 2, 2])
     changed = tokens.clone()
     changed[[0, 1, 4, 5]] = 100.0
-    zero = torch.zeros(3, WIDTH)
-    torch.testing.assert_close(merger(tokens, pairs, zero)[1], merger(changed, pairs, zero)[1])
+    torch.testing.assert_close(residuals(merger, tokens, pairs)[1], residuals(merger, changed, pairs)[1])
 
 
 @pytest.fixture(scope="module", params=BASES)

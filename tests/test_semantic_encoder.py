@@ -16,7 +16,8 @@ from transformers import AutoModel, AutoTokenizer, BertConfig
 
 from semtoken_hf import semantic_encoder
 from semtoken_hf.semantic_encoder import SemanticEncoder
-from semtoken_hf.token_layout import TokenLayout, build_layout
+from semtoken_hf.token_layout import TokenLayout
+from tests.fixtures.layouts import trimmed_layout
 from tests.fixtures.tiny import VOCAB_SIZE, random_ids, tiny_config, tiny_model
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
@@ -43,7 +44,7 @@ def stretches_of(*lengths: int, min_length: int = 0) -> TokenLayout:
     """A layout with one stretch of each length, all of it free to merge from `min_length` on."""
     valid = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     nothing = torch.zeros_like(valid)
-    return build_layout(valid, nothing, nothing, 0, 0, min_length)
+    return trimmed_layout(valid, nothing, nothing, 0, 0, min_length)
 
 
 class WindowSpy(nn.Module):

@@ -14,6 +14,7 @@ from semtoken_hf.span_clustering import (
     Spans,
     bisect_rank,
     boundary_spans,
+    capped_spans,
     count_per_stretch,
     greedy_spans,
     shifted_similarities,
@@ -75,6 +76,26 @@ def test_greedy_equals_the_walk(lengths: list[int], cap: int, free: float, seed:
     starts = greedy_spans(similarities, tau, joinable)
     assert starts.dtype == torch.bool
     assert starts.tolist() == greedy_walk(similarities.tolist(), tau.tolist(), joinable.tolist(), cap)
+
+
+@given(st.lists(st.integers(1, 60), max_size=4), st.integers(1, 12), st.floats(0, 1), seeds)
+@PROPERTY
+def test_capped_spans_are_greedy_where_all_cosines_pass(lengths: list[int], cap: int, free: float, seed: int) -> None:
+    _, joinable, _ = stream(lengths, free, seed)
+    greedy = greedy_spans(torch.zeros(cap - 1, len(joinable)), torch.full((len(joinable),), -1.0), joinable)
+    assert torch.equal(capped_spans(joinable, cap), greedy)
+
+
+@given(st.integers(0, 40), st.integers(0, 9), seeds)
+@PROPERTY
+def test_spans_of_a_bounded_number(tokens: int, more: int, seed: int) -> None:
+    starts = torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) < 0.4
+    starts[:1] = True
+    exact, count = Spans.from_starts(starts), int(starts.sum())
+    bounded = Spans.from_starts(starts, count + more)
+    assert torch.equal(bounded.index, exact.index)
+    assert bounded.first.tolist() == exact.first.tolist() + [tokens] * more
+    assert bounded.lengths.tolist() == exact.lengths.tolist() + [0] * more
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 127, 128, 200])

@@ -19,7 +19,8 @@ from semtoken_hf.semantic_encoder import SemanticEncoder
 from semtoken_hf.span_planner import SpanPlan, plan_spans
 from tests.fixtures.tiny import LLAMA, VOCAB_SIZE, random_ids, tiny_config
 
-MODES = ["boundary", "greedy", "uniform"]
+# "capped": spans that grow to the cap, and entropy alone decides.
+MODES = ["boundary", "greedy", "capped", "uniform"]
 KEEP_FIRST, KEEP_LAST, MIN_LENGTH, CAP = 2, 3, 12, 6
 SPECIAL, PROTECTED = [LLAMA[f"{name}_token_id"] for name in ("pad", "bos", "eos")], [20, 21]
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
@@ -31,7 +32,9 @@ each_mode = pytest.mark.parametrize("mode", MODES)
 def planner(mode: str) -> SpanPlanner:
     torch.manual_seed(1)
     kept = {"keep_first": KEEP_FIRST, "keep_last": KEEP_LAST, "protected_token_ids": PROTECTED}
-    config = tiny_config(segmentation_mode=mode, min_prompt_length=MIN_LENGTH, max_span_length=CAP, **kept)
+    fields = {"segmentation_mode": "greedy", "similarity_threshold": -1.0} if mode == "capped" else {}
+    fields = {"segmentation_mode": mode, **fields}
+    config = tiny_config(**fields, min_prompt_length=MIN_LENGTH, max_span_length=CAP, **kept)
     encoder = SemanticEncoder(config)
     table = encoder.encoder.embeddings.weight
     table += torch.randn(1, table.shape[1])
@@ -92,6 +95,10 @@ def test_span_ids_count_the_slots_of_each_row(batch: Batch) -> None:
         assert all(b - a in (0, 1) for a, b in itertools.pairwise(slots))
         assert (plan.original_lengths[row], plan.kept_lengths[row]) == (len(columns), slots[-1] + 1)
     assert slot_sizes(plan).max() <= CAP
+    # What the host was told before the encoder ran.
+    assert plan.slot_counts == plan.kept_lengths.tolist()
+    assert plan.all_budgets_met == bool(plan.budget_met.all())
+    assert plan.most_merged >= (plan.spans.lengths > 1).sum()
 
 
 def whole_tokens(batch: Batch, row: int, columns: list[int], read: list[int]) -> list[bool]:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from semtoken_hf.token_layout import TokenLayout, build_layout
+from semtoken_hf.token_layout import TokenLayout, build_layout, indices_where
+from tests.fixtures.layouts import trimmed_layout
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -67,7 +68,7 @@ def masks(draw) -> Masks:
 
 
 def lay_out(m: Masks, keep_first: int, keep_last: int, min_length: int) -> TokenLayout:
-    return build_layout(
+    return trimmed_layout(
         torch.tensor(m.valid), torch.tensor(m.read), torch.tensor(m.protected), keep_first, keep_last, min_length
     )
 
@@ -104,7 +105,7 @@ def pack(tokens: int, columns: list[int], width: int, **marks: list[int]) -> Tok
     grids["valid"][0, columns] = True
     for name, places in marks.items():
         grids[name][0, [columns[p] for p in places]] = True
-    return build_layout(**grids, keep_first=2, keep_last=3, min_length=4)
+    return trimmed_layout(**grids, keep_first=2, keep_last=3, min_length=4)
 
 
 @given(st.sets(st.integers(0, 29), min_size=20, max_size=20), st.sets(st.integers(0, 19), max_size=4))
@@ -132,14 +133,14 @@ def test_an_example() -> None:
 def test_what_is_read_at_padding_does_not_count() -> None:
     valid = torch.tensor([[False, True, True, True]])
     read = torch.tensor([[True, False, False, True]])
-    layout = build_layout(valid, read, torch.zeros_like(valid), 0, 1, 0)
+    layout = trimmed_layout(valid, read, torch.zeros_like(valid), 0, 1, 0)
     assert layout.lengths.tolist() == [3]
     assert runs(layout.solo) == "..#"
 
 
 def test_rows_never_share_a_stretch_even_without_a_read_token() -> None:
     nothing = torch.zeros(2, 5, dtype=torch.bool)
-    layout = build_layout(~nothing, nothing, nothing, 0, 0, 0)
+    layout = trimmed_layout(~nothing, nothing, nothing, 0, 0, 0)
     assert layout.stretch.tolist() == [0] * 5 + [1] * 5
     assert runs(layout.joinable) == ".####.####"
 
@@ -148,13 +149,36 @@ def test_minimum_length_counts_the_stretch_not_the_row() -> None:
     nothing = torch.zeros(1, 12, dtype=torch.bool)
     read = nothing.clone()
     read[0, 4] = True
-    layout = build_layout(~nothing, read, nothing, 0, 0, 6)
+    layout = trimmed_layout(~nothing, read, nothing, 0, 0, 6)
     assert layout.lengths.tolist() == [5, 1, 6]
     assert runs(layout.solo) == "######......"
 
 
 def test_nothing_but_padding() -> None:
     nothing = torch.zeros(2, 3, dtype=torch.bool)
-    layout = build_layout(nothing, nothing, nothing, 1, 1, 1)
+    layout = trimmed_layout(nothing, nothing, nothing, 1, 1, 1)
     assert all(getattr(layout, f.name).numel() == 0 for f in fields(layout))
     assert layout.joinable.numel() == 0
+
+
+@given(masks())
+@PROPERTY
+def test_before_it_is_trimmed_padding_follows(m: Masks) -> None:
+    """Every tensor has the size of the batch, and what is cut off says nothing."""
+    valid = torch.tensor(m.valid)
+    layout, tokens = build_layout(valid, torch.tensor(m.read), torch.tensor(m.protected), 1, 1, 2), int(valid.sum())
+    assert all(len(getattr(layout, field.name)) == valid.numel() for field in fields(TokenLayout))
+    assert sorted(layout.token_index.tolist()) == list(range(valid.numel()))
+    assert torch.equal(layout.is_token, torch.arange(valid.numel()) < tokens)
+    assert torch.equal(valid.flatten()[layout.token_index], layout.is_token)
+    assert not layout.joinable[tokens:].any()
+    stretches = int((layout.lengths > 0).sum())
+    assert (layout.starts[stretches:] == tokens).all()
+    assert int(layout.lengths.sum()) == tokens
+
+
+@given(st.lists(st.booleans(), max_size=30), st.integers(0, 40))
+@PROPERTY
+def test_indices_of_a_known_number(flags: list[bool], size: int) -> None:
+    expected = [i for i, flag in enumerate(flags) if flag] + [len(flags)] * size
+    assert indices_where(torch.tensor(flags, dtype=torch.bool), size).tolist() == expected[:size]

@@ -14,7 +14,7 @@ from .configuration_semtoken import base_merge_mode
 from .learned_merger import LearnedMerger
 from .semantic_encoder import SemanticEncoder
 from .span_merging import merge_spans
-from .span_planner import SpanPlan, plan_spans
+from .span_planner import plan_spans
 
 logger = logging.get_logger(__name__)
 
@@ -33,6 +33,7 @@ class CompressedPrompt:
         original_lengths: int64 [B], tokens of each row.
         kept_lengths: int64 [B], slots of each row.
         budget_met: bool [B], False where protected tokens or the span cap forbade the budget.
+        slot_counts: `kept_lengths` on the host.
         is_merged: whether any slot stands for more than one token.
         is_padded: whether any slot is padding.
     """
@@ -45,6 +46,7 @@ class CompressedPrompt:
     original_lengths: Tensor
     kept_lengths: Tensor
     budget_met: Tensor
+    slot_counts: list[int]
     is_merged: bool
     is_padded: bool
 
@@ -80,15 +82,26 @@ def compress_prompt(
     if position_ids is not None and position_ids.shape[-1] != input_ids.shape[1]:
         raise ValueError(f"`position_ids` must have {input_ids.shape[1]} columns, got {tuple(position_ids.shape)}")
     plan = plan_spans(config, encoder, input_ids, **planning)
-    layout = plan.layout
-    stream = embed_tokens(input_ids).flatten(0, 1)[layout.token_index]
-    slots, anchors = merge_spans(stream, plan.spans, base_merge_mode(config), plan.fingerprints, merger)
-    row = layout.row[plan.spans.first]
-    rank = plan.span_ids.flatten()[layout.token_index[plan.spans.first]]
-    width, shortest, is_merged = _slot_columns(plan, config)
-    column = width - plan.kept_lengths[row] + rank
+    layout, stream, slot_counts = plan.layout, input_ids.flatten()[plan.layout.token_index], plan.slot_counts
+    slots, anchors = merge_spans(
+        lambda index: embed_tokens(stream[index][None])[0],
+        plan.spans,
+        base_merge_mode(config),
+        plan.fingerprints,
+        merger,
+        plan.most_merged,
+    )
+    row, rank = layout.row[plan.spans.first], plan.span_ids.flatten()[layout.token_index[plan.spans.first]]
+    width, is_padded, is_merged = max(slot_counts), min(slot_counts) < max(slot_counts), len(slots) < len(stream)
     mode = position_mode or config.position_mode
-    _check_adaptation(config, mode, is_merged)
+    if is_merged:
+        _check_adaptation(config, mode)
+        if not plan.all_budgets_met:
+            logger.warning_once(
+                "SemToken kept more slots than the budget allows: protected tokens, `keep_first`/`keep_last`, "
+                f"`min_prompt_length` ({config.min_prompt_length}) or `max_span_length` ({config.max_span_length}) "
+                "forbid it. See `CompressedPrompt.budget_met`."
+            )
     is_compact = mode == "compact"
     if position_ids is not None and not is_compact:
         position = position_ids.expand_as(input_ids).flatten()[layout.token_index[anchors]]
@@ -97,7 +110,11 @@ def compress_prompt(
         if position_offset is not None:
             position = position + position_offset[row]
 
+    column = width - plan.kept_lengths[row] + rank
+
     def lay_out(values: Tensor) -> Tensor:
+        if not is_padded:
+            return values.unflatten(0, (len(input_ids), width))
         empty = values.new_zeros((len(input_ids), width, *values.shape[1:]))
         return empty.index_put((row, column), values)
 
@@ -110,36 +127,20 @@ def compress_prompt(
         original_lengths=plan.original_lengths,
         kept_lengths=plan.kept_lengths,
         budget_met=plan.budget_met,
+        slot_counts=slot_counts,
         is_merged=is_merged,
-        is_padded=shortest < width,
+        is_padded=is_padded,
     )
 
 
-def _check_adaptation(config: Any, position_mode: str, is_merged: bool) -> None:
+def _check_adaptation(config: Any, position_mode: str) -> None:
     """Warn where an adapted checkpoint is used in the position mode that it was not adapted for."""
     adapted = (config.adapted_for or {}).get("position_mode")
-    if is_merged and adapted is not None and adapted != position_mode:
+    if adapted is not None and adapted != position_mode:
         logger.warning_once(
             f"This checkpoint was adapted for position_mode='{adapted}' and is used with '{position_mode}': expect "
             "worse text. Use the mode it was adapted for, or adapt it again."
         )
-
-
-def _slot_columns(plan: SpanPlan, config: Any) -> tuple[int, int, bool]:
-    """Slots of the longest and the shortest row, and whether anything merged; warns where a budget was not met.
-
-    The one place where the host waits for the device to learn how many slots there are.
-    """
-    kept, original = plan.kept_lengths, plan.original_lengths
-    facts = torch.stack([kept.max(), kept.min(), (kept < original).any().long(), plan.budget_met.all().long()])
-    longest, shortest, is_merged, all_met = facts.tolist()
-    if is_merged and not all_met:
-        logger.warning_once(
-            "SemToken kept more slots than the budget allows: protected tokens, `keep_first`/`keep_last`, "
-            f"`min_prompt_length` ({config.min_prompt_length}) or `max_span_length` ({config.max_span_length}) forbid "
-            "it. See `CompressedPrompt.budget_met`."
-        )
-    return longest, shortest, bool(is_merged)
 
 
 __all__ = ["CompressedPrompt", "compress_prompt"]

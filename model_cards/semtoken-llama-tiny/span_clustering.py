@@ -1,7 +1,8 @@
-"""Stage 2: where spans begin. Three segmenters behind one idea: a bool tensor [N] that is True where a span starts.
+"""Stage 2: where spans begin. Segmenters behind one idea: a bool tensor [N] that is True where a span starts.
 
 - `greedy_spans`: the paper's Algorithm 1, exact and without a loop over tokens: run lengths for every possible
   anchor from L-1 shifted dot products, then pointer doubling marks the anchors that the walk visits.
+- `capped_spans`: the same at a threshold that every cosine passes; no segmenter finds fewer spans.
 - `boundary_spans`: cuts at the least similar neighbours; a total that grows by 0 or 1 with each further cut makes
   any budget exactly reachable.
 - `uniform_spans`: equal spans, no fingerprints: the baseline that semantics has to beat.
@@ -17,19 +18,31 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from .token_layout import indices_where
+
+# Rows at a time where a product of two [N, D] would else take the memory of a third.
+ROWS_PER_CHUNK = 32768
+
 
 @dataclass
 class Spans:
-    """Contiguous spans of a stream of N tokens: `index` int64 [N], span of each token; `first`, `lengths` int64 [P]."""
+    """Contiguous spans of a stream of N tokens: `index` int64 [N], span of each token; `first`, `lengths` int64 [P].
+
+    Where only a bound of their number is known, empty spans follow the last: `first` N, `lengths` 0.
+    """
 
     index: Tensor
     first: Tensor
     lengths: Tensor
 
     @classmethod
-    def from_starts(cls, starts: Tensor) -> Spans:
-        """Spans that begin where `starts` (bool [N]) is True."""
-        first = starts.nonzero().squeeze(1)
+    def from_starts(cls, starts: Tensor, count: int | None = None) -> Spans:
+        """Spans that begin where `starts` (bool [N]) is True.
+
+        Args:
+            count: how many there are, or more; None: the host waits for the device to learn it.
+        """
+        first = indices_where(starts, int(starts.sum()) if count is None else count)
         end = torch.full_like(first[:1], starts.numel())
         return cls(starts.long().cumsum(0) - 1, first, torch.cat([first, end]).diff())
 
@@ -51,6 +64,13 @@ def count_per_stretch(starts: Tensor, stretch: Tensor, stretches: int) -> Tensor
     return torch.zeros(stretches, dtype=torch.long, device=starts.device).index_add_(0, stretch, starts.long())
 
 
+def row_products(left: Tensor, right: Tensor, index: Tensor | None = None) -> Tensor:
+    """Dot product of every row of `left` [N, D] with its row of `right`, or with row `index` [N] of it: [N]."""
+    parts = right if index is None else index
+    chunks = zip(left.split(ROWS_PER_CHUNK), parts.split(ROWS_PER_CHUNK), strict=True)
+    return torch.cat([(rows * (of if index is None else right[of])).sum(-1) for rows, of in chunks])
+
+
 def shifted_similarities(fingerprints: Tensor, reach: int) -> Tensor:
     """Cosine of every token with the tokens 1 .. reach behind it in the stream.
 
@@ -63,7 +83,7 @@ def shifted_similarities(fingerprints: Tensor, reach: int) -> Tensor:
     """
     similarities = fingerprints.new_full((reach, len(fingerprints)), -torch.inf)
     for shift in range(1, min(reach, len(fingerprints) - 1) + 1):
-        similarities[shift - 1, :-shift] = (fingerprints[shift:] * fingerprints[:-shift]).sum(-1)
+        similarities[shift - 1, :-shift] = row_products(fingerprints[shift:], fingerprints[:-shift])
     return similarities
 
 
@@ -90,6 +110,14 @@ def greedy_spans(similarities: Tensor, threshold: Tensor, joinable: Tensor) -> T
         run += grows
     jump = (torch.arange(tokens, device=joinable.device) + run).clamp(max=tokens)
     return _visited_from_zero(jump)
+
+
+def capped_spans(joinable: Tensor, max_length: int) -> Tensor:
+    """As many tokens a span as may join, up to `max_length`: bool [N], `greedy_spans` where every cosine passes."""
+    place = torch.arange(joinable.numel(), device=joinable.device)
+    if not len(place):
+        return ~joinable
+    return (place - place.where(~joinable, 0).cummax(0).values) % max_length == 0
 
 
 def _visited_from_zero(jump: Tensor) -> Tensor:
@@ -199,4 +227,13 @@ def uniform_spans(joinable: Tensor, stretch: Tensor, budget: Tensor, max_length:
     return starts_at(bisect_rank(count_at, budget, UNIFORM_RESOLUTION))
 
 
-__all__ = ["Spans", "boundary_spans", "count_per_stretch", "greedy_spans", "shifted_similarities", "uniform_spans"]
+__all__ = [
+    "Spans",
+    "boundary_spans",
+    "capped_spans",
+    "count_per_stretch",
+    "greedy_spans",
+    "row_products",
+    "shifted_similarities",
+    "uniform_spans",
+]

@@ -5,7 +5,8 @@ The plan knows nothing of embeddings, so a data loader can make it on the CPU fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from .configuration_semtoken import base_merge_mode, check_ratio
 from .granularity import Granularity, find_span_starts, stretch_budgets
 from .semantic_encoder import SemanticEncoder
-from .span_clustering import Spans
+from .slot_counts import SlotCounts, budget_per_row, count_slots, kept_per_row
+from .span_clustering import Spans, uniform_spans
 from .token_layout import TokenLayout, build_layout
 
 
@@ -30,6 +32,9 @@ class SpanPlan:
         original_lengths: int64 [B], tokens of each row without padding.
         kept_lengths: int64 [B], slots of each row.
         budget_met: bool [B], False where protected tokens or the span cap left more slots than the budget.
+        slot_counts: `kept_lengths` on the host.
+        all_budgets_met: `budget_met` of all rows, on the host.
+        most_merged: at least as many as the slots of several tokens, on the host.
     """
 
     layout: TokenLayout
@@ -39,6 +44,9 @@ class SpanPlan:
     original_lengths: Tensor
     kept_lengths: Tensor
     budget_met: Tensor
+    slot_counts: list[int]
+    all_budgets_met: bool
+    most_merged: int
 
 
 def needs_encoder(config: Any) -> bool:
@@ -73,6 +81,12 @@ def always_protected(config: Any) -> list[int]:
     for value in (config.bos_token_id, config.eos_token_id, config.pad_token_id):
         ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
     return sorted(ids)
+
+
+@functools.lru_cache(maxsize=8)
+def _ids_on(device: torch.device, ids: tuple[int, ...]) -> Tensor:
+    """`ids` on `device`: copied there once, since the host waits for such a copy."""
+    return torch.tensor(ids, dtype=torch.long, device=device)
 
 
 def check_mask(mask: Tensor, input_ids: Tensor, name: str) -> Tensor:
@@ -124,7 +138,7 @@ def plan_spans(
     if attention_mask is not None:
         valid = check_mask(attention_mask, input_ids, "attention_mask")
     read = last_valid_token(valid) if read_mask is None else check_mask(read_mask, input_ids, "read_mask") & valid
-    protected = torch.isin(input_ids, torch.tensor(always_protected(config), device=input_ids.device))
+    protected = torch.isin(input_ids, _ids_on(input_ids.device, tuple(always_protected(config))))
     if protected_mask is not None:
         protected = protected | check_mask(protected_mask, input_ids, "protected_mask")
     if query_mask is not None:
@@ -134,21 +148,39 @@ def plan_spans(
     layout = build_layout(
         valid, read, protected, config.keep_first if opens_row else 0, config.keep_last, config.min_prompt_length
     )
-    fingerprints = None
     # A ready plan says which tokens merge, but not which of them represents the others.
-    if needs_encoder(config) and (span_ids is None or base_merge_mode(config) == "representative"):
-        if encoder is None:
-            raise ValueError("planning needs the encoder: pass it, or use segmentation_mode='uniform'")
-        fingerprints = encoder(input_ids.flatten()[layout.token_index], layout).to(input_ids.device)
-    if span_ids is not None:
-        starts = starts_from_span_ids(span_ids, valid, layout)
-    else:
+    encodes = needs_encoder(config) and (span_ids is None or base_merge_mode(config) == "representative")
+    if encodes and encoder is None:
+        raise ValueError("planning needs the encoder: pass it, or use segmentation_mode='uniform'")
+    starts, is_valid = _starts_without_encoder(layout, granularity, span_ids, valid)
+    windows = encoder.count_windows(layout) if encodes else layout.lengths.new_zeros(())
+    counts = count_slots(layout, granularity, len(input_ids), windows, starts, is_valid)
+    if not counts.is_valid:
+        raise ValueError("`span_ids` must be -1 exactly at padding and count 0, 1, 2, ... without gaps along each row")
+    layout = layout.trim(counts.tokens, counts.stretches)
+    fingerprints = None
+    if encodes:
+        ids = input_ids.flatten()[layout.token_index]
+        fingerprints = encoder(ids, layout, windows=counts.windows).to(input_ids.device)
+    if starts is None:
         query = None
         if config.query_weight:
             tail = layout.to_end < config.keep_last
             query = tail if query_mask is None else query_mask.flatten()[layout.token_index]
-        starts = find_span_starts(fingerprints, layout, granularity, query)
-    return _finish_plan(starts, fingerprints, layout, granularity, valid)
+        starts = find_span_starts(fingerprints, layout, granularity, query, counts.most_spans(granularity))
+    return _finish_plan(starts[: counts.tokens], fingerprints, layout, granularity, valid, counts)
+
+
+def _starts_without_encoder(
+    layout: TokenLayout, granularity: Granularity, span_ids: Tensor | None, valid: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Where slots begin, bool [N], if no fingerprint is needed to say it, and for a ready plan whether it is one."""
+    if span_ids is not None:
+        return starts_from_span_ids(span_ids, valid, layout)
+    if granularity.segmentation_mode != "uniform":
+        return None, None
+    budget = stretch_budgets(layout.lengths, granularity)
+    return uniform_spans(layout.joinable, layout.stretch, budget, granularity.max_span_length), None
 
 
 def last_valid_token(valid: Tensor) -> Tensor:
@@ -157,12 +189,13 @@ def last_valid_token(valid: Tensor) -> Tensor:
     return valid & (order == order[:, -1:])
 
 
-def starts_from_span_ids(span_ids: Tensor, valid: Tensor, layout: TokenLayout) -> Tensor:
-    """Span starts bool [N] of a plan that came from outside.
+def starts_from_span_ids(span_ids: Tensor, valid: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+    """Span starts bool [N] of a plan that came from outside, and a bool scalar.
+
+    It is False where the plan is not -1 exactly at padding, or does not count 0, 1, 2, ... along each row.
 
     Raises:
-        ValueError: it is not an integer tensor of the shape of the batch, is not -1 exactly at padding, or does not
-            count 0, 1, 2, ... along each row.
+        ValueError: it is not an integer tensor of the shape of the batch.
     """
     if not isinstance(span_ids, Tensor) or span_ids.shape != valid.shape:
         shape = tuple(span_ids.shape) if isinstance(span_ids, Tensor) else type(span_ids).__name__
@@ -174,28 +207,41 @@ def starts_from_span_ids(span_ids: Tensor, valid: Tensor, layout: TokenLayout) -
     opens_row = layout.position == 0
     step = torch.ones_like(stream)
     step[1:] = stream[1:] - stream[:-1]
-    in_order = torch.where(opens_row, stream == 0, (step == 0) | (step == 1))
-    if not bool(((span_ids == -1) == ~valid).all() & in_order.all()):
-        raise ValueError("`span_ids` must be -1 exactly at padding and count 0, 1, 2, ... without gaps along each row")
-    return opens_row | (step == 1) | ~layout.joinable
+    in_order = torch.where(opens_row, stream == 0, (step == 0) | (step == 1)) | ~layout.is_token
+    is_valid = ((span_ids == -1) == ~valid).all() & in_order.all()
+    return opens_row | (step == 1) | ~layout.joinable, is_valid
 
 
 def _finish_plan(
-    starts: Tensor, fingerprints: Tensor | None, layout: TokenLayout, granularity: Granularity, valid: Tensor
+    starts: Tensor,
+    fingerprints: Tensor | None,
+    layout: TokenLayout,
+    granularity: Granularity,
+    valid: Tensor,
+    counts: SlotCounts,
 ) -> SpanPlan:
-    spans = Spans.from_starts(starts)
     original = valid.long().sum(1)
-    kept = torch.zeros_like(original).index_add_(0, layout.row, starts.long())
+    kept = kept_per_row(starts, layout.row, len(valid))
+    if counts.rows is None:
+        # Thresholds alone: nobody knew before.
+        counts = replace(counts, rows=kept.tolist())
+    assert counts.rows is not None
+    spans = Spans.from_starts(starts, sum(counts.rows))
     before = kept.cumsum(0) - kept
-    span_ids = torch.full(valid.shape, -1, dtype=torch.long, device=valid.device)
-    span_ids.view(-1)[layout.token_index] = spans.index - before[layout.row]
-    allowed = torch.zeros_like(original)
-    if granularity.has_budget:
-        stretch_row = layout.row[layout.starts]
-        allowed.index_add_(0, stretch_row, stretch_budgets(layout.lengths, granularity))
-    else:
-        allowed += original
-    return SpanPlan(layout, spans, fingerprints, span_ids, original, kept, kept <= allowed)
+    span_ids = torch.full((valid.numel(),), -1, dtype=torch.long, device=valid.device)
+    span_ids[layout.token_index] = spans.index - before[layout.row]
+    return SpanPlan(
+        layout=layout,
+        spans=spans,
+        fingerprints=fingerprints,
+        span_ids=span_ids.view(valid.shape),
+        original_lengths=original,
+        kept_lengths=kept,
+        budget_met=kept <= budget_per_row(layout, granularity, len(valid)),
+        slot_counts=counts.rows,
+        all_budgets_met=counts.budgets_met,
+        most_merged=counts.most_merged(granularity),
+    )
 
 
 __all__ = ["SpanPlan", "last_valid_token", "needs_encoder", "plan_spans"]

@@ -20,6 +20,7 @@ from .query_conditioning import query_similarity
 from .span_clustering import (
     Spans,
     boundary_spans,
+    capped_spans,
     count_per_stretch,
     greedy_spans,
     shifted_similarities,
@@ -49,6 +50,12 @@ class Granularity:
     def has_budget(self) -> bool:
         return self.target_ratio is not None or self.max_kept_tokens is not None
 
+    @property
+    def merges_all(self) -> bool:
+        """Whether every cosine passes: spans grow to the cap, and entropy alone decides."""
+        is_greedy, tau = self.segmentation_mode == "greedy", self.similarity_threshold
+        return is_greedy and self.has_budget and tau is not None and tau <= -1
+
 
 def stretch_budgets(lengths: Tensor, granularity: Granularity) -> Tensor:
     """Slots that each stretch may keep, int64 [S]: ceil(n / ratio), at most `max_kept_tokens`, at least 1.
@@ -65,15 +72,32 @@ def stretch_budgets(lengths: Tensor, granularity: Granularity) -> Tensor:
     return lengths.where(lengths < granularity.min_prompt_length, budget)
 
 
+def slots_of_stretches(layout: TokenLayout, granularity: Granularity) -> tuple[Tensor, Tensor]:
+    """What a budget comes to before any fingerprint is known.
+
+    The greedy and the boundary mode keep exactly the budget, or, if joins are forbidden, the fewest spans there can be.
+
+    Returns:
+        slots of each stretch and its fewest spans, both int64 [S].
+    """
+    capped = capped_spans(layout.joinable, granularity.max_span_length) & layout.is_token
+    fewest = count_per_stretch(capped, layout.stretch, len(layout.lengths))
+    return stretch_budgets(layout.lengths, granularity).maximum(fewest), fewest
+
+
 def span_entropy(fingerprints: Tensor, spans: Spans) -> Tensor:
     """H = tr Cov of the unit fingerprints [N, D] of each span: float32 [P] in [0, 1]; 0 for single tokens."""
-    norm = spans.mean(fingerprints.square().sum(-1, keepdim=True)).squeeze(-1)
+    norm = spans.mean(torch.linalg.vector_norm(fingerprints, dim=-1, keepdim=True).square()).squeeze(-1)
     entropy = norm - spans.mean(fingerprints).square().sum(-1)
     return entropy.clamp(min=0).where(spans.lengths > 1, 0.0)
 
 
 def find_span_starts(
-    fingerprints: Tensor | None, layout: TokenLayout, granularity: Granularity, query: Tensor | None = None
+    fingerprints: Tensor | None,
+    layout: TokenLayout,
+    granularity: Granularity,
+    query: Tensor | None = None,
+    most_spans: int | None = None,
 ) -> Tensor:
     """Where the slots of a stream begin.
 
@@ -82,6 +106,7 @@ def find_span_starts(
         layout: the stream's stretches.
         granularity: ratio, thresholds and mode.
         query: bool [N], tokens of the question; read where `query_weight` is not 0.
+        most_spans: at least as many as the greedy spans before the budget is spent; None: the host waits to learn it.
 
     Returns:
         bool [N], True at the first token of every slot.
@@ -95,18 +120,14 @@ def find_span_starts(
         before = torch.zeros(len(joinable), device=joinable.device)
         before[1:] = shifted_similarities(fingerprints, 1)[0, :-1]
         return boundary_spans(before, joinable, layout.stretch, budget, cap)
-    tau = granularity.similarity_threshold
-    if granularity.has_budget and tau is not None and tau <= -1:
-        # Every cosine passes: spans grow to the cap, and there is nothing to solve.
-        passing = fingerprints.new_zeros(1).expand(cap - 1, len(joinable))
-        starts = greedy_spans(passing, passing.new_full((len(joinable),), -1.0), joinable)
-        return spend_budget(starts, fingerprints, layout, budget, granularity, query)
-    similarities = shifted_similarities(fingerprints, cap - 1)
+    if granularity.merges_all:
+        return spend_budget(capped_spans(joinable, cap), fingerprints, layout, budget, granularity, query, most_spans)
+    tau, similarities = granularity.similarity_threshold, shifted_similarities(fingerprints, cap - 1)
     if not granularity.has_budget:
         starts = greedy_spans(similarities, similarities.new_full((len(joinable),), float(tau or 0.0)), joinable)
         return _keep_above_entropy(starts, fingerprints, granularity.entropy_threshold)
     starts = solve_threshold(similarities, layout, budget, 1.0 if tau is None else tau)
-    return spend_budget(starts, fingerprints, layout, budget, granularity, query)
+    return spend_budget(starts, fingerprints, layout, budget, granularity, query, most_spans)
 
 
 def solve_threshold(similarities: Tensor, layout: TokenLayout, budget: Tensor, highest: float) -> Tensor:
@@ -134,6 +155,11 @@ def solve_threshold(similarities: Tensor, layout: TokenLayout, budget: Tensor, h
     return starts_at(low)
 
 
+def stretch_of_spans(spans: Spans, layout: TokenLayout) -> Tensor:
+    """Stretch of each span, int64 [P]; for empty spans behind the last, that of the last."""
+    return layout.stretch[spans.first.clamp(max=len(layout.stretch) - 1)]
+
+
 def span_worth(
     spans: Spans, fingerprints: Tensor, layout: TokenLayout, granularity: Granularity, query: Tensor | None
 ) -> Tensor:
@@ -142,7 +168,7 @@ def span_worth(
     Its entropy, which is all there is in the paper, times `place ** recency`, its place in (0, 1] along the stretch,
     and exp(`query_weight` * its similarity to the question).
     """
-    worth, span_stretch = span_entropy(fingerprints, spans), layout.stretch[spans.first]
+    worth, span_stretch = span_entropy(fingerprints, spans), stretch_of_spans(spans, layout)
     if granularity.recency:
         place = (spans.first - layout.starts[span_stretch] + 1) / layout.lengths[span_stretch]
         worth = worth * place**granularity.recency
@@ -158,21 +184,23 @@ def spend_budget(
     budget: Tensor,
     granularity: Granularity,
     query: Tensor | None = None,
+    most_spans: int | None = None,
 ) -> Tensor:
     """Keep the spans of highest worth fine, in order of worth, as long as the stretch's budget lasts.
 
     Of the span for which the budget no longer suffices, the last tokens stay fine: every slot is spent.
     """
-    spans = Spans.from_starts(starts)
-    if len(spans) == 0:
+    spans = Spans.from_starts(starts, most_spans)
+    if len(spans) == 0 or len(starts) == 0:
         return starts
-    worth, span_stretch = span_worth(spans, fingerprints, layout, granularity, query), layout.stretch[spans.first]
+    worth, span_stretch = span_worth(spans, fingerprints, layout, granularity, query), stretch_of_spans(spans, layout)
     slack = budget - count_per_stretch(starts, layout.stretch, len(budget))
     order = worth.sort(descending=True, stable=True).indices
     order = order[span_stretch[order].sort(stable=True).indices]
-    cost = (spans.lengths - 1)[order]
+    costs = (spans.lengths - 1).clamp(min=0)
+    cost = costs[order]
     spent = cost.cumsum(0)
-    per_stretch = torch.zeros_like(budget).index_add_(0, span_stretch, spans.lengths - 1)
+    per_stretch = torch.zeros_like(budget).index_add_(0, span_stretch, costs)
     before = spent - cost - (per_stretch.cumsum(0) - per_stretch)[span_stretch[order]]
     fine = torch.zeros_like(order)
     fine[order] = (slack[span_stretch[order]] - before).clamp(min=0).minimum(cost)
@@ -187,4 +215,4 @@ def _keep_above_entropy(starts: Tensor, fingerprints: Tensor, threshold: float |
     return starts | fine[spans.index]
 
 
-__all__ = ["Granularity", "find_span_starts", "span_entropy", "stretch_budgets"]
+__all__ = ["Granularity", "find_span_starts", "slots_of_stretches", "span_entropy", "stretch_budgets"]

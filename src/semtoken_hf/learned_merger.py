@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .span_clustering import Spans
-
 # Mixtures of a span's tokens: scalars a[n, k, p], since a vector for each token would cost more than the network.
 MIXTURES = 4
 EPSILON = 1e-6
@@ -43,32 +41,28 @@ class LearnedMerger(nn.Module):
         init.zeros_(self.length_bias)
         init.zeros_(self.out_proj)
 
-    def forward(self, embeddings: Tensor, spans: Spans, slots: Tensor) -> Tensor:
-        """Slots with their residual.
+    @property
+    def longest(self) -> int:
+        """Tokens of a span that are read."""
+        return len(self.place_mix)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Residuals of K merged slots.
 
         Args:
-            embeddings: [N, H] of the stream.
-            spans: its P spans; of those longer than `merger_span_length` the residual sees that many tokens.
-            slots: [P, H], the bases.
+            tokens: [K, longest, H], embeddings of each span's tokens; whatever follows them is ignored.
+            lengths: int64 [K], how many there are, at most `longest`.
 
         Returns:
-            [P, H]: `slots`, changed where a span has more than one token.
+            [K, H] in the dtype of `tokens`.
         """
-        merged = (spans.lengths > 1).nonzero().squeeze(1)
-        if not len(merged):
-            return slots
-        lengths = spans.lengths[merged, None].clamp(max=len(self.place_mix))
-        place = torch.arange(len(self.place_mix), device=lengths.device)
-        row = lengths[:, 0] - 1
-
-        tokens = embeddings[spans.first[merged, None] + place.minimum(lengths - 1)]
-        mix = self.place_mix[row] * (place < lengths)[:, None]
+        row, place = lengths - 1, torch.arange(self.longest, device=lengths.device)
+        mix = self.place_mix[row] * (place < lengths[:, None])[:, None]
         mixtures = torch.bmm(mix.to(tokens.dtype), tokens).flatten(1)
         scale = mixtures.float().square().mean(-1, keepdim=True).add(EPSILON**2).sqrt().to(tokens.dtype)
         hidden = nn.functional.linear(mixtures / scale, self.in_proj.to(tokens.dtype))
         hidden = nn.functional.silu(hidden + self.length_bias[row].to(tokens.dtype))
-        residual = scale * nn.functional.linear(hidden, self.out_proj.to(tokens.dtype))
-        return slots.index_add(0, merged, residual.to(slots.dtype))
+        return scale * nn.functional.linear(hidden, self.out_proj.to(tokens.dtype))
 
 
 __all__ = ["LearnedMerger"]

@@ -6,10 +6,11 @@ its stretch, so that a weight means the same for every encoder, and enters the w
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .span_clustering import Spans
+from .span_clustering import Spans, row_products
 from .token_layout import TokenLayout
 
 
@@ -23,22 +24,24 @@ def query_similarity(fingerprints: Tensor, spans: Spans, layout: TokenLayout, qu
         query: bool [N], tokens of the question; a stretch without any has similarity 0 throughout.
 
     Returns:
-        float32 [P], of mean 0 and variance 1 over the spans of several tokens of every stretch.
+        float32 [P], of mean 0 and variance 1 over the spans of several tokens of every stretch, 0 for single tokens.
     """
-    stretches, span_stretch = len(layout.lengths), layout.stretch[spans.first]
+    span_stretch = layout.stretch[spans.first.clamp(max=len(layout.stretch) - 1)]
+    spans_of = torch.zeros_like(layout.lengths).index_add_(0, span_stretch, torch.ones_like(span_stretch))
 
-    def total(values: Tensor, index: Tensor) -> Tensor:
-        return values.new_zeros((stretches, *values.shape[1:])).index_add_(0, index, values)
+    def total(values: Tensor, lengths: Tensor) -> Tensor:
+        # Not `index_add_`, whose order of adding a GPU does not fix.
+        return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
 
-    question = F.normalize(total(fingerprints * query[:, None], layout.stretch), dim=-1)
-    cosine = (fingerprints * question[layout.stretch]).sum(-1, keepdim=True)
-    similarity = spans.mean(cosine).squeeze(-1)
+    question = F.normalize(total(fingerprints * query[:, None], layout.lengths), dim=-1)
+    cosine = row_products(fingerprints, question, layout.stretch)[:, None]
     # Protected tokens stay whole whatever they are like, and the question itself is the likest.
-    counted = (spans.lengths > 1).to(similarity.dtype)
-    count = total(counted, span_stretch).clamp(min=1)
-    centred = similarity - (total(similarity * counted, span_stretch) / count)[span_stretch]
-    deviation = (total(centred.square() * counted, span_stretch) / count).sqrt()
-    return centred / deviation.clamp(min=1e-6)[span_stretch]
+    counted = spans.lengths > 1
+    similarity = spans.mean(cosine).squeeze(-1).where(counted, 0)
+    count = total(counted.to(similarity.dtype), spans_of).clamp(min=1)
+    centred = similarity - (total(similarity, spans_of) / count)[span_stretch]
+    deviation = (total(centred.square() * counted, spans_of) / count).sqrt()
+    return (centred / deviation.clamp(min=1e-6)[span_stretch]).where(counted, 0)
 
 
 __all__ = ["query_similarity"]

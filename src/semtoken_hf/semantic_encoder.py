@@ -107,8 +107,11 @@ class SemanticEncoder(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
+    def count_windows(self, layout: TokenLayout) -> Tensor:
+        return layout.lengths.new_zeros(())
+
     @torch.no_grad()
-    def forward(self, input_ids: Tensor, layout: TokenLayout) -> Tensor:
+    def forward(self, input_ids: Tensor, layout: TokenLayout, windows: int | None = None) -> Tensor:
         """Fingerprints of the stream.
 
         Args:

@@ -12,10 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .span_clustering import Spans
+from .learned_merger import LearnedMerger
+from .span_clustering import Spans, row_products
+from .token_layout import indices_where
 
 # Cosines closer than this are equal: rounding must not decide.
 TIE = 1e-5
+# Merged slots at a time that get their residual: bounds the tokens' embeddings that are held for it.
+SLOTS_PER_CALL = 1024
 
 
 def last_tokens(spans: Spans) -> Tensor:
@@ -30,7 +34,7 @@ def representative_tokens(fingerprints: Tensor | None, spans: Spans) -> Tensor:
     """
     if fingerprints is None:
         return last_tokens(spans)
-    nearness = (fingerprints * spans.mean(fingerprints)[spans.index]).sum(-1)
+    nearness = row_products(fingerprints, spans.mean(fingerprints), spans.index)
     best = torch.segment_reduce(nearness, "max", lengths=spans.lengths, unsafe=True)
     place = torch.arange(len(nearness), device=nearness.device)
     candidates = place.where(nearness >= best[spans.index] - TIE, -1)
@@ -38,33 +42,55 @@ def representative_tokens(fingerprints: Tensor | None, spans: Spans) -> Tensor:
 
 
 def merge_spans(
-    embeddings: Tensor,
+    embed: Callable[[Tensor], Tensor],
     spans: Spans,
     base: str,
     fingerprints: Tensor | None = None,
-    add_residual: Callable[[Tensor, Spans, Tensor], Tensor] | None = None,
+    merger: LearnedMerger | None = None,
+    most_merged: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Slot embeddings and anchors.
 
     Args:
-        embeddings: [N, H] token embeddings of the stream; gradients flow back to them.
+        embed: indices of tokens of the stream, int64 [n] -> their embeddings [n, H]; gradients flow back to them.
         spans: its P spans.
         base: "mean" or "representative".
         fingerprints: float32 [N, D], for the representative.
-        add_residual: a `LearnedMerger`; None: the slots are their bases.
+        merger: the learned residual; None: the slots are their bases.
+        most_merged: at least as many as the spans of several tokens; None: the host waits to learn it.
 
     Returns:
-        slots [P, H] in the dtype of `embeddings`, and anchors int64 [P], the token whose position each slot carries.
+        slots [P, H] in the dtype of the embeddings, and anchors int64 [P], the token whose position each slot carries.
     """
     if base == "representative":
         anchors = representative_tokens(fingerprints, spans)
-        slots = embeddings[anchors]
+        slots = embed(anchors)
     else:
-        slots, anchors = spans.mean(embeddings), last_tokens(spans)
-    if add_residual is not None:
-        # The merger may live on another device than the embeddings.
-        slots = add_residual(embeddings, spans, slots).to(embeddings.device)
-    return slots, anchors
+        anchors = last_tokens(spans)
+        slots = spans.mean(embed(torch.arange(len(spans.index), device=spans.index.device)))
+    return (slots if merger is None else _with_residual(slots, embed, spans, merger, most_merged)), anchors
+
+
+def _with_residual(
+    slots: Tensor, embed: Callable[[Tensor], Tensor], spans: Spans, merger: LearnedMerger, most_merged: int | None
+) -> Tensor:
+    """`slots` [P, H] with the residual of those that stand for several tokens."""
+    is_merged = spans.lengths > 1
+    count = int(is_merged.sum()) if most_merged is None else most_merged
+    if not count:
+        return slots
+    index = indices_where(is_merged, count)
+    # Beyond the last merged span: any will do, it is given nothing.
+    is_real, index = index < len(spans), index.clamp(max=len(spans) - 1)
+    residuals = []
+    for some in index.split(SLOTS_PER_CALL):
+        lengths = spans.lengths[some].clamp(max=merger.longest)
+        place = torch.arange(merger.longest, device=lengths.device).minimum(lengths[:, None] - 1)
+        tokens = spans.first[some, None] + place
+        residuals.append(merger(embed(tokens.flatten()).unflatten(0, tokens.shape), lengths))
+    # The merger may live on another device than the embeddings.
+    residual = torch.cat(residuals).to(slots)
+    return slots.index_add(0, index, residual.where(is_real[:, None], 0))
 
 
 __all__ = ["merge_spans"]

@@ -1,8 +1,10 @@
 """Which tokens are planned together: rows of a batch as one packed stream of independent stretches.
 
-- Padding is left out of the stream, so a plan cannot depend on it (law 4).
+- Padding goes to the end of the stream and is cut off, so a plan cannot depend on it (law 4).
 - A stretch ends with a position that is read; a scored token that is not read itself is a stretch of its own. So no
   stretch holds anything that an earlier logit is scored on (law 3).
+- How many tokens and stretches there are, only the device knows: tensors have the size of the batch until `trim` is
+  told the numbers, so that nothing here waits for it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ class TokenLayout:
         starts: int64 [S], first token of each stretch in the stream.
         lengths: int64 [S], tokens of each stretch.
         solo: bool [N], tokens that keep a slot of their own.
+
+    Before `trim`, padding follows the last token and empty stretches the last stretch.
     """
 
     token_index: Tensor
@@ -39,6 +43,16 @@ class TokenLayout:
         """The layout on another device; `accelerate` calls it where a model is spread over several."""
         return TokenLayout(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 
+    def trim(self, tokens: int, stretches: int) -> TokenLayout:
+        """The layout without padding and empty stretches, given how many others there are."""
+        sizes = {"starts": stretches, "lengths": stretches}
+        return TokenLayout(*(getattr(self, f.name)[: sizes.get(f.name, tokens)] for f in fields(self)))
+
+    @property
+    def is_token(self) -> Tensor:
+        """bool [N]: False for padding."""
+        return torch.arange(len(self.row), device=self.row.device) < self.lengths.sum()
+
     @property
     def to_end(self) -> Tensor:
         """int64 [N]: tokens between each token and the end of its stretch."""
@@ -48,9 +62,8 @@ class TokenLayout:
     def joinable(self) -> Tensor:
         """bool [N]: True where a token may share a slot with the token before it."""
         free = ~self.solo
-        joinable = free.clone()
-        joinable[1:] &= free[:-1]
-        joinable[self.starts] = False
+        joinable = torch.zeros_like(free)
+        joinable[1:] = free[1:] & free[:-1] & (self.stretch[1:] == self.stretch[:-1])
         return joinable
 
 
@@ -72,29 +85,48 @@ def build_layout(
         keep_last: tokens at the end of every stretch that stay whole.
         min_length: stretches shorter than this stay whole.
     """
-    columns = valid.shape[1]
-    token_index = valid.flatten().nonzero().squeeze(1)
-    row = token_index // columns
+    flat, columns = valid.flatten(), valid.shape[1]
+    place = torch.arange(flat.numel(), device=flat.device)
+    order = flat.long().cumsum(0)
+    tokens = order[-1:] if len(order) else flat.new_zeros(1, dtype=torch.long)
+    # Tokens in their order, then padding in its own.
+    token_index = torch.empty_like(place).scatter_(0, (order - 1).where(flat, tokens + place - order), place)
+    is_token = place < tokens
+    row = token_index // max(columns, 1)
     position = (valid.long().cumsum(1) - 1).flatten()[token_index]
-    is_read = read.flatten()[token_index]
+    is_read = read.flatten()[token_index] & is_token
 
-    first_of_row = position == 0
-    after_read = torch.zeros_like(is_read)
-    after_read[1:] = is_read[:-1]
-    scored = after_read & ~first_of_row
-    after_scored = torch.zeros_like(scored)
-    after_scored[1:] = scored[:-1]
-    opens = first_of_row | scored | after_scored
+    first_of_row = (position == 0) & is_token
+    scored = _shifted(is_read) & ~first_of_row & is_token
+    opens = first_of_row | scored | (_shifted(scored) & is_token)
 
-    stretch = opens.long().cumsum(0) - 1
-    starts = opens.nonzero().squeeze(1)
-    total = torch.full_like(starts[:1], token_index.numel())
-    lengths = torch.cat([starts, total]).diff()
+    # Padding is one more stretch, which `starts` and `lengths` do not have.
+    stretch = (opens | (place == tokens)).long().cumsum(0) - 1
+    starts = indices_where(opens, len(opens)).minimum(tokens)
+    lengths = torch.cat([starts, tokens]).diff()
 
     to_end = distance_to_end(stretch, starts, lengths)
-    solo = is_read | scored | protected.flatten()[token_index]
+    solo = is_read | scored | protected.flatten()[token_index] | ~is_token
     solo |= (position < keep_first) | (to_end < keep_last) | (lengths[stretch] < min_length)
     return TokenLayout(token_index, row, position, stretch, starts, lengths, solo)
+
+
+def _shifted(flags: Tensor) -> Tensor:
+    """`flags` [N] one place later."""
+    shifted = torch.zeros_like(flags)
+    shifted[1:] = flags[:-1]
+    return shifted
+
+
+def indices_where(flags: Tensor, size: int) -> Tensor:
+    """The first `size` indices at which `flags` (bool [N]) is True, then N: int64 [size].
+
+    `nonzero` of a known size: nothing waits for the device.
+    """
+    index = torch.full((size + 1,), flags.numel(), device=flags.device)
+    place = torch.arange(flags.numel(), device=flags.device)
+    # What has no place of its own shares the last one, which is cut off.
+    return index.scatter_(0, (flags.long().cumsum(0) - 1).where(flags, size).clamp(max=size), place)[:size]
 
 
 def distance_to_end(index: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
@@ -102,4 +134,4 @@ def distance_to_end(index: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
     return (starts + lengths - 1)[index] - torch.arange(len(index), device=index.device)
 
 
-__all__ = ["TokenLayout", "build_layout", "distance_to_end"]
+__all__ = ["TokenLayout", "build_layout", "distance_to_end", "indices_where"]

@@ -1,0 +1,98 @@
+"""How many slots there will be, learned before the encoder runs: the one wait of the host for the device in the stage.
+
+A budget says how many slots each stretch keeps whatever the fingerprints are; only thresholds without a budget have
+to wait a second time, for the spans they found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .granularity import Granularity, slots_of_stretches, stretch_budgets
+from .token_layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class SlotCounts:
+    """Sizes of a plan, on the host.
+
+    Attributes:
+        tokens: of the stream, padding left out.
+        stretches: of the stream.
+        windows: that the encoder reads.
+        fewest: spans that there are if everything merges that may.
+        rows: slots of each row; None where only the fingerprints will tell.
+        budgets_met: False where protected tokens or the span cap leave a row more slots than its budget.
+        is_valid: whether a ready plan is one.
+    """
+
+    tokens: int
+    stretches: int
+    windows: int
+    fewest: int
+    rows: list[int] | None
+    budgets_met: bool
+    is_valid: bool
+
+    def most_spans(self, granularity: Granularity) -> int | None:
+        """No fewer than the greedy spans before the budget is spent; None where only the fingerprints will tell."""
+        return self.fewest if granularity.merges_all or self.rows is None else sum(self.rows)
+
+    def most_merged(self, granularity: Granularity) -> int:
+        """No fewer than the slots of several tokens."""
+        assert self.rows is not None
+        bound = min(sum(self.rows), self.tokens - sum(self.rows))
+        return min(bound, self.fewest) if granularity.merges_all else bound
+
+
+def kept_per_row(starts: Tensor, row: Tensor, batch_size: int) -> Tensor:
+    """Slots of each row, int64 [B], from bool [N] where they start and int64 [N] the row of each token."""
+    return torch.zeros(batch_size, dtype=torch.long, device=row.device).index_add_(0, row, starts.long())
+
+
+def budget_per_row(layout: TokenLayout, granularity: Granularity, batch_size: int) -> Tensor:
+    """Slots that each row may keep, int64 [B]; all of its tokens where there is no budget."""
+    return _per_row(stretch_budgets(layout.lengths, granularity), layout, batch_size)
+
+
+def _per_row(values: Tensor, layout: TokenLayout, batch_size: int) -> Tensor:
+    """Sum of `values` (int64 [S], 0 for empty stretches) over the stretches of each row."""
+    row = layout.row[layout.starts.clamp(max=len(layout.row) - 1)]
+    return values.new_zeros(batch_size).index_add_(0, row, values)
+
+
+def count_slots(
+    layout: TokenLayout,
+    granularity: Granularity,
+    batch_size: int,
+    windows: Tensor,
+    starts: Tensor | None = None,
+    is_valid: Tensor | None = None,
+) -> SlotCounts:
+    """The counts of a layout that is not trimmed yet.
+
+    Args:
+        layout: its N tokens and what follows them.
+        granularity: the budget.
+        batch_size: rows of the batch.
+        windows: int64 scalar, from `SemanticEncoder.count_windows`.
+        starts: bool [N], where slots begin, if that is known already.
+        is_valid: bool scalar, whether these starts are those of a valid plan.
+    """
+    kept, fewest = slots_of_stretches(layout, granularity)
+    if starts is None:
+        rows = _per_row(kept, layout, batch_size)
+    else:
+        rows = kept_per_row(starts & layout.is_token, layout.row, batch_size)
+    met = (rows <= budget_per_row(layout, granularity, batch_size)).all()
+    sizes = [layout.lengths.sum(), (layout.lengths > 0).sum(), windows.to(kept.device), fewest.sum()]
+    flags = [met.long(), torch.ones_like(sizes[0]) if is_valid is None else is_valid.long()]
+    *known, is_met, is_plan = torch.cat([rows, torch.stack([*sizes, *flags])]).tolist()
+    rows_known = starts is not None or granularity.has_budget
+    return SlotCounts(*known[batch_size:], known[:batch_size] if rows_known else None, bool(is_met), bool(is_plan))
+
+
+__all__ = ["SlotCounts", "count_slots", "kept_per_row"]
