@@ -27,7 +27,7 @@ SLIDING: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 sliding": ("qwen3", {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1}),
 }
 FAMILY_FIELDS: dict[str, tuple[str, dict[str, Any]]] = {**{name: (name, {}) for name in FAMILIES}, **SLIDING}
-ATTENTIONS = ("eager", "sdpa")
+ATTENTIONS = ("eager", "sdpa", "semtoken_varlen")
 POSITIONS = ("original", "compact")
 MERGES: dict[str, dict[str, Any]] = {
     "mean": {},
