@@ -10,6 +10,7 @@ import torch
 
 from semtoken_hf import SemTokenCache, attention_semtoken
 from semtoken_hf.attention_semtoken import VARLEN
+from semtoken_hf.generation_semtoken import GeneratedText
 from semtoken_hf.ragged_cache_semtoken import RaggedRows, RaggedStep
 from tests.fixtures.adapted import adapted_model
 from tests.fixtures.children import run_clean
@@ -250,16 +251,18 @@ def test_no_step_waits_for_the_device(compact, monkeypatch):
     for attention, lengths in ((VARLEN, LENGTHS), ("sdpa", (96, 96)), ("flash_attention_2", (96,))):
         model = tiny_model(**arguments, attn_implementation="sdpa" if attention == "flash_attention_2" else attention)
         ids, mask = ragged_prompts(lengths)
-        # As `generate`: no mask where nothing is padding.
-        mask = mask if len(set(lengths)) > 1 else None
-        cache = generate(model, ids, mask).past_key_values
+        # As in `generate`: no mask where nothing is padding. Given one, Transformers looks whether it is all ones.
+        mask = mask if attention == VARLEN else None
+        with torch.no_grad():
+            cache = model(ids, attention_mask=mask, logits_to_keep=1).past_key_values
         model = copy.deepcopy(model).to("meta")
         model.config._attn_implementation = attention
         cache.slot_lengths = cache.slot_lengths.to("meta")
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
-        ids = torch.cat([ids, ids[:, -STEPS:]], 1).to("meta")
-        mask = None if mask is None else torch.cat([mask, mask[:, -STEPS:]], 1).to("meta")
+        cache.generated = GeneratedText(ids.shape[1])
+        ids = torch.cat([ids, ids[:, -1:]], 1).to("meta")
+        mask = None if mask is None else torch.cat([mask, mask[:, -1:]], 1).to("meta")
         with monkeypatch.context() as patch, torch.no_grad():
             patch.setattr(torch, "tensor", tensor)
             inputs = model.prepare_inputs_for_generation(
@@ -268,7 +271,7 @@ def test_no_step_waits_for_the_device(compact, monkeypatch):
             assert inputs["input_ids"].shape[1] == 1
             logits = model(**inputs, logits_to_keep=1).logits
         assert logits.shape == (len(lengths), 1, model.config.vocab_size)
-        assert cache.get_seq_length() == ids.shape[1] - 1 + 1
+        assert cache.get_seq_length() == ids.shape[1]
 
 
 @pytest.mark.parametrize("reason", ["gradients", "training", "window", "quantised"])
@@ -351,7 +354,7 @@ def test_a_plain_model_reads_as_under_sdpa():
 
 
 def test_which_kernel(monkeypatch):
-    """FlashAttention where it runs: half precision, heads of a size it knows; PyTorch's own where it has what we need."""
+    """FlashAttention where it runs, in half precision and with heads of a size it knows; else that of PyTorch."""
     choose, half = attention_semtoken._kernel_for, torch.randn(3, 4, 64, dtype=torch.bfloat16)
     assert choose(half) is attention_semtoken._row_by_row
     fits = attention_semtoken._is_fit_for_flash

@@ -100,7 +100,18 @@ def test_memory_of_a_skewed_batch():
         lambda cache: cache.crop(95),
         lambda cache: cache.crop(0),
     ],
-    ids=["reorder", "stay", "double", "repeat", "select", "select by mask", "crop", "crop more", "crop to", "crop none"],
+    ids=[
+        "reorder",
+        "stay",
+        "double",
+        "repeat",
+        "select",
+        "select by mask",
+        "crop",
+        "crop more",
+        "crop to",
+        "crop none",
+    ],
 )
 def test_operations(models, batch, change):
     caches = [prefill(model, *batch) for model in models]
@@ -173,7 +184,7 @@ def test_held_slots_stay_bit_identical(models, batch):
     for _ in range(70):
         decode(model, cache, batch[0][:, -1:], steps=1)
         sizes.add(cache.ragged_rows.size)
-        assert [t.shape[0] for layer in cache.layers for t in (layer.keys, layer.values)] == [cache.ragged_rows.size] * 4
+        assert {t.shape[0] for layer in cache.layers for t in (layer.keys, layer.values)} == {cache.ragged_rows.size}
     # Seventeen steps each, and not at every step.
     assert len(sizes) == 5
     for row, slots in enumerate(SLOTS):

@@ -155,7 +155,7 @@ class SemTokenCache(DynamicCache):
         if count == 0:  # layers with a sliding window let go of what they recorded
             return super().crop(0)
         is_plain = count <= self.plain_tail  # known without waiting for the device
-        if count > self.slot_lengths.shape[1] or not is_plain and bool((self.slot_lengths[:, -count:] > 1).any()):
+        if count > self.slot_lengths.shape[1] or (not is_plain and bool((self.slot_lengths[:, -count:] > 1).any())):
             raise ValueError(
                 f"cannot crop {count} tokens: they reach into merged slots. Crop less, or start again from the prompt "
                 "with an empty SemTokenCache"

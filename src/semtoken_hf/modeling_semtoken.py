@@ -109,7 +109,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             )
             if getattr(past_key_values, "ragged_rows", None) is not None:
                 assert position_ids is not None
-                counts, index = _counts_of_turn(past_key_values, *tokens.shape, is_masked)
+                counts, index = _counts_of_turn(past_key_values, tokens, is_masked)
                 gate = self._rows_of_adapter(past_key_values)
                 turn = name, columns, position_ids, past_key_values, counts, index
                 return self._run_ragged(*turn, use_cache, prefill_chunk_size, gate, **kwargs)
@@ -240,8 +240,9 @@ def _heed_mask_of_past(mask: Tensor | None, columns: Tensor | None, cache: Any) 
         cache.leave_out(mask[:, :held])
 
 
-def _counts_of_turn(cache: Any, rows: int, width: int, is_masked: bool) -> tuple[list[int], Tensor | None]:
+def _counts_of_turn(cache: Any, tokens: Tensor, is_masked: bool) -> tuple[list[int], Tensor | None]:
     """Columns of each row that are no padding, and where they lie; waits for the device if a turn has a mask."""
+    rows, width = tokens.shape
     if not is_masked or width == 1:
         return [width] * rows, None
     real = cache.slot_lengths[:, -width:] > 0

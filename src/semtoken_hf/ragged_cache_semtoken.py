@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class RaggedStep:
             seen = list(accumulate((q * copies for q in self.queries), initial=0))
             queries = [seen[0], *(n for n in seen[1:-1] for _ in range(2)), seen[-1]]
             keys = [n for start, length in zip(self.starts, self.lengths, strict=True) for n in (start, start + length)]
-            longest = (max(b - a for a, b in zip(n, n[1:], strict=False)) for n in (queries, keys))
+            longest = (max(b - a for a, b in pairwise(n)) for n in (queries, keys))
             both = on_device([queries, keys], device, torch.int32)
             self._made[device, copies] = (*both.unbind(), *longest)
         return self._made[device, copies]
@@ -97,7 +97,7 @@ class RaggedRows:
         self._lay_out(layers, lengths, source.to, lengths)
 
     def _lay_out(self, layers: Iterable[Any], lengths: list[int], source: Any, needed: list[int]) -> None:
-        """Lay every layer out anew, from its old places `source(device)`, with room for `needed` slots and some more."""
+        """Lay every layer out anew, from its old places `source(device)`, with room for more than `needed` slots."""
         self.lengths, self.capacities = lengths, [n + 16 + n // 32 for n in needed]
         made: dict[torch.device, Tensor] = {}
         for layer in layers:
@@ -113,6 +113,8 @@ class RaggedLayer(DynamicLayer):
     """Keys and values [C, H_kv, D] of all rows; what concerns rows is done by the cache, for all layers at once."""
 
     is_croppable = True
+    keys: Any
+    values: Any
 
     def __init__(self, rows: RaggedRows):
         super().__init__()

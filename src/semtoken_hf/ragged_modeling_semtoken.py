@@ -73,8 +73,8 @@ class SemTokenRaggedMixin:
         """
         if self.config._attn_implementation != VARLEN:
             raise ValueError(
-                f"this cache holds rows of different lengths, which only `{VARLEN}` can read, and the model's attention "
-                f"is now `{self.config._attn_implementation}`: set it back, or start with an empty cache"
+                f"this cache holds rows of different lengths, which only `{VARLEN}` can read, and the model's "
+                f"attention is now `{self.config._attn_implementation}`: set it back, or start with an empty cache"
             )
         rows, width = columns.shape[:2]
         packed, positions = columns.flatten(0, 1), positions.expand(rows, -1).flatten()
@@ -115,9 +115,7 @@ def _lay_out(packed: Tensor, index: Tensor | None, rows: int, width: int) -> Ten
 def _overlap(counts: list[int], part: slice) -> list[int]:
     """How many slots of each row lie in a part of the packed rows."""
     ends = list(accumulate(counts))
-    return [
-        max(min(end, part.stop) - max(end - count, part.start), 0) for count, end in zip(counts, ends, strict=True)
-    ]
+    return [max(min(end, part.stop) - max(end - count, part.start), 0) for count, end in zip(counts, ends, strict=True)]
 
 
 __all__ = ["SemTokenRaggedMixin"]
