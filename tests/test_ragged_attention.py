@@ -417,3 +417,9 @@ def test_remote_code_brings_it(tmp_path):
     assert facts["module"] == "transformers_modules"
     assert facts["lengths"] == [n + STEPS - 1 for n in SLOTS]
     assert facts["text"] == generate(model, ids, mask).sequences[:, -STEPS:].tolist()
+
+
+def test_continuous_batching_has_its_own_attention():
+    """Transformers names what it takes; blocks of slots hold no padding anyway."""
+    with pytest.raises(ValueError, match=VARLEN):
+        tiny_model(attn_implementation=VARLEN).generate_batch([[1, 5, 7]], max_new_tokens=2)

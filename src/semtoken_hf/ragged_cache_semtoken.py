@@ -158,7 +158,8 @@ def ranges(starts: Iterable[int], lengths: Sequence[int], device: torch.device) 
 
 def on_device(numbers: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """Numbers of the host, without waiting for the device."""
-    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    is_pinned = device.type == "cuda" and torch.cuda.is_available()
+    return torch.tensor(numbers, dtype=dtype, pin_memory=is_pinned).to(device, non_blocking=True)
 
 
 def make_ragged(cache: Any, batch_size: int) -> bool:
