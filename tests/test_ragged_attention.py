@@ -15,7 +15,7 @@ from semtoken_hf.ragged_cache_semtoken import RaggedRows, RaggedStep
 from tests.fixtures.adapted import adapted_model
 from tests.fixtures.children import run_clean
 from tests.fixtures.logs import warnings_of
-from tests.fixtures.tiny import FAMILIES, plain_twin, ragged_prompts, tiny_model
+from tests.fixtures.tiny import FAMILIES, plain_twin, ragged_prompts, random_ids, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 # The last row is too short to be compressed.
@@ -206,9 +206,9 @@ def test_decoding_reads_own_slots_alone(monkeypatch):
     ids, mask = ragged_prompts(LENGTHS)
     sdpa, seen = attention_semtoken.scaled_dot_product_attention, []
 
-    def spy(query, key, value, **kwargs):
+    def spy(query, key, value, *args, **kwargs):
         seen.append((query.shape[2], key.shape[2]))
-        return sdpa(query, key, value, **kwargs)
+        return sdpa(query, key, value, *args, **kwargs)
 
     monkeypatch.setattr(attention_semtoken, "scaled_dot_product_attention", spy)
     generate(model, ids, mask, max_new_tokens=3, min_new_tokens=3)
@@ -217,6 +217,23 @@ def test_decoding_reads_own_slots_alone(monkeypatch):
     for step in (1, 2):
         begin = step * layers * len(SLOTS)
         assert seen[begin : begin + len(SLOTS)] == [(groups, n + step) for n in SLOTS]
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_no_mask_is_made(monkeypatch, chunk):
+    """Of all packed slots by all packed slots, it would be the largest tensor of the call."""
+    attend, masks = attention_semtoken.varlen_attention_forward, []
+
+    def spy(module, query, key, value, attention_mask, **kwargs):
+        masks.append((kwargs["ragged_step"] is not None, attention_mask))
+        return attend(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(type(attention_semtoken.ALL_ATTENTION_FUNCTIONS)._global_mapping, VARLEN, spy)
+    model = tiny_model(attn_implementation=VARLEN)
+    cache = generate(model, *ragged_prompts(LENGTHS), prefill_chunk_size=chunk).past_key_values
+    with torch.no_grad():
+        model(random_ids(4, 7), past_key_values=cache, logits_to_keep=1)
+    assert set(masks) == {(True, None)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -68,12 +68,11 @@ def varlen_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
 
 
-# A kernel: (query [N, H, D], keys [C, H_kv, D], values, step, queries per slot, scaling) -> [N, H, D]. With one query
-# per slot attention is causal; with several, they are heads of the same slot and see all of their row.
-Kernel = Callable[[Tensor, Tensor, Tensor, RaggedStep, int, float | None], Tensor]
+def _kernel_for(query: Tensor) -> Callable[..., Tensor]:
+    """(query [N, H, D], keys [C, H_kv, D], values, step, queries per slot, scaling) -> [N, H, D].
 
-
-def _kernel_for(query: Tensor) -> Kernel:
+    Causal, unless no row has more than one new slot: its queries, then, are heads, and see all of their row.
+    """
     if _is_fit_for_flash(query):
         if is_flash_attn_2_available():
             return _flash_attention
@@ -101,14 +100,14 @@ def _torch_varlen() -> Callable[..., Tensor] | None:
 
 
 def _flash_attention(
-    query: Tensor, keys: Tensor, values: Tensor, step: RaggedStep, copies: int, scaling: float | None
+    query: Tensor, keys: Tensor, values: Tensor, step: RaggedStep, copies: int, scaling: Any
 ) -> Tensor:
     attend, lengths = import_module("flash_attn").flash_attn_varlen_func, step.cumulative(query.device, copies)
     return attend(query, keys, values, *lengths, softmax_scale=scaling, causal=max(step.queries) > 1)
 
 
 def _torch_attention(
-    query: Tensor, keys: Tensor, values: Tensor, step: RaggedStep, copies: int, scaling: float | None
+    query: Tensor, keys: Tensor, values: Tensor, step: RaggedStep, copies: int, scaling: Any
 ) -> Tensor:
     attend: Any = _torch_varlen()
     shares_keys, window = query.shape[1] != keys.shape[1], (-1, 0 if max(step.queries) > 1 else -1)
@@ -116,29 +115,18 @@ def _torch_attention(
     return attend(query, keys, values, *lengths, scale=scaling, window_size=window, enable_gqa=shares_keys)
 
 
-def _row_by_row(
-    query: Tensor, keys: Tensor, values: Tensor, step: RaggedStep, copies: int, scaling: float | None
-) -> Tensor:
-    out, end, is_causal = [], 0, max(step.queries) > 1
+def _row_by_row(query: Tensor, keys: Tensor, values: Tensor, step: RaggedStep, copies: int, scaling: Any) -> Tensor:
+    out, end, is_causal, shares_keys = [], 0, max(step.queries) > 1, query.shape[1] != keys.shape[1]
     for new, start, length in zip(step.queries, step.starts, step.lengths, strict=True):
         if not new:
             continue
-        begin, end = end, end + new * copies
-        q, k, v = (
-            states[first:last].transpose(0, 1)[None]
-            for states, first, last in (
-                (query, begin, end),
-                (keys, start, start + length),
-                (values, start, start + length),
-            )
-        )
-        is_whole, mask = is_causal and new == length, None
+        part, held = slice(end, end + new * copies), slice(start, start + length)
+        end, mask = part.stop, None
         if is_causal and 1 < new < length:
-            mask = torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)
-        shares_keys = q.shape[1] != k.shape[1]
-        states = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_whole, scale=scaling, enable_gqa=shares_keys
-        )
+            mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
+        q, k, v = (t[span].transpose(0, 1)[None] for t, span in ((query, part), (keys, held), (values, held)))
+        is_whole = is_causal and new == length
+        states = scaled_dot_product_attention(q, k, v, mask, is_causal=is_whole, scale=scaling, enable_gqa=shares_keys)
         out.append(states[0].transpose(0, 1))
     return torch.cat(out)
 
