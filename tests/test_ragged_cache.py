@@ -136,6 +136,18 @@ def test_crop_of_a_turn_with_padding(models, batch):
     assert_goes_on_alike(models, caches)
 
 
+def test_crop_over_what_was_left_out(models, batch):
+    caches = [prefill(model, *batch) for model in models]
+    for model, cache in zip(models, caches, strict=True):
+        decode(model, cache, batch[0][:, -1:])
+        mask = torch.nn.functional.pad(batch[1], (0, 4), value=1)
+        mask[1, -3:] = 0
+        cache.leave_out(mask)
+        cache.crop(-2)
+    assert caches[0].ragged_rows.lengths == [42, 19, 12]
+    assert_goes_on_alike(models, caches)
+
+
 def test_crop_refuses_merged_slots(models, batch):
     cache = prefill(models[0], *batch)
     before = copy.deepcopy(cache)
