@@ -21,6 +21,8 @@ from .compression import CompressedPrompt
 from .learned_merger import LearnedMerger
 from .paged_semtoken import step_of_call
 from .pretrained_semtoken import SemTokenPreTrainedMixin
+from .ragged_cache_semtoken import ranges
+from .ragged_modeling_semtoken import SemTokenRaggedMixin
 from .semantic_encoder import SemanticEncoder
 
 logger = logging.get_logger(__name__)
@@ -39,7 +41,7 @@ class SemTokenModelOutputWithPast(BaseModelOutputWithPast):
     compressed_lengths: Tensor | None = None
 
 
-class SemTokenModelMixin(SemTokenPreTrainedMixin):
+class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
     """The base model: the compression stage, then the family's layers."""
 
     def __init__(self, config: Any):
@@ -101,10 +103,16 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         if columns is None:
             raise ValueError("pass `input_ids` or `inputs_embeds`")
         if tracks_slots(past_key_values):
-            tokens = columns[..., 0] if input_ids is None else columns
+            tokens, is_masked = columns[..., 0] if input_ids is None else columns, attention_mask is not None
             attention_mask, position_ids = _append_plain(
                 past_key_values, tokens, attention_mask, position_ids, self.config.position_mode
             )
+            if getattr(past_key_values, "ragged_rows", None) is not None:
+                assert position_ids is not None
+                counts, index = _counts_of_turn(past_key_values, tokens, is_masked)
+                gate = self._rows_of_adapter(past_key_values)
+                turn = name, columns, position_ids, past_key_values, counts, index
+                return self._run_ragged(*turn, use_cache, prefill_chunk_size, gate, **kwargs)
         has_gaps = tracks_slots(past_key_values) and past_key_values.is_compressed
         with adapter_acts_on(self._rows_of_adapter(past_key_values) if has_gaps else adapted):
             return self._run_layers(
@@ -138,22 +146,24 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
             )
         # Without a cache and a mask, Transformers would read gapped positions as packed sequences.
         mask = prompt.attention_mask
+        is_ragged = past_key_values is not None and self._makes_ragged(past_key_values, len(mask))
         if past_key_values is not None:
             tokens = prompt.span_ids.shape[1]
             past_key_values.record(prompt.slot_lengths, tokens, compressed=True, padded=prompt.is_padded)
             mask = past_key_values.attention_mask
-        with adapter_acts_on(self._rows_of_adapter(past_key_values, prompt)):
-            outputs = self._run_layers(
-                "inputs_embeds",
-                prompt.inputs_embeds,
-                mask,
-                prompt.position_ids,
-                past_key_values,
-                use_cache,
-                chunk_size,
-                True,
-                **kwargs,
-            )
+        gate = self._rows_of_adapter(past_key_values, prompt)
+        if is_ragged:
+            counts, width = prompt.slot_counts, prompt.position_ids.shape[1]
+            starts = [(row + 1) * width - count for row, count in enumerate(counts)]
+            index = ranges(starts, counts, prompt.position_ids.device) if prompt.is_padded else None
+            turn = "inputs_embeds", prompt.inputs_embeds, prompt.position_ids, past_key_values, counts, index
+            outputs = self._run_ragged(*turn, use_cache, chunk_size, gate, **kwargs)
+        else:
+            columns, positions = prompt.inputs_embeds, prompt.position_ids
+            with adapter_acts_on(gate):
+                outputs = self._run_layers(
+                    "inputs_embeds", columns, mask, positions, past_key_values, use_cache, chunk_size, True, **kwargs
+                )
         return SemTokenModelOutputWithPast(**outputs, span_ids=prompt.span_ids, compressed_lengths=prompt.kept_lengths)
 
     def _rows_of_adapter(self, cache: Any, prompt: CompressedPrompt | None = None) -> Tensor | None:
@@ -230,6 +240,15 @@ def _heed_mask_of_past(mask: Tensor | None, columns: Tensor | None, cache: Any) 
         cache.leave_out(mask[:, :held])
 
 
+def _counts_of_turn(cache: Any, tokens: Tensor, is_masked: bool) -> tuple[list[int], Tensor | None]:
+    """Columns of each row that are no padding, and where they lie; waits for the device if a turn has a mask."""
+    rows, width = tokens.shape
+    if not is_masked or width == 1:
+        return [width] * rows, None
+    real = cache.slot_lengths[:, -width:] > 0
+    return real.sum(1).tolist(), real.flatten().nonzero().squeeze(1)
+
+
 def _append_plain(
     cache: Any, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, position_mode: str
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -246,6 +265,9 @@ def _append_plain(
             "a prepared attention mask does not fit a cache with merged slots; pass a 2D mask over all tokens"
         )
     new = None if attention_mask is None or is_prepared else attention_mask[:, -tokens.shape[1] :]
+    if tokens.shape[1] == 1 and getattr(cache, "ragged_rows", None) is not None:
+        # The host has to know how long rows are: what a mask hides of single steps goes with the next turn.
+        new = None
     slots = torch.ones(tokens.shape, dtype=torch.long, device=tokens.device) if new is None else (new != 0).long()
     if cache.is_compressed and (position_mode == "compact" or position_ids is None):
         held = cache.compressed_lengths if position_mode == "compact" else cache.original_lengths

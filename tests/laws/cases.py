@@ -27,7 +27,9 @@ SLIDING: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 sliding": ("qwen3", {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1}),
 }
 FAMILY_FIELDS: dict[str, tuple[str, dict[str, Any]]] = {**{name: (name, {}) for name in FAMILIES}, **SLIDING}
-ATTENTIONS = ("eager", "sdpa")
+# The last one holds each row's slots alone; the windows of SLIDING it pads, as `sdpa` does.
+PADDED, VARLEN = ("eager", "sdpa"), "semtoken_varlen"
+ATTENTIONS = (*PADDED, VARLEN)
 POSITIONS = ("original", "compact")
 MERGES: dict[str, dict[str, Any]] = {
     "mean": {},
@@ -54,19 +56,25 @@ class Case:
     def is_sliding(self) -> bool:
         return self.family in SLIDING
 
+    @property
+    def is_ragged(self) -> bool:
+        return self.attention == VARLEN and not self.is_sliding
+
 
 def every_case() -> list[Case]:
-    """The full product; how slots were merged cannot matter to what a window forgets."""
-    full = itertools.product(FAMILIES, ATTENTIONS, POSITIONS, MERGES)
-    return [Case(*axes) for axes in [*full, *itertools.product(SLIDING, ATTENTIONS, POSITIONS, ["mean"])]]
+    """The full product; how slots were merged cannot matter to what a window forgets, nor to how rows lie."""
+    full = itertools.product(FAMILIES, PADDED, POSITIONS, MERGES)
+    spread = [case for case in spread_cases() if case.attention == VARLEN]
+    return [Case(*axes) for axes in [*full, *itertools.product(SLIDING, PADDED, POSITIONS, ["mean"])]] + spread
 
 
 def spread_cases() -> list[Case]:
     """Families x attention x positions, the merge modes spread over them: for what only sees finished slots."""
-    cases = itertools.product(FAMILIES, ATTENTIONS, POSITIONS)
     merges = itertools.cycle(MERGES)
-    windows = [Case(*axes) for axes in itertools.product(SLIDING, ATTENTIONS, POSITIONS)]
-    return [Case(*axes, merge=next(merges)) for axes in cases] + windows
+    windows = [Case(*axes) for axes in itertools.product(SLIDING, PADDED, POSITIONS)]
+    cases = [Case(*axes, merge=next(merges)) for axes in itertools.product(FAMILIES, PADDED, POSITIONS)]
+    ragged = [Case(*axes, merge=next(merges)) for axes in itertools.product(FAMILIES, [VARLEN], POSITIONS)]
+    return cases + windows + ragged
 
 
 def cells(roads: Iterable[str], attentions: Iterable[str]) -> list[Any]:
@@ -114,8 +122,8 @@ def model_of(case: Case) -> Any:
 
 @functools.cache
 def plain_of(case: Case) -> Any:
-    """The plain twin, one for all modes."""
-    modes = Case(case.family, case.attention, dtype=case.dtype)
+    """The plain twin, one for all modes; that of SDPA where rows of different lengths would have to be exactly it."""
+    modes = Case(case.family, "sdpa" if case.attention == VARLEN else case.attention, dtype=case.dtype)
     return plain_twin(model_of(case)) if case == modes else plain_of(modes)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from tests.fixtures.cached_rows import states_of_row
 from tests.fixtures.tiny import BERT, left_padded, ragged_prompts, random_ids, tiny_model
 
 from .cases import CLOSE, SLIDING, Case, each_cell, model_of, outcome_of, plain_of, plain_outcome
@@ -85,9 +86,8 @@ def assert_same_slots(case, together, row, alone):
         assert torch.equal(lengths[lengths > 0], mine[mine > 0])
     if case.is_sliding:
         return
-    for ours, theirs in zip(together.layers, alone.layers, strict=True):
-        for name in ("keys", "values"):
-            torch.testing.assert_close(getattr(ours, name)[row][:, lengths > 0], getattr(theirs, name)[0], **CLOSE)
+    for ours, theirs in zip(states_of_row(together, row), states_of_row(alone, 0), strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
 @each_cell(ROADS)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
+
+from tests.fixtures.cached_rows import states_of_row
 
 from .cases import CLOSE, RATIO, WINDOW, each_case, each_cell, model_of, outcome_of, spread_cases
 from .roads import LONG_STEPS, RECOMPRESS_EVERY, ROADS, generate, second_turn
@@ -48,13 +49,20 @@ def test_books(case, road):
     assert torch.equal(cache.original_lengths, original.repeat_interleave(copies))
     assert torch.equal(cache.compressed_lengths, (cache.slot_lengths > 0).sum(1))
     columns = cache.slot_lengths.shape[1]
-    assert cache.get_query_offset() == cache.physical_length() == columns
+    assert cache.physical_length() == (max(cache.compressed_lengths) if case.is_ragged else columns)
+    assert cache.get_query_offset() == (0 if case.is_ragged else columns)
     assert cache.is_compressed
     assert torch.equal(cache.compressed_rows, cache.compressed_lengths < cache.original_lengths)
     mask = cache.attention_mask
     assert (cache.slot_lengths > 0).all() if mask is None else torch.equal(mask, (cache.slot_lengths > 0).long())
     counted = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
     assert cache.memory_bytes() == counted
+    if case.is_ragged:
+        slots = cache.compressed_lengths.tolist()
+        assert cache.ragged_rows.lengths == slots
+        room = sum(n + 16 + n // 32 for n in slots)
+        assert all(sum(slots) <= t.shape[0] <= room for layer in cache.layers for t in (layer.keys, layer.values))
+        return
     for layer in cache.layers:
         held = layer.keys.shape[2]
         is_window = getattr(layer, "is_sliding", False)
@@ -123,13 +131,12 @@ def test_drafts_change_nothing(case, road):
 def test_what_is_held_stays_bit_identical(case, road):
     """Later turns, reading again and beams leave the keys of the prompt as the first call wrote them."""
     cache, first = outcome_of(case, road).cache, outcome_of(case, "greedy").cache
-    columns = first.slot_lengths.shape[1] - 4
     copies = len(cache.slot_lengths) // len(first.slot_lengths)
-    for ours, theirs in itertools.chain.from_iterable(
-        zip((a.keys, a.values), (b.keys, b.values), strict=True)
-        for a, b in zip(cache.layers, first.layers, strict=True)
-    ):
-        assert torch.equal(ours[:, :, :columns], theirs[:, :, :columns].repeat_interleave(copies, 0))
+    for row in range(len(cache.slot_lengths)):
+        for ours, theirs in zip(states_of_row(cache, row), states_of_row(first, row // copies), strict=True):
+            prompt = theirs.shape[1] - 4
+            assert prompt > 0
+            assert torch.equal(ours[:, :prompt], theirs[:, :prompt])
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 1000])
