@@ -76,8 +76,8 @@ def measure_shape(context: Context, shape: str) -> None:
 def run_benchmark(context: Context) -> None:
     """Plain at n, plain at m (the limit) and SemToken, shape by shape; they share the time."""
     context.note(
-        f"Random weights, real text, static encoder with a random table, {RATIO} tokens a slot, batch 1. Peak bytes are "
-        "those of prefill and decode beyond the model."
+        f"Random weights, real text, static encoder with a random table, {RATIO} tokens a slot, batch 1. Peak bytes: "
+        "of prefill and decode beyond the model."
     )
     shapes = [shape for shape in context.shapes if shape in BENCHMARKED] or [context.shapes[-1]]
     end = context.deadline

@@ -17,11 +17,11 @@ from .parts import Context, attention, free_memory
 SHAPE, RATIO, STEPS = "tiny-gqa", 2.4, 4
 # The last row is shorter than `min_prompt_length` and stays plain.
 LENGTHS = (384, 290, 150, 40)
-FIELDS = {"min_prompt_length": 64, "keep_last": 16, "initializer_range": 0.08}
+FIELDS: dict[str, Any] = {"min_prompt_length": 64, "keep_last": 16, "initializer_range": 0.08}
 # As FlashAttention's own tests: at most twice the error of eager in the same dtype, and a little.
 FACTOR, SLACK = 2.0, 1e-3
-# What SDPA says where a kernel takes no mask, no grouped heads or not this dtype.
-NO_KERNEL = ("No available kernel", "No viable backend")
+# What kernels say that take no mask, no grouped heads or not this dtype.
+NO_KERNEL = ("No available kernel", "No viable backend", "only support fp16 and bf16", "only supports fp16 and bf16")
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,10 @@ def compare_plans(context: Context, encoder: str) -> None:
 
 def check_equivalence(context: Context) -> None:
     context.note(
-        f"Logits of a random model ({SHAPE}) at {RATIO} tokens a slot in original positions: prefill and {STEPS} steps. "
+        f"Logits of a random model ({SHAPE}) at {RATIO} tokens a slot in original positions: prefill, {STEPS} steps. "
         f"Tolerance: {FACTOR:g} times the error of eager in the same dtype, plus {SLACK:g} of the largest logit."
     )
     for encoder in ("static", "transformer"):
         compare_plans(context, encoder)
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         compare_backends(context, dtype)

@@ -15,15 +15,19 @@ from .equivalence import FIELDS, LENGTHS, RATIO, SHAPE, available_backends
 from .models import build_model, ragged_batch, text_ids
 from .parts import Context, attention, free_memory
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE, TORCH = Path(__file__).resolve().parents[1], Path(torch.__file__).parent
 SIGN = "synchronizing CUDA operation"
 # What makes the host wait on a GPU, for a processor, where nothing does. Copies to the host are not among them.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave", "_unique2", "equal")
 
 
 def _place() -> str:
-    """The innermost line of this package on the stack, else of any other."""
-    frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
+    """The innermost line of this package on the stack, else of any outside torch."""
+    frames = [
+        frame
+        for frame in traceback.extract_stack()
+        if frame.filename != __file__ and TORCH not in Path(frame.filename).parents
+    ]
     own = [frame for frame in frames if PACKAGE in Path(frame.filename).parents]
     frame = (own or frames)[-1]
     return f"{Path(frame.filename).name}:{frame.lineno} ({frame.name})"
@@ -133,9 +137,7 @@ def count_host_syncs(context: Context) -> None:
     context.note("With a transformer encoder the number of its windows depends on the mask: shown, not checked.")
 
 
-def _count_of_steps(
-    context: Context, model: Any, one: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
-) -> None:
+def _count_of_steps(context: Context, model: Any, one: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> None:
     for implementation in dict.fromkeys(backend.implementation for backend in available_backends(context.device)):
         for name, prompts, prompt_mask in (("one row", one, None), ("ragged batch", ids, mask)):
             # With padding, Transformers asks SDPA's and FlashAttention's masks whether they hide anything.

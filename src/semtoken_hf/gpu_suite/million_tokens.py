@@ -8,17 +8,16 @@ from typing import Any
 import torch
 
 from .machine import VARLEN, has_flash_attention, has_own_varlen
-from .models import build_model, kv_bytes, text_ids, weight_bytes
+from .models import SHAPES, build_model, kv_bytes, text_ids, weight_bytes
 from .parts import Context, free_memory
 from .streaming import stream_prompt
 
 RATIO, CHUNK, SHORTEST = 2.4, 4096, 131072
-# Layers' inputs of all slots, one layer's cache while it grows, and a chunk's activations.
-WORKING_SHARE = 0.08
+# Activations of a chunk, logits, and what the allocator cannot use.
+SPARE_BYTES = 2**31
 # Of the whole, for the two short runs that the time of the long one is told from.
-PROBES = (1 / 64, 1 / 32)
-# The quadratic part is told from short runs, where it is small.
-CAUTION = 1.3
+PROBES = (1 / 32, 1 / 8)
+CAUTION = 1.2
 
 
 def streaming_attention(device: torch.device) -> str:
@@ -28,10 +27,16 @@ def streaming_attention(device: torch.device) -> str:
     return "flash_attention_2" if device.type == "cuda" and has_flash_attention() else "sdpa"
 
 
-def bytes_needed(shape: str, length: int, hidden_size: int) -> int:
-    """Weights, the cache of the slots, and the embeddings of all tokens and slots while they are merged."""
+def bytes_needed(shape: str, length: int, implementation: str) -> int:
+    """Weights, and the larger of two: all embeddings, gathered once, while slots are made; or the slots' embeddings,
+    their cache, and one layer's again while it grows. SDPA also repeats keys and values and makes a mask."""
+    hidden, _, layers, heads, kv_heads, *_ = SHAPES[shape]
     slots = math.ceil(length / RATIO)
-    return weight_bytes(shape) + max(int(kv_bytes(shape, slots) * (1 + WORKING_SHARE)), 4 * hidden_size * length)
+    cache = kv_bytes(shape, slots)
+    reading = 2 * hidden * slots + cache + cache // layers
+    if implementation == "sdpa":
+        reading += cache // layers * heads // kv_heads + 3 * CHUNK * slots
+    return weight_bytes(shape) + max(reading, 4 * hidden * length) + SPARE_BYTES
 
 
 def predict_seconds(short: dict[str, Any], longer: dict[str, Any], tokens: int) -> float:
@@ -53,20 +58,18 @@ def _note_plain(context: Context, shape: str, length: int, memory: int) -> None:
 def stream_million_tokens(context: Context) -> None:
     """The longest of `long_length` and its halves, down to 131,072, that memory and time allow."""
     shape, on_gpu = context.shapes[-1], context.device.type == "cuda"
-    # Half the memory of a smaller device must not decide that nothing is shown: the shape stays, the length shrinks.
     free = torch.cuda.mem_get_info(context.device)[0] if on_gpu else 2**62
     if on_gpu:
         _note_plain(context, shape, context.long_length, torch.cuda.mem_get_info(context.device)[1])
     lengths = [context.long_length >> i for i in range(4)]
     lengths = [n for n in lengths if n >= min(SHORTEST, context.long_length)]
-    hidden = 0 if not on_gpu else 4096
-    fitting = [n for n in lengths if bytes_needed(shape, n, hidden) < 0.97 * free]
+    implementation = streaming_attention(context.device)
+    fitting = [n for n in lengths if bytes_needed(shape, n, implementation) < free]
     if fitting != lengths:
         left_out = ", ".join(f"{n:,}" for n in lengths if n not in fitting)
         context.note(f"{free / 1e9:.0f} GB are free, too few for {left_out} tokens.")
     if not fitting:
         return
-    implementation = streaming_attention(context.device)
     context.note(f"{shape}, attention {implementation}, chunks of {CHUNK:,} slots, static encoder with a random table.")
     model = build_model(shape, context.device, context.dtype, attn_implementation=implementation)
     try:
@@ -87,12 +90,14 @@ def _stream(context: Context, model: Any, lengths: list[int]) -> None:
         return record
 
     # The first run warms up, too: the same length again tells the time.
-    probes = [run(max(int(share * lengths[0]), 1024)) for share in (PROBES[0], *PROBES)]
+    probes = [run(int(share * lengths[0])) for share in (PROBES[0], *PROBES)]
     for length in lengths:
         if all(probes):
             seconds = predict_seconds(probes[1], probes[2], length)
             if seconds > context.left():
-                context.note(f"{length:,} tokens would take about {seconds:.0f} s, and {context.left():.0f} s are left.")
+                context.note(
+                    f"{length:,} tokens would take about {seconds:.0f} s, and {context.left():.0f} s are left."
+                )
                 continue
         if run(length) is not None:
             if length < context.long_length:

@@ -11,6 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import ContinuousMixin
 
 from ..evaluation.side_by_side import timed
 from .equivalence import Backend
@@ -48,7 +49,7 @@ def record_product(context: Context, what: str, times: dict[tuple[str, str], flo
         times: milliseconds by (backend, way), two of each.
         base: the slow one of both.
     """
-    backend, way = ([key[i] for key in times if key[i] != base[i]][0] for i in range(2))
+    backend, way = (next(key[i] for key in times if key[i] != base[i]) for i in range(2))
     gains = [times[base] / times[key] for key in ((backend, base[1]), (base[0], way), (backend, way))]
     context.row(
         product=what,
@@ -85,7 +86,7 @@ def batching_options(context: Context, length: int) -> ContinuousBatchingConfig:
     known = {field.name for field in fields(ContinuousBatchingConfig)}
     page = "page_size" if "page_size" in known else "block_size"
     options: dict[str, Any] = {page: PAGE, "num_blocks": ROWS * (-(-(length + NEW_TOKENS) // PAGE) + 2)}
-    options |= {"max_batch_tokens": min(length, 8192), "auto_switch_to_flash": False}
+    options |= {"max_batch_tokens": min(length, 8192), "auto_switch_to_flash": False, "use_cuda_graph": False}
     return ContinuousBatchingConfig(**{name: value for name, value in options.items() if name in known})
 
 
@@ -95,7 +96,8 @@ def multiply_paged_attention(context: Context, model: Any, length: int) -> None:
     rows = torch.cat([text_ids(length, context.device, start=97 * row) for row in range(ROWS)])
     lengths = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     settings = GenerationConfig(**lengths, eos_token_id=-1, pad_token_id=0)
-    more = {"warmup": False} if "warmup" in inspect.signature(type(model).__mro__[-1].__init__).parameters else {}
+    # Each call makes a manager of its own, whose preparation is not what is compared.
+    more = {"warmup": False} if "warmup" in inspect.signature(ContinuousMixin.generate_batch).parameters else {}
 
     def padded(arguments: dict[str, Any]) -> Any:
         return model.generate(rows, attention_mask=torch.ones_like(rows), **lengths, **arguments)
