@@ -118,10 +118,10 @@ def main() -> None:
     lines = [
         "# One million tokens",
         "",
-        f"Shape `{arguments.shape}` ({layers} layers of width {hidden}, {heads} heads, float32), random weights, a "
-        f"chapter of running text repeated, static encoder with a random table, attention {arguments.attention}; layers "
+        f"Shape `{arguments.shape}` ({layers} layers of width {hidden}, {heads} heads, float32), random weights, "
+        f"a chapter of text repeated, static encoder with a random table, attention {arguments.attention}; the layers "
         f"read {arguments.chunk} slots at a time, then {arguments.new_tokens} tokens are generated. Stage: the "
-        "compression alone. Peak bytes: the most that the process held beyond the loaded model; and that less the cache.",
+        "compression alone. Peak bytes: the most that the process held beyond the loaded model, and less the cache.",
         "",
         *table(measure(arguments)),
     ]
