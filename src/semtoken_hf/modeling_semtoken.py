@@ -64,6 +64,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         query_mask: Tensor | None = None,
         read_mask: Tensor | None = None,
         prefill_chunk_size: int | None = None,
+        states_to_keep: int = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The family's forward over every token, or with `compression=True` over the slots of `compress`.
@@ -72,9 +73,11 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
             compression: True merges the tokens that `read_mask` and the protections leave free.
             target_ratio, span_ids, protected_mask, query_mask, read_mask: as in `compress`.
             prefill_chunk_size: run the layers over this many columns at a time, to bound the working memory.
+            states_to_keep: the last columns that the caller reads; states of chunks before them are let go. 0: all.
 
         Returns:
-            `last_hidden_state` [B, T, H] and no `span_ids` where nothing merged; else [B, M, H] over the slots.
+            `last_hidden_state` [B, T, H] and no `span_ids` where nothing merged; else [B, M, H] over the slots. With
+            `states_to_keep` and chunks, only the last columns of that.
         """
         _heed_mask_of_past(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
         if compression and input_ids is not None:
@@ -90,7 +93,9 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
                 query_mask=query_mask,
             )
             if prompt.is_merged:
-                return self._forward_slots(prompt, past_key_values, use_cache, prefill_chunk_size, **kwargs)
+                return self._forward_slots(
+                    prompt, past_key_values, use_cache, prefill_chunk_size, states_to_keep, **kwargs
+                )
         adapted: Tensor | bool = False
         if (step := step_of_call(kwargs)) is not None and not step.is_plain:
             assert input_ids is not None
@@ -115,6 +120,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
                 past_key_values,
                 use_cache,
                 prefill_chunk_size,
+                states_to_keep,
                 has_gaps,
                 **kwargs,
             )
@@ -125,6 +131,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         past_key_values: Any,
         use_cache: bool | None,
         chunk_size: int | None,
+        states_to_keep: int,
         **kwargs: Any,
     ) -> SemTokenModelOutputWithPast:
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -151,6 +158,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
                 past_key_values,
                 use_cache,
                 chunk_size,
+                states_to_keep,
                 True,
                 **kwargs,
             )
@@ -173,6 +181,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         past_key_values: Any,
         use_cache: bool | None,
         chunk_size: int | None,
+        states_to_keep: int,
         has_gaps: bool,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -198,7 +207,8 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
                 use_cache=use_cache,
                 **{**kwargs, "return_dict": True},
             )
-            states.append(outputs.last_hidden_state)
+            if not states_to_keep or end > length - states_to_keep:
+                states.append(outputs.last_hidden_state)
         if len(states) > 1:
             outputs.last_hidden_state = torch.cat(states, dim=1)
         return outputs
