@@ -4,16 +4,16 @@ import pytest
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from semtoken_hf.gpu_suite.equivalence import FIELDS, LENGTHS, RATIO, SHAPE
+from semtoken_hf.gpu_suite.equivalence import FIELDS, LENGTHS, PLANS, RATIO, SHAPE
 from semtoken_hf.gpu_suite.host_syncs import HostSyncs
 from semtoken_hf.gpu_suite.models import build_model, ragged_batch, text_ids
 from tests.fixtures.batching import model_of, prompts_of, settings
 
 
-@pytest.mark.parametrize("mode", ["greedy", "boundary", "uniform"])
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("encoder", ["static", "transformer"])
-def test_plans_are_those_of_the_processor(encoder, mode, device):
-    on_cpu = build_model(SHAPE, "cpu", encoder=encoder, segmentation_mode=mode, **FIELDS)
+def test_plans_are_those_of_the_processor(encoder, plan, device):
+    on_cpu = build_model(SHAPE, "cpu", encoder=encoder, **{**FIELDS, **PLANS[plan]})
     ids, mask = ragged_batch(LENGTHS)
     wanted = on_cpu.compress(ids, mask, target_ratio=RATIO)
     assert wanted.is_merged

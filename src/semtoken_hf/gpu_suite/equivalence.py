@@ -20,6 +20,12 @@ LENGTHS = (384, 290, 150, 40)
 FIELDS: dict[str, Any] = {"min_prompt_length": 64, "keep_last": 16, "initializer_range": 0.08}
 # As FlashAttention's own tests: at most twice the error of eager in the same dtype, and a little.
 FACTOR, SLACK = 2.0, 1e-3
+# The default follows fingerprints less than the other two: far from the end, recency decides.
+PLANS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "entropy alone": {"similarity_threshold": None, "recency": 0.0},
+    "boundary": {"segmentation_mode": "boundary"},
+}
 # What kernels say that take no mask, no grouped heads or not this dtype.
 NO_KERNEL = ("No available kernel", "No viable backend", "only support fp16 and bf16", "only supports fp16 and bf16")
 
@@ -131,16 +137,16 @@ def compare_backends(context: Context, dtype: torch.dtype, backends: list[Backen
 def compare_plans(context: Context, encoder: str) -> None:
     """Plans of the same prompts on the CPU in float32, and on the device in every dtype (law 7)."""
     ids, mask = ragged_batch(LENGTHS)
-    fields = {**FIELDS, "fingerprint_radius": 2}
-    on_cpu = build_model(SHAPE, "cpu", encoder=encoder, **fields)
-    wanted = on_cpu.compress(ids, mask, target_ratio=RATIO).span_ids
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        model = copy.deepcopy(on_cpu).to(context.device, dtype)
-        spans = model.compress(ids.to(context.device), mask.to(context.device), target_ratio=RATIO).span_ids.cpu()
-        name = str(dtype).removeprefix("torch.")
-        differing = int((spans != wanted).sum())
-        context.row(encoder=encoder, plan=f"{context.device.type}, {name}", **{"tokens in another slot": differing})
-        context.check(f"plan of the {encoder} encoder, {context.device.type} {name} as on the CPU", differing == 0)
+    for plan, fields in PLANS.items():
+        on_cpu = build_model(SHAPE, "cpu", encoder=encoder, **{**FIELDS, **fields})
+        wanted = on_cpu.compress(ids, mask, target_ratio=RATIO).span_ids
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            model = copy.deepcopy(on_cpu).to(context.device, dtype)
+            spans = model.compress(ids.to(context.device), mask.to(context.device), target_ratio=RATIO).span_ids.cpu()
+            place = f"{context.device.type}, {str(dtype).removeprefix('torch.')}"
+            differing = int((spans != wanted).sum())
+            context.row(encoder=encoder, plan=plan, where=place, **{"tokens in another slot": differing})
+            context.check(f"plan ({plan}, {encoder} encoder) on {place} as on the CPU", differing == 0)
 
 
 def check_equivalence(context: Context) -> None:

@@ -26,7 +26,7 @@ def _place() -> str:
     frames = [
         frame
         for frame in traceback.extract_stack()
-        if frame.filename != __file__ and TORCH not in Path(frame.filename).parents
+        if frame.filename not in (__file__, warnings.__file__) and TORCH not in Path(frame.filename).parents
     ]
     own = [frame for frame in frames if PACKAGE in Path(frame.filename).parents]
     frame = (own or frames)[-1]

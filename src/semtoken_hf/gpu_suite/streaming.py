@@ -31,7 +31,7 @@ def stream_prompt(
 
     Returns:
         way, tokens, slots, `stage s` (compression alone, a run of its own), `prefill s`, `decode ms` per token,
-        `KV bytes`, `peak bytes` beyond the model, `peak beyond the cache`.
+        `KV bytes` behind the last step, `peak bytes` beyond the model, `peak beyond the cache`.
 
     Raises:
         TimeUp: the deadline has passed.
@@ -60,14 +60,14 @@ def stream_prompt(
     cache = out.past_key_values
     held = cache_bytes(cache)
     # Plain prefill in chunks may compute logits of every chunk; the steps are the last calls.
-    first = len(ends) - new_tokens
+    first, read_again = len(ends) - new_tokens, new_tokens - 1
     return {
         "way": "plain" if target_ratio is None else f"SemToken {target_ratio:g}x",
         "tokens": ids.shape[1],
-        "slots": int(cache.compressed_lengths.max()) if tracks_slots(cache) else ids.shape[1],
+        "slots": int(cache.compressed_lengths.max()) - read_again if tracks_slots(cache) else ids.shape[1],
         "stage s": stage,
         "prefill s": ends[first] - start,
-        "decode ms": 1e3 * (ends[-1] - ends[first]) / (new_tokens - 1),
+        "decode ms": 1e3 * (ends[-1] - ends[first]) / read_again,
         "KV bytes": held,
         "peak bytes": peak.bytes,
         "peak beyond the cache": None if peak.bytes is None else peak.bytes - held,
