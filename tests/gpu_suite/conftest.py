@@ -21,4 +21,4 @@ def few_steps(monkeypatch):
 
 @pytest.fixture
 def context():
-    return Context(torch.device("cpu"), torch.float32, ("tiny",), (512, 1024), 4096, time.time() + 100)
+    return Context(torch.device("cpu"), torch.float32, ("tiny",), (512, 1024), 2048, time.time() + 100)

@@ -73,28 +73,28 @@ def test_the_whole_prompt_where_time_allows(context):
 
 
 def test_a_shorter_prompt_where_time_does_not_allow(context, monkeypatch):
-    monkeypatch.setattr(million_tokens, "SHORTEST", 1024)
-    monkeypatch.setattr(million_tokens, "predict_seconds", lambda short, longer, n: 1e9 if n > 1024 else 1.0)
+    monkeypatch.setattr(million_tokens, "SHORTEST", 512)
+    monkeypatch.setattr(million_tokens, "predict_seconds", lambda short, longer, n: 1e9 if n > 512 else 1.0)
     stream_million_tokens(context)
-    assert context.rows[-1]["tokens"] == 1024
+    assert context.rows[-1]["tokens"] == 512
     assert sum("would take" in note for note in context.notes) == 2
-    assert "1,024 tokens instead of 4,096." in context.notes
+    assert "512 tokens instead of 2,048." in context.notes
 
 
 def test_a_shorter_prompt_where_memory_does_not_allow(context, monkeypatch):
-    monkeypatch.setattr(million_tokens, "SHORTEST", 1024)
+    monkeypatch.setattr(million_tokens, "SHORTEST", 512)
     stream = million_tokens.stream_prompt
 
     def small_device(model, ids, *rest):
-        if ids.shape[1] > 2048:
+        if ids.shape[1] > 1024:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return stream(model, ids, *rest)
 
     monkeypatch.setattr(million_tokens, "stream_prompt", small_device)
     stream_million_tokens(context)
-    assert context.rows[-1]["tokens"] == 2048
+    assert context.rows[-1]["tokens"] == 1024
     assert any("out of memory" in note for note in context.notes)
-    assert "2,048 tokens instead of 4,096." in context.notes
+    assert "1,024 tokens instead of 2,048." in context.notes
 
 
 def test_peak_memory_sees_what_is_gone_again():

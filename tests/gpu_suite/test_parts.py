@@ -96,8 +96,9 @@ def test_a_backend_that_raises(context, monkeypatch, error, checks, broken):
 
 
 def test_plans(context, monkeypatch):
+    monkeypatch.setattr(equivalence, "PLANS", {"boundary": equivalence.PLANS["boundary"]})
     compare_plans(context, "static")
-    assert list(context.checks.values()) == [True] * 9
+    assert list(context.checks.values()) == [True] * 3
 
     monkeypatch.setattr(SemanticEncoder, "_apply", torch.nn.Module._apply)  # it follows the model's dtype
     compare_plans(context, "transformer")
@@ -141,6 +142,7 @@ def test_product_of_known_times(context):
 
 
 def test_benchmark(context):
+    context.lengths = context.lengths[:1]
     benchmark.run_benchmark(context)
     measured = {(row["tokens"], row["way"]): row for row in context.rows if "way" in row}
     for length in context.lengths:
@@ -163,6 +165,7 @@ def test_benchmark_goes_on_behind_a_way_that_does_not_fit(context, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
         return measure(model, ids, way)
 
+    context.lengths = context.lengths[:1]
     monkeypatch.setattr(benchmark, "measure_way", without_plain)
     benchmark.run_benchmark(context)
     assert {row["way"] for row in context.rows if "way" in row} == {"plain at m", "SemToken"}
