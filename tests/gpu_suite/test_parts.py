@@ -79,8 +79,12 @@ def test_a_wrong_backend_fails(context, dtype, changes, broken):
 
 @pytest.mark.parametrize(
     ("error", "checks"),
-    [(RuntimeError("No available kernel. Aborting execution."), 0), (ValueError("must be contiguous"), 1)],
-    ids=["not supported", "fails"],
+    [
+        (RuntimeError("No available kernel. Aborting execution."), 0),
+        (RuntimeError("FlashAttention only support fp16 and bf16 data type"), 0),
+        (ValueError("must be contiguous"), 1),
+    ],
+    ids=["not supported", "half precision only", "fails"],
 )
 def test_a_backend_that_raises(context, monkeypatch, error, checks, broken):
     def attend(*_, **__):
