@@ -38,25 +38,11 @@ def stream_prompt(
     """
     way = {"compression": False} if target_ratio is None else {"target_ratio": target_ratio}
     options = {"attention_mask": torch.ones_like(ids), "prefill_chunk_size": chunk, "do_sample": False, **way}
-    ends: list[float] = []
-
-    def note_end(*_: Any) -> None:
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        ends.append(time.perf_counter())
-
     stage = None
     if target_ratio is not None:
         stage = timed(lambda: model.compress(ids, target_ratio=target_ratio).slot_counts)[0]
-    handle = model.lm_head.register_forward_hook(note_end)
-    try:
-        with PeakMemory(model.device) as peak, time_limit(model, deadline):
-            start = time.perf_counter()
-            out = model.generate(
-                ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, return_dict_in_generate=True, **options
-            )
-    finally:
-        handle.remove()
+    with PeakMemory(model.device) as peak, time_limit(model, deadline):
+        out, start, ends = _generate(model, ids, new_tokens, options)
     cache = out.past_key_values
     held = cache_bytes(cache)
     # Plain prefill in chunks may compute logits of every chunk; the steps are the last calls.
@@ -72,3 +58,21 @@ def stream_prompt(
         "peak bytes": peak.bytes,
         "peak beyond the cache": None if peak.bytes is None else peak.bytes - held,
     }
+
+
+def _generate(model: Any, ids: Tensor, new_tokens: int, options: dict[str, Any]) -> tuple[Any, float, list[float]]:
+    """What `generate` returns, when it began, and when each call of the head was through."""
+    ends: list[float] = []
+
+    def note_end(*_: Any) -> None:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+
+    handle = model.lm_head.register_forward_hook(note_end)
+    lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    try:
+        start = time.perf_counter()
+        return model.generate(ids, return_dict_in_generate=True, **lengths, **options), start, ends
+    finally:
+        handle.remove()
