@@ -121,14 +121,31 @@ def _row_by_row(query: Tensor, keys: Tensor, values: Tensor, step: RaggedStep, c
         if not new:
             continue
         part, held = slice(end, end + new * copies), slice(start, start + length)
-        end, mask = part.stop, None
-        if is_causal and 1 < new < length:
-            mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
+        end = part.stop
         q, k, v = (t[span].transpose(0, 1)[None] for t, span in ((query, part), (keys, held), (values, held)))
-        is_whole = is_causal and new == length
-        states = scaled_dot_product_attention(q, k, v, mask, is_causal=is_whole, scale=scaling, enable_gqa=shares_keys)
+        if is_causal and 1 < new < length and q.device.type == "cpu":
+            states = _behind_a_past(q, k, v, length - new, scaling)
+        else:
+            mask = None
+            if is_causal and 1 < new < length:
+                mask = torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)
+            states = scaled_dot_product_attention(
+                q, k, v, mask, is_causal=is_causal and new == length, scale=scaling, enable_gqa=shares_keys
+            )
         out.append(states[0].transpose(0, 1))
     return torch.cat(out)
+
+
+def _behind_a_past(query: Tensor, keys: Tensor, values: Tensor, past: int, scaling: float | None) -> Tensor:
+    """Causal attention [1, H, Q, D] behind `past` keys that all queries see, without a mask of the size Q x keys.
+
+    The two parts are joined by their log-sum-exp, as FlashAttention joins its blocks (arXiv 2307.08691, section 3.1).
+    """
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    before, log_before = attend(query, keys[:, :, :past], values[:, :, :past], scale=scaling)
+    own, log_own = attend(query, keys[:, :, past:], values[:, :, past:], is_causal=True, scale=scaling)
+    share = torch.sigmoid(log_before - log_own).unsqueeze(-1)
+    return torch.lerp(own.to(share.dtype), before.to(share.dtype), share).to(query.dtype)
 
 
 AttentionInterface.register(VARLEN, varlen_attention_forward)

@@ -66,6 +66,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         query_mask: Tensor | None = None,
         read_mask: Tensor | None = None,
         prefill_chunk_size: int | None = None,
+        states_to_keep: int = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The family's forward over every token, or with `compression=True` over the slots of `compress`.
@@ -74,9 +75,11 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             compression: True merges the tokens that `read_mask` and the protections leave free.
             target_ratio, span_ids, protected_mask, query_mask, read_mask: as in `compress`.
             prefill_chunk_size: run the layers over this many columns at a time, to bound the working memory.
+            states_to_keep: the last columns that the caller reads; states of chunks before them are let go. 0: all.
 
         Returns:
-            `last_hidden_state` [B, T, H] and no `span_ids` where nothing merged; else [B, M, H] over the slots.
+            `last_hidden_state` [B, T, H] and no `span_ids` where nothing merged; else [B, M, H] over the slots. With
+            `states_to_keep` and chunks, only the last columns of that.
         """
         _heed_mask_of_past(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
         if compression and input_ids is not None:
@@ -92,7 +95,9 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 query_mask=query_mask,
             )
             if prompt.is_merged:
-                return self._forward_slots(prompt, past_key_values, use_cache, prefill_chunk_size, **kwargs)
+                return self._forward_slots(
+                    prompt, past_key_values, use_cache, prefill_chunk_size, states_to_keep, **kwargs
+                )
         adapted: Tensor | bool = False
         if (step := step_of_call(kwargs)) is not None and not step.is_plain:
             assert input_ids is not None
@@ -112,7 +117,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 counts, index = _counts_of_turn(past_key_values, tokens, is_masked)
                 gate = self._rows_of_adapter(past_key_values)
                 turn = name, columns, position_ids, past_key_values, counts, index
-                return self._run_ragged(*turn, use_cache, prefill_chunk_size, gate, **kwargs)
+                return self._run_ragged(*turn, use_cache, prefill_chunk_size, states_to_keep, gate, **kwargs)
         has_gaps = tracks_slots(past_key_values) and past_key_values.is_compressed
         with adapter_acts_on(self._rows_of_adapter(past_key_values) if has_gaps else adapted):
             return self._run_layers(
@@ -123,6 +128,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 past_key_values,
                 use_cache,
                 prefill_chunk_size,
+                states_to_keep,
                 has_gaps,
                 **kwargs,
             )
@@ -133,6 +139,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         past_key_values: Any,
         use_cache: bool | None,
         chunk_size: int | None,
+        states_to_keep: int,
         **kwargs: Any,
     ) -> SemTokenModelOutputWithPast:
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -156,14 +163,13 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             counts, width = prompt.slot_counts, prompt.position_ids.shape[1]
             starts = [(row + 1) * width - count for row, count in enumerate(counts)]
             index = ranges(starts, counts, prompt.position_ids.device) if prompt.is_padded else None
-            turn = "inputs_embeds", prompt.inputs_embeds, prompt.position_ids, past_key_values, counts, index
-            outputs = self._run_ragged(*turn, use_cache, chunk_size, gate, **kwargs)
+            packed = "inputs_embeds", prompt.inputs_embeds, prompt.position_ids, past_key_values, counts, index
+            outputs = self._run_ragged(*packed, use_cache, chunk_size, states_to_keep, gate, **kwargs)
         else:
             columns, positions = prompt.inputs_embeds, prompt.position_ids
             with adapter_acts_on(gate):
-                outputs = self._run_layers(
-                    "inputs_embeds", columns, mask, positions, past_key_values, use_cache, chunk_size, True, **kwargs
-                )
+                turn = "inputs_embeds", columns, mask, positions, past_key_values
+                outputs = self._run_layers(*turn, use_cache, chunk_size, states_to_keep, True, **kwargs)
         return SemTokenModelOutputWithPast(**outputs, span_ids=prompt.span_ids, compressed_lengths=prompt.kept_lengths)
 
     def _rows_of_adapter(self, cache: Any, prompt: CompressedPrompt | None = None) -> Tensor | None:
@@ -183,6 +189,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         past_key_values: Any,
         use_cache: bool | None,
         chunk_size: int | None,
+        states_to_keep: int,
         has_gaps: bool,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -208,7 +215,8 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 use_cache=use_cache,
                 **{**kwargs, "return_dict": True},
             )
-            states.append(outputs.last_hidden_state)
+            if not states_to_keep or end > length - states_to_keep:
+                states.append(outputs.last_hidden_state)
         if len(states) > 1:
             outputs.last_hidden_state = torch.cat(states, dim=1)
         return outputs

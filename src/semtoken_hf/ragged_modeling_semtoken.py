@@ -50,6 +50,7 @@ class SemTokenRaggedMixin:
         index: Tensor | None,
         use_cache: bool | None,
         chunk_size: int | None,
+        states_to_keep: int,
         gate: Tensor | None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -62,11 +63,12 @@ class SemTokenRaggedMixin:
             counts: columns of each row that are no padding.
             index: int64 [N], those of all rows, in the flattened [B * Q]; None where no column is padding.
             chunk_size: run over this many slots a row at a time.
+            states_to_keep: of a single row, the last columns whose states are read; 0: all of them.
             gate: bool [B], rows on which the adapter acts, or None.
 
         Returns:
-            states [B, Q, H], zero at padding; `hidden_states` alike, but packed, [1, n, H], of the last of several
-            chunks.
+            states [B, Q, H], zero at padding, or the last columns of them; `hidden_states` alike, but packed,
+            [1, n, H], of the last of several chunks.
 
         Raises:
             ValueError: the model was given another attention since the cache became ragged.
@@ -96,7 +98,8 @@ class SemTokenRaggedMixin:
                     use_cache=use_cache,
                     **{**kwargs, "return_dict": True, "ragged_step": step},
                 )
-            states.append(outputs.last_hidden_state)
+            if rows > 1 or not states_to_keep or part.stop > len(packed) - states_to_keep:
+                states.append(outputs.last_hidden_state)
 
         outputs.last_hidden_state = _lay_out(torch.cat(states, 1), index, rows, width)
         if outputs.hidden_states is not None and len(states) == 1:
@@ -109,7 +112,7 @@ def _lay_out(packed: Tensor, index: Tensor | None, rows: int, width: int) -> Ten
     if index is not None:
         empty = packed.new_zeros(rows * width, packed.shape[-1])
         packed = empty.index_copy(0, index.to(packed.device), packed[0])
-    return packed.view(rows, width, -1)
+    return packed.view(rows, -1, packed.shape[-1])
 
 
 def _overlap(counts: list[int], part: slice) -> list[int]:

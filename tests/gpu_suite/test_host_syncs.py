@@ -1,0 +1,72 @@
+"""Where the host waits, with a device that is only pretended."""
+
+import warnings
+
+import pytest
+import torch
+
+from semtoken_hf.gpu_suite import host_syncs
+from semtoken_hf.gpu_suite.host_syncs import HostSyncs, count_host_syncs
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Modes that were set on a CUDA device that is not there."""
+    modes = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    return modes
+
+
+def wait():
+    warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+
+def test_warnings_of_a_device_are_counted_by_place(pretended):
+    with HostSyncs("cuda") as syncs:
+        for _ in range(2):
+            wait()
+        warnings.warn("of something else", stacklevel=1)
+        wait()
+    assert syncs.count == 3
+    assert [place.split(":")[0] for place in syncs.places] == ["test_host_syncs.py"]
+    assert pretended == ["warn", "default"]
+
+
+def test_the_mode_is_put_back_behind_an_error(pretended):
+    shown = warnings.showwarning
+    with pytest.raises(ZeroDivisionError), HostSyncs("cuda", forbid=True):
+        raise ZeroDivisionError
+    assert pretended == ["error", "default"]
+    assert warnings.showwarning is shown
+
+
+def test_calls_that_would_wait():
+    values = torch.arange(6)
+    with HostSyncs("cpu") as syncs:
+        values[values > 2]
+        values.nonzero()
+        values.max().item()
+        values.repeat_interleave(values)
+    assert syncs.count == 4
+    with HostSyncs("cpu", forbid=True):
+        values[values]
+        values.where(values > 2, 0).cumsum(0)
+        values.repeat_interleave(values, output_size=15)
+
+
+def test_every_setting_is_counted(context, monkeypatch):
+    count_host_syncs(context)
+    calls = {(row["call"], row["setting"]) for row in context.rows}
+    assert {call for call, _ in calls} == {"compress", "decode step"}
+    assert ("compress", "transformer encoder, ragged batch") in calls
+    assert {row["waits"] for row in context.rows if row["setting"] == "sdpa, one row"} == {0}
+    # Other calls wait on a processor, so nothing is checked there.
+    assert not context.checks
+
+
+@pytest.mark.parametrize(("waits", "holds"), [(1, True), (2, False)])
+def test_more_than_allowed_does_not_hold(context, pretended, waits, holds):
+    context.device = torch.device("cuda")
+    host_syncs._measure(context, "compress", "static", 1, lambda: [wait() for _ in range(waits)])
+    assert list(context.checks.values()) == [holds]

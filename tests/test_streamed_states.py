@@ -1,0 +1,58 @@
+"""A prefill in chunks holds the states that are read, and no others."""
+
+import pytest
+import torch
+
+from tests.fixtures.tiny import ragged_prompts, random_ids, tiny_model
+
+CHUNK = 7
+
+
+def states_of(model, ids, **arguments):
+    """Logits, and how many columns of states the head saw."""
+    seen = []
+    handle = model.model.register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state.shape[1]))
+    try:
+        return model(ids, **arguments).logits, seen[-1]
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("keep", [1, 3, 8, 20])
+@pytest.mark.parametrize("ragged", [False, True], ids=["one row", "ragged"])
+def test_only_the_last_chunks_are_held(keep, ragged):
+    model = tiny_model()
+    ids, mask = ragged_prompts() if ragged else (random_ids(1, 96), None)
+    arguments = {"attention_mask": mask, "logits_to_keep": keep}
+    whole, columns = states_of(model, ids, **arguments)
+    chunked, held = states_of(model, ids, prefill_chunk_size=CHUNK, past_key_values=None, **arguments)
+    assert keep <= held < keep + CHUNK < columns
+    torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert not whole[:, -1].isnan().any()
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_padding_behind_a_row_is_no_column_that_is_read(padding_side):
+    model = tiny_model()
+    ids, mask = ragged_prompts()
+    if padding_side == "right":
+        order = mask.argsort(dim=1, descending=True, stable=True)
+        ids, mask = ids.gather(1, order), mask.gather(1, order)
+    arguments = {"attention_mask": mask, "logits_to_keep": 60}
+    whole, _ = states_of(model, ids, **arguments)
+    chunked, _ = states_of(model, ids, prefill_chunk_size=CHUNK, **arguments)
+    torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_what_is_read_anywhere_keeps_all_states():
+    model = tiny_model()
+    ids = random_ids(1, 96)
+    labels = torch.full_like(ids, -100)
+    labels[:, 20] = ids[:, 20]
+    whole, columns = states_of(model, ids, labels=labels)
+    chunked, held = states_of(model, ids, labels=labels, prefill_chunk_size=CHUNK)
+    assert held == columns
+    torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-4, equal_nan=True)
+    by_index, held = states_of(model, ids, logits_to_keep=torch.tensor([5, 95]), prefill_chunk_size=CHUNK)
+    assert held > CHUNK
+    assert not by_index.isnan().any()
