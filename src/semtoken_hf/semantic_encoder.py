@@ -228,7 +228,7 @@ class SemanticEncoder(nn.Module):
 
 
 def windows_per_call(total: int, window: int, device: torch.device) -> int:
-    """Windows of every call of a stream, all of one shape: always the same on an accelerator, without waste on a CPU."""
+    """Windows of every call of a stream, all of one shape: on a CPU without waste, elsewhere always the same."""
     calls = -(-total // WINDOWS_PER_CALL)
     if device.type != "cpu" or calls == 0:
         return WINDOWS_PER_CALL
