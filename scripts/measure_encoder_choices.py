@@ -177,12 +177,12 @@ def report(rows: dict[str, Row], questions: int, arguments: argparse.Namespace) 
     lines = [
         f"# Choices of encoder: {Path(arguments.encoder).name}",
         "",
-        f"Plans at {arguments.ratio:g} tokens per slot; recency 0 is the paper's budget. Boundaries and context gain: "
-        f"`{arguments.text_file.name}`, {arguments.windows} windows of {arguments.context} + {arguments.target} tokens, the language model of "
-        f"`{Path(arguments.checkpoint).name}` with representatives, nothing trained on these plans. Answer tokens: "
-        f"{TASKS[arguments.task].title}, {questions} questions, share of the gold answer with a slot of its own. "
-        f"Time: the encoder alone on {arguments.tokens:,} tokens, medians of {arguments.repetitions} alternating runs "
-        f"with {torch.get_num_threads()} threads.",
+        f"Plans at {arguments.ratio:g} tokens per slot; recency 0 is the paper's budget. Boundaries and gain: "
+        f"`{arguments.text_file.name}`, {arguments.windows} windows of {arguments.context} + {arguments.target}, "
+        f"the language model of `{Path(arguments.checkpoint).name}` with representatives, nothing trained on these "
+        f"plans. Answer tokens: {TASKS[arguments.task].title}, {questions} questions, share of the gold answer with a "
+        f"slot of its own. Time: the encoder alone on {arguments.tokens:,} tokens, medians of {arguments.repetitions} "
+        f"alternating runs with {torch.get_num_threads()} threads.",
         "",
         "| encoder | " + " | ".join(columns) + " | us per token | / first row |",
         "|---" * (len(columns) + 3) + "|",
