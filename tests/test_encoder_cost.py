@@ -237,9 +237,11 @@ def test_bfloat16_layers_whatever_the_dtype_of_the_model(tmp_path, dtype: Any) -
     assert stored == {torch.bfloat16}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
     assert loaded.dtype == (torch.float32 if dtype == "auto" else dtype)
-    for moved in (loaded, loaded.half(), loaded.to(torch.float32), loaded.bfloat16(), loaded.to("cpu")):
-        assert dtypes_of(moved) == {torch.bfloat16}
-        assert torch.equal(moved.compress(IDS).span_ids, plan)
+    for move in ("half", "float", "bfloat16", "cpu"):
+        assert dtypes_of(loaded) == {torch.bfloat16}
+        assert torch.equal(loaded.compress(IDS).span_ids, plan)
+        getattr(loaded, move)()
+    assert dtypes_of(loaded) == {torch.bfloat16}
     assert torch.equal(SpanPlanner.from_pretrained(tmp_path).plan(IDS).span_ids, plan)
     loaded.save_pretrained(tmp_path / "again")
     assert dtypes_of(AutoModelForCausalLM.from_pretrained(tmp_path / "again")) == {torch.bfloat16}
