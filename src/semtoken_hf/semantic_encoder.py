@@ -140,7 +140,7 @@ class SemanticEncoder(nn.Module):
         """
         with torch.autocast(input_ids.device.type, enabled=False):
             if self.is_static:
-                fingerprints = self.encoder.embeddings.weight.new_empty((len(input_ids), self.width))
+                fingerprints = input_ids.new_empty((len(input_ids), self.width), dtype=torch.float32)
                 return self._smooth(lambda part: self.encoder.embeddings(input_ids[part]), fingerprints, layout)
             states = self._encode_windows(input_ids, layout, windows)
             return self._smooth(lambda part: states[part], states, layout)
@@ -162,7 +162,7 @@ class SemanticEncoder(nn.Module):
             number = torch.arange(first, first + size, device=input_ids.device)
             tokens, owned, valid = self._place_windows(number, counts, layout)
             found = self._encode(input_ids[tokens], valid if signed < 0 else None)
-            states.index_copy_(0, tokens.where(owned, len(input_ids)).flatten(), found.flatten(0, 1).float())
+            states.index_copy_(0, tokens.where(owned, len(input_ids)).flatten(), found.flatten(0, 1).to(states))
         return states[:-1]
 
     def _place_windows(self, number: Tensor, counts: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +207,7 @@ class SemanticEncoder(nn.Module):
         for start in range(0, len(into), TOKENS_PER_STEP):
             low, stop = start - len(before), min(start + TOKENS_PER_STEP, len(into))
             high = min(stop + self.radius, len(into))
-            around = torch.cat([before, states(slice(start, high))])
+            around = torch.cat([before, states(slice(start, high)).to(into)])
             means = self._running_mean(around, layout.stretch[low:high])
             into[start:stop] = F.normalize(means[start - low : stop - low], dim=-1)
             before = around[max(0, stop - low - self.radius) : stop - low]
