@@ -4,6 +4,7 @@
     python scripts/convert.py meta-llama/Llama-3.2-1B sentence-transformers/all-MiniLM-L6-v2 llama-3.2-1b-semtoken
     python scripts/convert.py llama encoder out --set target_ratio=4 segmentation_mode=greedy --protect_digits
     python scripts/convert.py llama encoder out --encoder_kind static --static_dim 64      # small models, CPUs
+    python scripts/convert.py llama encoder out --encoder_layers 3                         # half the encoder's cost
     python scripts/convert.py llama none out --set segmentation_mode=uniform               # no encoder
 
 The folder then loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
@@ -15,6 +16,7 @@ import argparse
 import json
 from typing import Any
 
+from semtoken_hf.configuration_semtoken import ENCODER_DTYPES
 from semtoken_hf.conversion.checkpoint import ENCODER_KINDS, convert_checkpoint
 
 
@@ -39,6 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
         choices=ENCODER_KINDS,
         default="transformer",
         help="keep the encoder's layers (default), or distil it to a table of one vector per token",
+    )
+    parser.add_argument("--encoder_layers", type=int, help="keep the encoder's first layers only (default all)")
+    parser.add_argument(
+        "--encoder_dtype", choices=ENCODER_DTYPES, default="bfloat16", help="of the encoder's layers (default bfloat16)"
     )
     parser.add_argument("--static_dim", type=int, default=64, help="length of the table's vectors (default 64)")
     parser.add_argument("--protect_digits", action="store_true", help="tokens with a digit never merge")

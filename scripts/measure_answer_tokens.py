@@ -11,17 +11,15 @@ answer's tokens stands the same share of all tokens of the context: what chance 
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from semtoken_hf import SpanPlanner
+from semtoken_hf.evaluation.answer_tokens import shares_kept
 from semtoken_hf.evaluation.configuration import EvaluationConfig, pairs
-from semtoken_hf.evaluation.prompts import Prompt
 from semtoken_hf.evaluation.provenance import publish_report
 from semtoken_hf.evaluation.tasks import TASKS
 
@@ -56,28 +54,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def shares_kept(planner: SpanPlanner, prompts: list[Prompt]) -> dict[tuple[str, float], tuple[float, float, float]]:
-    """By title and ratio, means over the prompts: share of the answer's tokens and of the context's with a slot of
-    their own, and tokens per slot."""
-    found: dict[tuple[str, float], list[tuple[float, float, float]]] = {}
-    for prompt in tqdm(prompts, desc="plan"):
-        question = prompt.question[None]
-        fingerprints = planner.plan(prompt.ids[None]).fingerprints
-        for title, fields, marked in PLANS:
-            config = copy.deepcopy(planner.config)
-            for name, value in fields.items():
-                setattr(config, name, value)
-            marks = {"protected_mask": question, "query_mask": question} if marked else {}
-            for ratio in RATIOS:
-                # One prompt is one stretch, whatever is protected: the encoder sees the same every time.
-                once = SpanPlanner(config, lambda ids, layout, known=fingerprints: known)  # type: ignore[arg-type]
-                plan = once.plan(prompt.ids[None], target_ratio=ratio, **marks)
-                whole = (plan.spans.lengths[plan.spans.index] == 1).float()
-                shares = float(whole[prompt.answer].mean()), float(whole[~prompt.question].mean())
-                found.setdefault((title, ratio), []).append((*shares, prompt.length / int(plan.kept_lengths)))
-    return {key: tuple(map(statistics.fmean, zip(*rows, strict=True))) for key, rows in found.items()}  # type: ignore[misc]
-
-
 def main() -> None:
     arguments = parse_arguments()
     folders = pairs(arguments.checkpoints, "checkpoints")
@@ -98,7 +74,7 @@ def main() -> None:
     ]
     for name, folder in folders.items():
         with torch.no_grad():
-            shares = shares_kept(SpanPlanner.from_pretrained(folder), prompts)
+            shares = shares_kept(SpanPlanner.from_pretrained(folder), prompts, PLANS, RATIOS)
         for title, _, _ in PLANS:
             cells = [f"{a:.1%} ({c:.1%}; {got:.2f} x)" for a, c, got in (shares[title, ratio] for ratio in RATIOS)]
             lines.append(f"| {name} | {title} | " + " | ".join(cells) + " |")

@@ -47,7 +47,7 @@ def test_every_tensor_keeps_its_bits(make_llama, encoder_folder, tmp_path, dtype
     added = after.keys() - before.keys()
     assert added
     assert all(name.startswith("model.semantic_encoder.encoder.") for name in added)
-    assert all(after[name][1].dtype == torch.float32 for name in added)
+    assert all(after[name][1].dtype == torch.bfloat16 for name in added)
     assert ("lm_head.weight" in after) == (not tied)
 
     plain_files, encoder_files = {after[n][0] for n in before}, {after[n][0] for n in added}
@@ -76,7 +76,7 @@ def test_the_folder_loads_and_is_the_source_when_off(make_llama, encoder_folder,
 
 
 def test_encoder_is_the_original_on_the_new_vocabulary(make_llama, encoder_folder, tmp_path):
-    out = convert(make_llama(), encoder_folder, tmp_path)
+    out = convert(make_llama(), encoder_folder, tmp_path, encoder_dtype="float32")
     encoder = SemTokenLlamaForCausalLM.from_pretrained(out).model.semantic_encoder.encoder
     original, own_tokenizer = AutoModel.from_pretrained(encoder_folder), AutoTokenizer.from_pretrained(encoder_folder)
     assert encoder.config.vocab_size == VOCAB_SIZE
@@ -144,7 +144,8 @@ def test_written_configuration(make_llama, encoder_folder, tmp_path):
     out = convert(source, encoder_folder, tmp_path)
     written = json.loads((out / "config.json").read_text())
     assert written["dtype"] == "bfloat16"
-    assert (written["encoder_config"]["dtype"], written["encoder_config"]["vocab_size"]) == ("float32", VOCAB_SIZE)
+    assert (written["encoder_config"]["dtype"], written["encoder_config"]["vocab_size"]) == ("bfloat16", VOCAB_SIZE)
+    assert written["encoder_dtype"] == "bfloat16"
     for file in ("config.json", "tokenizer_config.json"):
         assert str(tmp_path) not in (out / file).read_text(), "a local path is no part of a checkpoint"
 

@@ -100,6 +100,8 @@ def test_no_such_model_or_encoder(make_llama, refused, monkeypatch):
 
 def test_encoder_is_needed(make_llama, refused):
     refused(make_llama(), ValueError, "an `encoder` is needed", encoder=None)
+    uniform = {"encoder": None, "segmentation_mode": "uniform", "encoder_layers": 1}
+    refused(make_llama(), ValueError, "`encoder_layers` needs an `encoder`", **uniform)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +141,10 @@ def test_encoder_without_a_pooler_gets_zeros(make_llama, encoder_folder, tmp_pat
         ({"protect_rare": 2.0}, "`share` must be"),
         ({"encoder_kind": "static", "static_dim": 4096}, "`dim` must be in"),
         ({"max_shard_size": "many"}, "many"),
+        ({"encoder_dtype": "float16"}, r"`encoder_dtype` must be one of \['float32', 'bfloat16'\], got 'float16'"),
+        ({"encoder_layers": 0}, r"`encoder_layers` must be an integer in \[1, 2\], the encoder's layers, got 0"),
+        ({"encoder_layers": 3}, "the encoder's layers, got 3"),
+        ({"encoder_layers": True}, "the encoder's layers, got True"),
     ],
 )
 def test_options_that_make_no_sense(make_llama, refused, options, match):

@@ -22,6 +22,13 @@ def test_converts_with_options_and_fields(run_script, make_llama, encoder_folder
     assert config["encoder_config"]["hidden_size"] == 8
 
 
+def test_a_cheaper_encoder(run_script, make_llama, encoder_folder, tmp_path):
+    out = tmp_path / "out"
+    run_script(make_llama(), encoder_folder, out, "--encoder_layers", "1", "--encoder_dtype", "float32", "--quiet")
+    config = json.loads((out / "config.json").read_text())
+    assert (config["encoder_config"]["num_hidden_layers"], config["encoder_dtype"]) == (1, "float32")
+
+
 def test_none_means_no_encoder(run_script, make_llama, tmp_path):
     run_script(make_llama(), "none", tmp_path / "out", "--quiet", "--set", "segmentation_mode=uniform")
     assert (tmp_path / "out" / "config.json").exists()

@@ -9,7 +9,7 @@ from tests.fixtures.tiny import tiny_tokenizer
 
 def test_the_real_encoder_plans_on_another_vocabulary(minilm):
     tokenizer = tiny_tokenizer()
-    planner = planner_on_vocabulary(tokenizer, minilm, target_ratio=3.0, min_prompt_length=8)
+    planner = planner_on_vocabulary(tokenizer, minilm, encoder_dtype="float32", target_ratio=3.0, min_prompt_length=8)
     assert planner.config.encoder_config.hidden_size == AutoConfig.from_pretrained(minilm).hidden_size
     table = planner.encoder.encoder.get_input_embeddings().weight
     assert table.shape == (len(tokenizer), 384)
@@ -24,6 +24,12 @@ def test_the_real_encoder_plans_on_another_vocabulary(minilm):
     assert budget - planner.config.max_span_length < int(plan.kept_lengths) <= budget
     assert plan.fingerprints is not None
     assert plan.fingerprints.isfinite().all()
+
+
+def test_a_cheaper_encoder(minilm):
+    planner = planner_on_vocabulary(tiny_tokenizer(), minilm, encoder_layers=2)
+    assert planner.config.encoder_config.num_hidden_layers == len(planner.encoder.encoder.encoder.layer) == 2
+    assert {p.dtype for p in planner.encoder.parameters()} == {torch.bfloat16}
 
 
 def test_a_static_planner(minilm):

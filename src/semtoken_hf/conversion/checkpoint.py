@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import fields
@@ -14,33 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModel,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..configuration_semtoken import SemTokenConfigMixin, SemTokenStaticEncoderConfig
+from ..configuration_semtoken import ENCODER_DTYPES, SemTokenConfigMixin, SemTokenStaticEncoderConfig
 from ..tokenization_semtoken_fast import SemTokenFastTokenizer
-from .distillation import distill_static_encoder
+from .encoder import build_encoder, in_dtype
+from .source import read_model_type, resolve_folder
 from .staging import check_output, remove_stale, staged_folder
-from .vocabulary import digit_token_ids, rare_token_ids, special_token_ids, transplant_embeddings
-from .weights import INDEX, RESAVE, StoredTensor, find_tensors, rename_as_loaded, shortened, write_weights
+from .vocabulary import digit_token_ids, rare_token_ids, special_token_ids
+from .weights import StoredTensor, find_tensors, rename_as_loaded, shortened, write_weights
 
 ENCODER_KINDS = ("transformer", "static")
 # Of the model types whose configuration, base model and language model `semtoken_hf` registers.
 FAMILY_PREFIX = "semtoken_"
-HUB_FILES = (
-    *("config.json", "generation_config.json", "model*.safetensors", INDEX, "tokenizer*", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template*", "additional_chat_templates/*", "vocab*", "merges.txt", "sentencepiece*"),
-)
 
 
 def convert_checkpoint(
@@ -49,6 +42,8 @@ def convert_checkpoint(
     output_dir: str | os.PathLike,
     *,
     encoder_kind: str = "transformer",
+    encoder_layers: int | None = None,
+    encoder_dtype: str = "bfloat16",
     static_dim: int = 64,
     protect_digits: bool = False,
     protect_rare: float = 0.0,
@@ -68,6 +63,8 @@ def convert_checkpoint(
         output_dir: the new folder.
         encoder_kind: "transformer" keeps the encoder's layers, its input embedding moved onto the model's
             vocabulary; "static" distils it to a table (see `distillation`).
+        encoder_layers: the encoder's first layers that are read and kept; None: all.
+        encoder_dtype: "bfloat16" or "float32", in which the layers are stored and run; a table is float32.
         static_dim: length of the table's vectors.
         protect_digits: tokens with a digit always stay whole.
         protect_rare: share in [0, 1] of the vocabulary, the rarest, that always stays whole.
@@ -79,14 +76,16 @@ def convert_checkpoint(
         config_overrides: fields of `SemTokenConfigMixin`; `protected_token_ids` come on top of the ids above.
 
     Returns:
-        `output_dir`. Tensors of the model keep their bits and dtype; the encoder is float32 in a file of its own.
+        `output_dir`. Tensors of the model keep their bits and dtype; the encoder is in a file of its own.
 
     Raises:
         FileExistsError: `output_dir` exists.
         FileNotFoundError: no such model or encoder, or files of it are missing.
         ValueError: an option or override makes no sense, or the model or encoder is of a kind that cannot be converted.
     """
-    _check_options(encoder, encoder_kind, config_overrides)
+    _check_options(encoder, encoder_kind, encoder_dtype, config_overrides)
+    if encoder is None and encoder_layers is not None:
+        raise ValueError("`encoder_layers` needs an `encoder` that has them")
     output = Path(output_dir).resolve()
     remove_stale(output)
     source = resolve_folder(model, revision)
@@ -99,13 +98,24 @@ def convert_checkpoint(
     protected = _protected_ids(tokenizer, protect_digits, protect_rare)
     protected |= set(config_overrides.pop("protected_token_ids", None) or [])
     encoder_config, encoder_tensors = build_encoder(
-        encoder_folder, encoder_kind, tokenizer, plain.vocab_size, static_dim, trust_remote_code, progress
+        encoder_folder,
+        encoder_kind,
+        tokenizer,
+        plain.vocab_size,
+        static_dim,
+        trust_remote_code,
+        progress,
+        encoder_layers,
     )
+    if isinstance(encoder_config, SemTokenStaticEncoderConfig):
+        encoder_dtype = "float32"
+    encoder_config.dtype = encoder_dtype
     prefix = f"{plain_class.base_model_prefix}.semantic_encoder.encoder."
-    encoder_tensors = {prefix + name: tensor for name, tensor in encoder_tensors.items()}
+    encoder_tensors = {prefix + name: in_dtype(tensor, encoder_dtype) for name, tensor in encoder_tensors.items()}
     config = build_config(
         plain,
         encoder_config=encoder_config,
+        encoder_dtype=encoder_dtype,
         protected_token_ids=sorted(i for i in protected if i < plain.vocab_size),
         dtype=plain.dtype or next(iter(stored.values())).dtype,
         **config_overrides,
@@ -119,9 +129,11 @@ def convert_checkpoint(
     return output
 
 
-def _check_options(encoder: Any, encoder_kind: str, overrides: dict[str, Any]) -> None:
+def _check_options(encoder: Any, encoder_kind: str, encoder_dtype: str, overrides: dict[str, Any]) -> None:
     if encoder_kind not in ENCODER_KINDS:
         raise ValueError(f"`encoder_kind` must be one of {list(ENCODER_KINDS)}, got {encoder_kind!r}")
+    if encoder_dtype not in ENCODER_DTYPES:
+        raise ValueError(f"`encoder_dtype` must be one of {list(ENCODER_DTYPES)}, got {encoder_dtype!r}")
     known = {field.name for field in fields(SemTokenConfigMixin)} - {"encoder_config"}
     if unknown := sorted(set(overrides) - known):
         raise ValueError(f"unknown configuration fields {unknown}; known are {sorted(known)}")
@@ -135,18 +147,6 @@ def _check_options(encoder: Any, encoder_kind: str, overrides: dict[str, Any]) -
 def _protected_ids(tokenizer: PreTrainedTokenizerBase, digits: bool, rare: float) -> set[int]:
     ids = {*special_token_ids(tokenizer), *rare_token_ids(tokenizer, rare)}
     return ids | set(digit_token_ids(tokenizer)) if digits else ids
-
-
-def resolve_folder(name: str | os.PathLike, revision: str | None = None) -> Path:
-    """The local folder `name`, or a snapshot of the Hub repository `name` without pickle weights."""
-    if Path(name).is_dir():
-        return Path(name).absolute()
-    try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(HUB_FILES)))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"'{name}' is neither a folder nor a Hub repository that can be read: {error}"
-        ) from error
 
 
 def read_plain_config(folder: Path) -> PreTrainedConfig:
@@ -163,13 +163,6 @@ def read_plain_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def read_model_type(folder: Path) -> str:
-    """`model_type` of a folder's config.json; empty if it names none."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json: it is not a Transformers checkpoint")
-    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") or ""
-
-
 def load_tokenizer(folder: Path) -> SemTokenFastTokenizer:
     """The checkpoint's tokenizer, exactly as its tokenizer.json says, whatever class it names."""
     if not (folder / "tokenizer.json").is_file():
@@ -179,53 +172,6 @@ def load_tokenizer(folder: Path) -> SemTokenFastTokenizer:
         )
     # On the left, as generation needs it.
     return SemTokenFastTokenizer.from_pretrained(folder, padding_side="left")
-
-
-def build_encoder(
-    folder: Path | None,
-    kind: str,
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    static_dim: int,
-    trust_remote_code: bool,
-    progress: bool,
-) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
-    """Configuration and float32 tensors of the encoder on the model's vocabulary; a table of zeros without a folder."""
-    static = SemTokenStaticEncoderConfig(vocab_size=vocab_size, hidden_size=static_dim, dtype="float32")
-    if folder is None:
-        return static, {"embeddings.weight": torch.zeros(vocab_size, static_dim)}
-    encoder = load_encoder(folder)
-    own_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if kind == "static":
-        table = distill_static_encoder(tokenizer, encoder, own_tokenizer, static_dim, vocab_size, progress)
-        return static, {"embeddings.weight": table}
-    embeddings = encoder.get_input_embeddings()
-    assert isinstance(embeddings, nn.Embedding)
-    table = transplant_embeddings(tokenizer, own_tokenizer, embeddings.weight, vocab_size)
-    encoder.set_input_embeddings(nn.Embedding.from_pretrained(table))
-    config = encoder.config
-    config.vocab_size, config._name_or_path = vocab_size, ""
-    return config, {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-
-
-def load_encoder(folder: Path) -> PreTrainedModel:
-    """A transformer encoder in float32; a pooler that its checkpoint does not hold is zero, since nothing reads it."""
-    model_type = read_model_type(folder)
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"the encoder in {folder} has model_type {model_type!r}, which Transformers does not know")
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"the encoder in {folder} has no safetensors; pickle weights are not read, {RESAVE}")
-    encoder, info = AutoModel.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
-    if encoder.config.is_encoder_decoder:
-        raise ValueError(f"the encoder in {folder} is an encoder-decoder; use an encoder such as BERT or MiniLM")
-    missing = set(info["missing_keys"])
-    if lost := sorted(name for name in missing if "pooler." not in name):
-        raise ValueError(f"the weights of the encoder in {folder} lack {shortened(lost)}")
-    for name in missing:
-        encoder.get_parameter(name).data.zero_()
-    return encoder.eval()
 
 
 def build_config(plain: PreTrainedConfig, **semtoken_fields: Any) -> PreTrainedConfig:

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..semantic_encoder import SemanticEncoder
 from ..standalone_planner import SpanPlanner, SpanPlannerConfig
-from .checkpoint import build_encoder, resolve_folder
+from .encoder import build_encoder
+from .source import resolve_folder
 
 
 def planner_on_vocabulary(
@@ -17,6 +18,8 @@ def planner_on_vocabulary(
     encoder: str | os.PathLike,
     encoder_kind: str = "transformer",
     static_dim: int = 64,
+    encoder_layers: int | None = None,
+    encoder_dtype: str = "bfloat16",
     **config_fields: Any,
 ) -> SpanPlanner:
     """The planner that a conversion with this encoder would ship.
@@ -26,14 +29,25 @@ def planner_on_vocabulary(
         encoder: folder or Hub id of a transformer encoder.
         encoder_kind: "transformer" or "static".
         static_dim: width of the static table.
+        encoder_layers: the encoder's first layers that are read; None: all.
+        encoder_dtype: of its layers.
         config_fields: compression fields, as in `SemTokenConfigMixin`.
     """
     size = len(tokenizer)
     encoder_config, tensors = build_encoder(
-        resolve_folder(encoder), encoder_kind, tokenizer, size, static_dim, trust_remote_code=False, progress=True
+        resolve_folder(encoder),
+        encoder_kind,
+        tokenizer,
+        size,
+        static_dim,
+        trust_remote_code=False,
+        progress=True,
+        layers=encoder_layers,
     )
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    config = SpanPlannerConfig(vocab_size=size, encoder_config=encoder_config, **special, **config_fields)
+    config = SpanPlannerConfig(
+        vocab_size=size, encoder_config=encoder_config, encoder_dtype=encoder_dtype, **special, **config_fields
+    )
     semantic_encoder = SemanticEncoder(config)
     semantic_encoder.encoder.load_state_dict(tensors)
     return SpanPlanner(config, semantic_encoder)

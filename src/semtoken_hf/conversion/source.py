@@ -1,0 +1,38 @@
+"""Where a conversion reads from: a folder, or a snapshot of a Hub repository without pickle weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from .weights import INDEX
+
+HUB_FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors", INDEX, "tokenizer*", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template*", "additional_chat_templates/*", "vocab*", "merges.txt", "sentencepiece*"),
+)
+
+
+def resolve_folder(name: str | os.PathLike, revision: str | None = None) -> Path:
+    """The local folder `name`, or a snapshot of the Hub repository `name` without pickle weights."""
+    if Path(name).is_dir():
+        return Path(name).absolute()
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"'{name}' is neither a folder nor a Hub repository that can be read: {error}"
+        ) from error
+
+
+def read_model_type(folder: Path) -> str:
+    """`model_type` of a folder's config.json; empty if it names none."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: it is not a Transformers checkpoint")
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") or ""
+
+
+__all__ = ["read_model_type", "resolve_folder"]
