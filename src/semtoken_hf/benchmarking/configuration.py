@@ -11,7 +11,7 @@ import torch
 
 from ..evaluation.configuration import pairs
 from .shapes import SHAPES, dtype_of, shape_of
-from .workloads import BATCHES, make_batch
+from .workloads import BATCHES, row_lengths
 
 # Arguments that decide what a figure is, beside those in the name of its file.
 SETTINGS = (
@@ -85,7 +85,7 @@ class BenchmarkConfig:
                 raise ValueError(f"--ratios are tokens per slot, more than 1; got {ratio}")
         for name in self.batches:
             for length in self.lengths:
-                make_batch(name, torch.arange(2), length)
+                row_lengths(name, length)
         for option in ("repetitions", "max_seconds"):
             if not getattr(self, option) > 0:
                 raise ValueError(f"--{option} must be more than 0, got {getattr(self, option)}")

@@ -27,10 +27,7 @@ def ratio_to(cell: Result, way: str, reference: str, time: str) -> float | None:
 
 def to_limit(cell: Result, way: str) -> float | None:
     """A whole generate over that of plain Llama on m tokens."""
-    ways = cell["ways"]
-    if way not in ways or PLAIN_M not in ways:
-        return None
-    return median_ratio(ways[way]["generate"], ways[PLAIN_M]["generate"])
+    return ratio_to(cell, PLAIN_M, way, "generate")
 
 
 def speedup(cell: Result, way: str, time: str) -> float | None:
@@ -70,6 +67,18 @@ def per_token(result: Result) -> dict[str, float | None]:
     peak = result["peak_bytes"]
     return {
         "us": 1e6 * median(result["seconds"]) / n,
-        "encoder_us": 1e6 * median(result["encoder"]) / n,
+        "encoder_us": 1e6 * median(result["encoder_seconds"]) / n,
         "bytes": None if peak is None else peak / n,
     }
+
+
+__all__ = [
+    "best_way",
+    "kv_overhead",
+    "per_token",
+    "ratio_to",
+    "speedup",
+    "stage_seconds",
+    "stage_share",
+    "to_limit",
+]

@@ -69,15 +69,15 @@ def build_model(
     if encoder is not None:
         compression = {field.name: getattr(encoder.config, field.name) for field in fields(SemTokenConfigMixin)}
         compression |= {name: getattr(encoder.config, name) for name in SPECIAL}
-    vocab_size = 1 if encoder is None else encoder.config.vocab_size
     config = SemTokenLlamaConfig(
-        **shape.config_fields(vocab_size if shape.vocab_size else max(vocab_size, 8192), positions),
+        **shape.config_fields(0 if encoder is None else encoder.config.vocab_size, positions),
         **copy.deepcopy(compression),
-        attn_implementation=attn_implementation,
     )
     torch.manual_seed(seed)
     with torch.device(device):
-        model = SemTokenLlamaForCausalLM._from_config(config, dtype=dtype or dtype_of(shape.dtype))
+        model = SemTokenLlamaForCausalLM._from_config(
+            config, dtype=dtype or dtype_of(shape.dtype), attn_implementation=attn_implementation
+        )
     if encoder is not None:
         # Ids that the text does not have.
         encoder.encoder.resize(config.vocab_size)

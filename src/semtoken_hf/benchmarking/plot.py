@@ -25,19 +25,19 @@ def draw_speed(cells: Cells) -> bytes | None:
 
     from ..evaluation.report.plot_style import MARKERS, STYLE
 
-    panels: list[tuple[str, float, Callable[[dict[str, Any]], float | None]]] = [
-        ("prefill: plain at n / SemToken", 1.0, lambda c: speedup(c, best_way(c), "prefill")),
-        ("whole generate: plain at n / SemToken", 1.0, lambda c: speedup(c, best_way(c), "generate")),
-        ("whole generate: SemToken / plain at m (the limit is 1)", 1.0, lambda c: to_limit(c, best_way(c))),
+    panels: list[tuple[str, Callable[[dict[str, Any]], float | None]]] = [
+        ("prefill: plain at n / SemToken", lambda c: speedup(c, best_way(c), "prefill")),
+        ("whole generate: plain at n / SemToken", lambda c: speedup(c, best_way(c), "generate")),
+        ("whole generate: SemToken / plain at m (the limit is 1)", lambda c: to_limit(c, best_way(c))),
     ]
     with rc_context(STYLE):
         figure = Figure(figsize=(13, 4.4), layout="constrained")
-        for axes, (title, line, value) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for axes, (title, value) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             for place, (label, found) in enumerate(series.items()):
                 points = [(c["length"], y) for c in found if (y := value(c)) is not None]
                 marker = MARKERS[place % len(MARKERS)]
                 axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, label=label, linewidth=1.4)
-            axes.axhline(line, color="#7d868f", linewidth=1, linestyle=":")
+            axes.axhline(1.0, color="#7d868f", linewidth=1, linestyle=":")
             lengths = sorted({cell["length"] for cell in cells})
             axes.set_xscale("log", base=2)
             axes.set_xticks(lengths, [f"{n / 1024:g} K" if n >= 1024 else str(n) for n in lengths])

@@ -11,7 +11,6 @@ from ..evaluation.files import write_text
 from .clock import median_ratio, summary
 from .figures import best_way, kv_overhead, per_token, speedup, stage_seconds, stage_share, to_limit
 from .plot import draw_speed
-from .stage_clock import ENCODER
 from .targets import verdict_table
 from .ways import PADDED, PLAIN_N, RAGGED, TITLES
 
@@ -137,8 +136,7 @@ def stage_table(found: Found) -> list[str]:
 
 def stage_only_table(found: Found) -> list[str]:
     header = ["shape", "encoder", "n", "ratio", "slots", "without encoder, us/token", "encoder, us/token"]
-    header += ["peak extra, bytes/token", "without encoder / 1.1b-style prefill of SemToken"]
-    header[-1] = "without encoder / prefill of the same shape"
+    header += ["peak extra, bytes/token", "without encoder / SemToken's prefill"]
     rows = []
     for result in found["stage"]:
         if "skipped" in result:
@@ -251,4 +249,4 @@ def origins(found: Found) -> list[str]:
     return [f"- {'; '.join(f'{name}: `{value}`' for name, value in origin)}" for origin in known]
 
 
-__all__ = ["ENCODER", "write_report"]
+__all__ = ["write_report"]

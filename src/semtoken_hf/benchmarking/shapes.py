@@ -47,7 +47,7 @@ class ModelShape:
 
 SHAPES = {
     # For tests, and for prompts of a million tokens.
-    "tiny": ModelShape(64, 128, 2, 4, 2, vocab_size=0, dtype="float32"),
+    "tiny": ModelShape(64, 128, 2, 4, 2, vocab_size=8192, dtype="float32"),
     "160m": ModelShape(768, 3072, 12, 12, 12, dtype="float32"),
     "1.1b": ModelShape(2048, 5632, 22, 32, 4),
     "llama-2-7b": ModelShape(4096, 11008, 32, 32, 32),

@@ -47,14 +47,14 @@ def measure_stage(bench: Bench, length: int, ratio: float) -> dict[str, Any]:
     """The stage on one prompt, its fingerprints given.
 
     Returns:
-        slots; seconds (a sample a round) and peak_bytes without the encoder; encoder seconds (a sample a round);
+        slots; seconds (a sample a round) and peak_bytes without the encoder; encoder_seconds (a sample a round);
         stages: seconds by part, one entry a round, the parts' own waits included.
     """
     model, config = bench.model, bench.config
     batch = make_batch("1", bench.ids, length, model.device)
     stage = partial(model.compress, batch.input_ids, target_ratio=ratio)
     encoder = model.base_model.semantic_encoder
-    found: dict[str, Any] = {"seconds": [], "encoder": [], "stages": []}
+    found: dict[str, Any] = {"seconds": [], "encoder_seconds": [], "stages": []}
     replayed = ReplayedEncoder(encoder, stage)
     with replayed:
         found["peak_bytes"], prompt = peak_extra_bytes(stage, model.device)
@@ -64,7 +64,7 @@ def measure_stage(bench: Bench, length: int, ratio: float) -> dict[str, Any]:
     def play() -> None:
         with StageClock(encoder) as clock:
             stage()
-        found["encoder"].append(clock.seconds.pop(ENCODER, 0.0))
+        found["encoder_seconds"].append(clock.seconds.pop(ENCODER, 0.0))
         found["stages"].append(dict(clock.seconds))
         with replayed:
             found["seconds"].append(seconds_of(stage))
@@ -72,7 +72,7 @@ def measure_stage(bench: Bench, length: int, ratio: float) -> dict[str, Any]:
     for _ in range(rounds_left(seconds_of(play), config.max_seconds, config.repetitions)):
         play()
     if len(found["seconds"]) > 1:
-        for name in ("seconds", "encoder", "stages"):
+        for name in ("seconds", "encoder_seconds", "stages"):
             del found[name][0]
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -50,7 +50,7 @@ class StageClock:
 
     def __init__(self, encoder: nn.Module):
         self.encoder = encoder
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.calls: Counter[str] = Counter()
         self._running: list[str] = []
         self._since = 0.0
@@ -100,7 +100,8 @@ class ReplayedEncoder:
     """
 
     def __init__(self, encoder: nn.Module, call: Callable[[], Any]):
-        self.encoder, self.states = encoder, []
+        self.encoder = encoder
+        self.states: list[Any] = []
         hook = encoder.register_forward_hook(lambda module, inputs, output: self.states.append(output))
         try:
             call()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .figures import best_way, kv_overhead, per_token, speedup, stage_share, to_limit
-from .ways import PLAIN_M, PLAIN_N, RAGGED
+from .ways import RAGGED
 
 RATIO = 2.4
 # Time per token may drift so far between the ends of a range and still count as linear.
@@ -127,9 +127,9 @@ def _stage_verdicts(stages: list[dict[str, Any]]) -> list[Verdict]:
             if len(known) < 2 or known[-1][0] < MILLION:
                 verdicts.append(Verdict(title, texts, None, "too few lengths"))
                 continue
-            # Prompts that are too short to say have fixed costs.
-            grown = known[-1][1] / known[0][1]
-            verdicts.append(Verdict(title, texts, grown <= LINEAR, f"{grown:.2f} x from the shortest to the longest"))
+            # Not over the shortest: fixed costs are most of what that takes.
+            grown = known[-1][1] / min(value for _, value in known)
+            verdicts.append(Verdict(title, texts, grown <= LINEAR, f"the longest {grown:.2f} x the least"))
     return verdicts
 
 
@@ -147,4 +147,4 @@ def verdict_table(found: Found) -> list[str]:
     return lines
 
 
-__all__ = ["PLAIN_M", "PLAIN_N", "Verdict", "judge", "verdict_table"]
+__all__ = ["Verdict", "judge", "verdict_table"]

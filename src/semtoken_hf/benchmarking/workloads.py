@@ -43,13 +43,8 @@ def left_padded(rows: list[Tensor]) -> Batch:
     return Batch(ids, mask, [len(row) for row in rows])
 
 
-def make_batch(name: str, ids: Tensor, length: int, device: torch.device | str = "cpu") -> Batch:
-    """A batch whose longest row has `length` tokens.
-
-    Args:
-        name: key of `BATCHES`.
-        ids: int64 [n] of a text, opened by BOS; repeated where it is too short. Every row opens with its first id and
-            goes on from another place of it.
+def row_lengths(name: str, length: int) -> list[int]:
+    """Tokens of each row of a batch whose longest one has `length`.
 
     Raises:
         ValueError: the name is unknown, or a row would have no token.
@@ -59,6 +54,21 @@ def make_batch(name: str, ids: Tensor, length: int, device: torch.device | str =
     lengths = [int(length * share) for share in BATCHES[name]]
     if min(lengths) < 1:
         raise ValueError(f"a prompt of {length} tokens leaves rows of {lengths} in the batch {name!r}: make it longer")
+    return lengths
+
+
+def make_batch(name: str, ids: Tensor, length: int, device: torch.device | str = "cpu") -> Batch:
+    """A batch whose longest row has `length` tokens.
+
+    Args:
+        name: key of `BATCHES`.
+        ids: int64 [n] of a text, opened by BOS; repeated where it is too short. Every row opens with its first id and
+            goes on from another place of it.
+
+    Raises:
+        ValueError: as `row_lengths`.
+    """
+    lengths = row_lengths(name, length)
     rows = []
     for index, tokens in enumerate(lengths):
         first = index * (len(ids) - 1) // len(lengths)
@@ -67,4 +77,4 @@ def make_batch(name: str, ids: Tensor, length: int, device: torch.device | str =
     return left_padded(rows)
 
 
-__all__ = ["BATCHES", "Batch", "left_padded", "make_batch"]
+__all__ = ["BATCHES", "Batch", "left_padded", "make_batch", "row_lengths"]
