@@ -37,8 +37,9 @@ def draw_speed(cells: Cells) -> bytes | None:
                 points = [(c["length"], y) for c in found if (y := value(c)) is not None]
                 marker = MARKERS[place % len(MARKERS)]
                 axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, label=label, linewidth=1.4)
-            axes.axhline(1.0, color="#7d868f", linewidth=1, linestyle=":")
             lengths = sorted({cell["length"] for cell in cells})
+            # Also gives an axis without any point its range.
+            axes.hlines(1.0, lengths[0], lengths[-1], color="#7d868f", linewidth=1, linestyle=":")
             axes.set_xscale("log", base=2)
             axes.set_xticks(lengths, [f"{n / 1024:g} K" if n >= 1024 else str(n) for n in lengths])
             axes.set_xlabel("tokens of the longest prompt")
