@@ -12,6 +12,7 @@ ratio 1 - 1 / ratio; a run that was killed goes on where it was. `scripts/kvpres
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.util
 import json
 import platform
@@ -118,8 +119,13 @@ def measure(plan: dict[str, Any], model: Any, length: int, ratio: float, presses
 def provenance() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     versions |= {package: version(package) for package in ("kvpress", "transformers", "torch")}
-    command = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv]
-    return {"command": f"python {shlex.join(command)}", "versions": ", ".join(f"{n} {v}" for n, v in versions.items())}
+    command = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
+    return {
+        "command": f"python scripts/{Path(sys.argv[0]).name} {shlex.join(command)}",
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
+        "machine": f"{torch.get_num_threads()} threads",
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
 
 
 def predicted(known: list[dict[str, Any]], result: dict[str, Any]) -> float:
@@ -143,7 +149,9 @@ def main() -> None:
         sys.exit(f"error: there is no plan.json in {arguments.folder}: run scripts/benchmark.py first")
     plan = json.loads((arguments.folder / "plan.json").read_text())
     output = arguments.folder / "kvpress.json"
+    settings = {name: plan[name] for name in ("attn_implementation", "new_tokens")} | {"presses": arguments.presses}
     known = json.loads(output.read_text()) if output.exists() else []
+    known = [result for result in known if result["settings"] == settings]
     for name, fields in plan["shapes"].items():
         shape = shapes.ModelShape(**fields)
         model = build_model(plan, shape)
@@ -151,13 +159,14 @@ def main() -> None:
         place["device"] = model.device.type
         for ratio in plan["ratios"]:
             for length in sorted(plan["lengths"]):
-                result = {**place, "length": length, "ratio": ratio, "provenance": provenance()}
+                result = {**place, "length": length, "ratio": ratio, "settings": settings}
                 if any(all(k[n] == result[n] for n in (*place, "length", "ratio")) for k in known):
                     continue
                 if (seconds := predicted(known, result)) > plan["max_seconds"]:
                     print(f"left out, {name}, {length:,} tokens: a round is predicted to take {seconds:,.0f} s")
                     continue
-                known.append({**result, **measure(plan, model, length, ratio, arguments.presses)})
+                measured = measure(plan, model, length, ratio, arguments.presses)
+                known.append({**result, "provenance": provenance(), **measured})
                 temporary = output.with_name(output.name + ".tmp")
                 temporary.write_text(json.dumps(known, indent=1) + "\n")
                 temporary.replace(output)

@@ -119,7 +119,7 @@ def test_a_way_that_takes_too_long_is_skipped_and_the_report_says_so(measured, c
     short, long = cells.list_cells(config, "tiny")
     short.path(tmp_path).parent.mkdir()
     result = json.loads(short.path(folder).read_text())
-    result["ways"][PLAIN_M]["generate"] = [1e-4]
+    result["ways"][PLAIN_M]["generate"] = [1e-4, 1e-4]
     short.path(tmp_path).write_text(json.dumps(result))
     command.benchmark(config)
     found = json.loads(long.path(tmp_path).read_text())

@@ -1,6 +1,7 @@
 """The side of kvpress, without kvpress: a press that prunes nothing stands in for it."""
 
 import contextlib
+import importlib.metadata
 import json
 import sys
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from semtoken_hf.benchmarking.benchmark import benchmark
+from semtoken_hf.benchmarking.benchmark import benchmark, write_plan
 from tests.benchmarking.conftest import LENGTHS, RATIO
 from tests.fixtures.scripts import load_script, main_of
 
@@ -28,7 +29,8 @@ class FakePress:
 
 @pytest.fixture
 def run(monkeypatch):
-    monkeypatch.setitem(sys.modules, "kvpress", SimpleNamespace(FakePress=FakePress))
+    monkeypatch.setitem(sys.modules, "kvpress", SimpleNamespace(FakePress=FakePress, Other=FakePress))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{name}'s")
     calls.clear()
     return main_of("kvpress_benchmark.py", monkeypatch)
 
@@ -38,8 +40,9 @@ def test_it_loads_nothing_of_the_package(monkeypatch):
     load_script("kvpress_benchmark.py")
 
 
-def test_presses_beside_plain_on_the_same_prompts(run, measured, config_of, monkeypatch):
+def test_presses_beside_plain_on_the_same_prompts(run, measured, config_of):
     folder, _ = measured
+    write_plan(config_of(folder))
     run(folder, "--presses", "FakePress")
     results = json.loads((folder / "kvpress.json").read_text())
     assert [(r["shape"], r["length"], r["ratio"]) for r in results] == [("tiny", n, RATIO) for n in LENGTHS]
@@ -53,10 +56,14 @@ def test_presses_beside_plain_on_the_same_prompts(run, measured, config_of, monk
     before = len(calls)
     run(folder, "--presses", "FakePress")
     assert len(calls) == before
+    run(folder, "--presses", "FakePress", "Other")
+    results = json.loads((folder / "kvpress.json").read_text())
+    assert [{*r["ways"]} for r in results] == [{"plain", "FakePress", "Other"}] * 2
 
     benchmark(config_of(folder, report=True))
     text = (folder / "benchmark.md").read_text()
     assert "| tiny | 512 | 2 | FakePress |" in text
+    assert "kvpress kvpress's" in text
     assert "| tiny | 512 | 2 | SemToken, static |" in text.split("## kvpress")[1]
     (folder / "kvpress.json").unlink()
 

@@ -51,7 +51,7 @@ def test_compiled_beside_eager(config_of, tmp_path, monkeypatch):
     benchmark(config_of(tmp_path, compile=True, lengths=[256]))
     (result,) = json.loads((tmp_path / "benchmark.json").read_text())["compiled"]
     assert [r["what"] for r in result["records"]] == ["stage", "decode, plain", "decode, SemToken"]
-    assert all(len(r["eager"]) == len(r["compiled"]) == 6 for r in result["records"])
+    assert all(len(r["eager"]) == len(r["compiled"]) == 7 for r in result["records"])
     assert sorted(getattr(f, "__name__", type(f).__name__) for f in given) == [
         "LlamaForCausalLM",
         "SemTokenLlamaForCausalLM",
@@ -68,7 +68,7 @@ def test_what_does_not_compile_is_a_finding(config_of, tmp_path):
 
     found = compare(lambda: None, fail, config_of(tmp_path))
     assert found["error"] == "RuntimeError: no | compiler"
-    assert len(found["eager"]) == 6
+    assert len(found["eager"]) == 7
     assert found["compiled"] == []
 
 
