@@ -46,7 +46,6 @@ def load_helper(name: str) -> Any:
 
 clock, shapes, workloads = (load_helper(f"benchmarking/{name}") for name in ("clock", "shapes", "workloads"))
 continuation = load_helper("evaluation/continuation")
-cache_bytes = load_helper("cache_semtoken").cache_bytes
 
 Ways = dict[str, Callable[[], dict[str, Any]]]
 
@@ -78,7 +77,7 @@ def read(model: Any, ids: Tensor, press: Any, new_tokens: int) -> dict[str, Any]
         # `decode_greedily` reads the first token off these.
         logits.argmax().item()
         stamps.append(clock.timer())
-        found["kv_bytes"] = cache_bytes(cache)
+        found["kv_bytes"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         prefill = continuation.Prefill(cache, logits[0, -1], ids.shape[1], ids.shape[1])
         continuation.decode_greedily(model, prefill, new_tokens, lambda ids: False)
 

@@ -53,7 +53,9 @@ def test_kv_bytes_are_exact(measured):
         for name, way in cell["ways"].items():
             padded = len(way["slots"]) * max(way["slots"])
             if name == RAGGED:
-                assert sum(way["slots"]) * SLOT <= way["kv_bytes"] <= 1.1 * sum(way["slots"]) * SLOT
+                # Every row may have a little room to grow into.
+                own = sum(way["slots"]) * SLOT
+                assert own <= way["kv_bytes"] <= 1.1 * own + 32 * len(way["slots"]) * SLOT
             else:
                 assert way["kv_bytes"] == padded * SLOT
 
