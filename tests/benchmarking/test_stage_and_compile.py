@@ -7,6 +7,7 @@ from semtoken_hf import span_planner
 from semtoken_hf.benchmarking import compiled
 from semtoken_hf.benchmarking import stage as stage_module
 from semtoken_hf.benchmarking.benchmark import benchmark
+from semtoken_hf.benchmarking.cells import Bench
 from semtoken_hf.benchmarking.compiled import compare, compiled_parts
 from semtoken_hf.span_planner import build_layout
 from tests.benchmarking.conftest import LENGTHS, RATIO
@@ -29,6 +30,17 @@ def test_the_stage_alone(config_of, tmp_path, monkeypatch):
 
     monkeypatch.setattr(stage_module, "Bench", None)
     benchmark(config)
+
+
+def test_the_encoder_takes_no_part_in_the_stage_s_own_seconds(config_of, tmp_path):
+    bench = Bench(config_of(tmp_path), "tiny", 256, layers=1)
+    assert len(bench.model.model.layers) == 1
+    calls = []
+    bench.model.model.semantic_encoder.encoder.embeddings.register_forward_hook(lambda *_: calls.append(None))
+    found = stage_module.measure_stage(bench, 256, RATIO)
+    # Once to learn the fingerprints, and for its own seconds in three rounds, of which the first is left out.
+    assert len(calls) == 1 + 3
+    assert len(found["seconds"]) == 2
 
 
 def test_a_stage_that_does_not_fit_is_skipped_and_the_report_says_so(config_of, tmp_path, monkeypatch):
