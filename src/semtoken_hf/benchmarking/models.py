@@ -1,0 +1,123 @@
+"""Models of a shape with random weights, and the real text that they read."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from ..configuration_semtoken import SemTokenConfigMixin
+from ..configuration_semtoken_llama import SemTokenLlamaConfig
+from ..conversion.planner import planner_on_vocabulary
+from ..modeling_semtoken_llama import SemTokenLlamaForCausalLM
+from ..standalone_planner import SpanPlanner
+from .shapes import ModelShape, dtype_of
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def load_planner(
+    checkpoint: str, encoder: str | None = None, encoder_kind: str = "transformer", **overrides: Any
+) -> SpanPlanner:
+    """The compression fields of a checkpoint, and an encoder on its vocabulary.
+
+    Args:
+        checkpoint: SemToken folder or Hub id.
+        encoder: folder or Hub id of a transformer encoder; None: the checkpoint's own.
+        encoder_kind: what becomes of `encoder`: "transformer", or "static", a table distilled from it.
+        overrides: compression fields instead of the checkpoint's.
+
+    Raises:
+        ValueError: a field is unknown or out of its range.
+    """
+    planner = SpanPlanner.from_pretrained(checkpoint)
+    known = {field.name: getattr(planner.config, field.name) for field in fields(SemTokenConfigMixin)}
+    if unknown := sorted(overrides.keys() - known.keys()):
+        raise ValueError(f"--overrides does not know {unknown}; it knows {sorted(known)}")
+    # Random weights are adapted for nothing.
+    known |= {"adapted_for": None, **overrides}
+    if encoder is not None:
+        del known["encoder_config"]
+        return planner_on_vocabulary(AutoTokenizer.from_pretrained(checkpoint), encoder, encoder_kind, **known)
+    special = {name: getattr(planner.config, name) for name in SPECIAL}
+    planner.config = type(planner.config)(vocab_size=planner.config.vocab_size, **special, **known)
+    return planner
+
+
+def build_model(
+    shape: ModelShape,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    encoder: SpanPlanner | None = None,
+    positions: int = 4096,
+    attn_implementation: str = "sdpa",
+    seed: int = 0,
+) -> SemTokenLlamaForCausalLM:
+    """A SemToken Llama with random weights, made on the device in its dtype, in evaluation mode.
+
+    Args:
+        dtype: None: the shape's.
+        encoder: compression fields and encoder, as `load_planner` finds them; None: the defaults and a random table.
+        positions: longest sequence.
+    """
+    compression: dict[str, Any] = {}
+    if encoder is not None:
+        compression = {field.name: getattr(encoder.config, field.name) for field in fields(SemTokenConfigMixin)}
+        compression |= {name: getattr(encoder.config, name) for name in SPECIAL}
+    config = SemTokenLlamaConfig(
+        **shape.config_fields(0 if encoder is None else encoder.config.vocab_size, positions),
+        **copy.deepcopy(compression),
+    )
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = SemTokenLlamaForCausalLM._from_config(
+            config, dtype=dtype or dtype_of(shape.dtype), attn_implementation=attn_implementation
+        )
+    if encoder is not None:
+        # Ids that the text does not have.
+        encoder.encoder.resize(config.vocab_size)
+        model.model.semantic_encoder.load_state_dict(encoder.encoder.state_dict())
+    model.model.semantic_encoder.freeze()
+    return model.eval()
+
+
+def plain_twin(model: Any) -> LlamaForCausalLM:
+    """Plain Llama on the very weights of a SemToken model; its attention can be set apart."""
+    known = LlamaConfig().to_dict().keys() - {"model_type", "architectures", "dtype"}
+    config = LlamaConfig(**{name: value for name, value in model.config.to_dict().items() if name in known})
+    with torch.device("meta"):
+        plain = LlamaForCausalLM._from_config(
+            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
+    own = ("semantic_encoder.", "learned_merger.")
+    weights = {name: value for name, value in model.state_dict().items() if not any(o in name for o in own)}
+    plain.load_state_dict(weights, assign=True)
+    # Buffers that no checkpoint holds.
+    plain.model.rotary_emb = model.model.rotary_emb
+    plain.generation_config = model.generation_config
+    return plain.eval()
+
+
+def text_ids(checkpoint: str, text_file: str) -> Tensor:
+    """int64 [n]: a text in the tokens of a checkpoint, opened by its BOS, if it has one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no text.
+    """
+    path = Path(text_file)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no text at {text_file}; pass --text_file")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    if len(ids) < 2:
+        raise ValueError(f"{text_file} holds no text")
+    return torch.tensor([*([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]), *ids])
+
+
+__all__ = ["build_model", "load_planner", "plain_twin", "text_ids"]

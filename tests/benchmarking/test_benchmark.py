@@ -1,0 +1,162 @@
+"""A whole benchmark of the tiny shape: what is written, and that it is what it says. No time is asserted."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from semtoken_hf.benchmarking import benchmark as command
+from semtoken_hf.benchmarking import cells
+from semtoken_hf.benchmarking.clock import peak_extra_bytes
+from semtoken_hf.benchmarking.ways import PADDED, PLAIN_M, PLAIN_N, RAGGED, has_ragged_attention
+from tests.benchmarking.conftest import LENGTHS, RATIO
+
+# 2 layers, keys and values, 2 heads of 16, float32
+SLOT = 2 * 2 * 2 * 16 * 4
+ROWS = {"1": lambda n: [n], "skewed": lambda n: [n, n // 8, n // 8, n // 8]}
+
+
+def test_every_cell_is_there_with_every_sample(measured):
+    _, found = measured
+    assert [(c["batch"], c["length"]) for c in found["cells"]] == [(b, n) for b in ROWS for n in LENGTHS]
+    for cell in found["cells"]:
+        assert (cell["shape"], cell["encoder"], cell["dtype"], cell["ratio"]) == ("tiny", "static", "float32", RATIO)
+        assert cell["rows"] == ROWS[cell["batch"]](cell["length"])
+        assert cell["skipped"] == {}
+        assert cell["warmed_up"]
+        assert cell["provenance"].keys() == {"command", "versions", "machine", "date"}
+        for way in cell["ways"].values():
+            assert [len(way[time]) for time in cells.TIMES] == [2, 2, 2]
+            for first, step, whole in zip(*(way[time] for time in cells.TIMES), strict=True):
+                assert min(first, step) > 0
+                assert first + 3 * step == pytest.approx(whole, rel=0.5, abs=0.05)
+            assert way["peak_bytes"] >= 0
+        assert len(cell["stages"]) == len(cell["stage"]) == 2
+        assert {*cell["stages"][0]} == {"layout", "encoder", "span starts", "merging", "rest"}
+
+
+def test_slots_are_what_each_way_claims(measured):
+    for cell in measured[1]["cells"]:
+        rows, ways = cell["rows"], cell["ways"]
+        budgets = [math.ceil(n / RATIO) if n >= 16 else n for n in rows]
+        assert ways[PLAIN_N]["slots"] == rows
+        assert ways[PADDED]["slots"] == ways[PLAIN_M]["slots"]
+        # Short rows are mostly protected.
+        assert ways[PADDED]["slots"][0] == budgets[0]
+        assert all(b <= s <= n for b, s, n in zip(budgets, ways[PADDED]["slots"], rows, strict=True))
+
+
+def test_kv_bytes_are_exact(measured):
+    for cell in measured[1]["cells"]:
+        assert cell["slot_bytes"] == SLOT
+        for name, way in cell["ways"].items():
+            padded = len(way["slots"]) * max(way["slots"])
+            if name == RAGGED:
+                # Every row may have a little room to grow into.
+                own = sum(way["slots"]) * SLOT
+                assert own <= way["kv_bytes"] <= 1.1 * own + 32 * len(way["slots"]) * SLOT
+            else:
+                assert way["kv_bytes"] == padded * SLOT
+
+
+def test_ragged_attention_takes_part_where_it_is(measured):
+    for cell in measured[1]["cells"]:
+        assert (RAGGED in cell["ways"]) == (cell["batch"] != "1" and has_ragged_attention())
+
+
+def test_report_and_plot(measured):
+    folder, found = measured
+    text = (folder / "benchmark.md").read_text()
+    for cell in found["cells"]:
+        slots = " + ".join(f"{n:,}" for n in cell["ways"][PADDED]["slots"])
+        row = f"| tiny | static | {cell['batch']} | {cell['length']} | 2 | SemToken | {slots} |"
+        assert row in text
+        bytes_per_slot = cell["ways"][PADDED]["kv_bytes"] / sum(cell["ways"][PADDED]["slots"]) / SLOT
+        (line,) = (line for line in text.splitlines() if line.startswith(row))
+        assert f"| {bytes_per_slot:.2f} |" in line
+    assert "no timings of theirs" in text
+    assert text.count("not measured |") == 8
+    assert found["cells"][0]["provenance"]["versions"] in text
+    assert (folder / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_there_is_not_measured_again(measured, config_of, monkeypatch):
+    folder, found = measured
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(cells, "Bench", refuse)
+    command.benchmark(config_of(folder))
+    assert json.loads((folder / "benchmark.json").read_text())["cells"] == found["cells"]
+    with pytest.raises(AssertionError, match="again"):
+        command.benchmark(config_of(folder, new_tokens=5))
+    with pytest.raises(AssertionError, match="again"):
+        command.benchmark(config_of(folder, lengths=[*LENGTHS, 300]))
+
+
+def test_only_what_is_missing_is_measured(measured, config_of, monkeypatch, tmp_path):
+    folder, _ = measured
+    config = config_of(tmp_path)
+    wanted = cells.list_cells(config, "tiny")
+    for cell in wanted[:3]:
+        cell.path(tmp_path).parent.mkdir(exist_ok=True)
+        cell.path(tmp_path).write_text(cell.path(folder).read_text())
+    asked = []
+
+    def measure(bench, plain, cell, before):
+        asked.append((cell, [b["length"] for b in before]))
+        return json.loads(cell.path(folder).read_text())
+
+    monkeypatch.setattr(cells, "measure_cell", measure)
+    command.benchmark(config)
+    assert asked == [(wanted[3], [256])]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_way_that_takes_too_long_is_skipped_and_the_report_says_so(measured, config_of, tmp_path):
+    folder, _ = measured
+    config = dataclasses.replace(config_of(tmp_path), batches=["1"], max_seconds=1e-3)
+    short, long = cells.list_cells(config, "tiny")
+    short.path(tmp_path).parent.mkdir()
+    result = json.loads(short.path(folder).read_text())
+    result["ways"][PLAIN_M]["generate"] = [1e-4, 1e-4]
+    short.path(tmp_path).write_text(json.dumps(result))
+    command.benchmark(config)
+    found = json.loads(long.path(tmp_path).read_text())
+    assert found["ways"].keys() == {PLAIN_M}
+    assert found["skipped"].keys() == {PLAIN_N, PADDED}
+    assert not found["warmed_up"]
+    assert len(found["ways"][PLAIN_M]["generate"]) == 1
+    text = (tmp_path / "benchmark.md").read_text()
+    assert "1, 512, 2, SemToken: predicted to take" in text
+    assert "one round, without another one to warm up" in text
+
+
+@pytest.mark.parametrize(("seconds", "free", "reason"), [(4.0, 99, None), (3.9, 99, "take 4 s"), (4.0, 19, "need 0.0")])
+def test_time_is_predicted_by_the_square_and_memory_by_the_length(seconds, free, reason):
+    before = [
+        {"length": 50, "ways": {"a": {"generate": [0.1], "peak_bytes": 9}}},
+        {"length": 100, "ways": {"a": {"generate": [3.0, 1.0], "peak_bytes": 10}}},
+        {"length": 150, "ways": {}},
+    ]
+    found = cells.why_skip("a", 200, before, seconds, free)
+    assert found is None if reason is None else reason in found
+    assert cells.why_skip("b", 200, before, seconds, free) is None
+
+
+def test_out_of_memory_is_a_finding(config_of, tmp_path, monkeypatch):
+    import torch
+
+    def exhaust(call, device):
+        if calls.append(None) or len(calls) == 1:
+            raise torch.OutOfMemoryError
+        return peak_extra_bytes(call, device)
+
+    calls = []
+    monkeypatch.setattr("semtoken_hf.benchmarking.ways.peak_extra_bytes", exhaust)
+    command.benchmark(config_of(tmp_path, lengths=[256], batches=["1"]))
+    (cell,) = json.loads((tmp_path / "benchmark.json").read_text())["cells"]
+    assert cell["skipped"] == {PLAIN_N: "out of memory"}
+    assert cell["ways"].keys() == {PLAIN_M, PADDED}

@@ -1,0 +1,45 @@
+import pytest
+
+from semtoken_hf.benchmarking.benchmark import benchmark
+from tests.fixtures.scripts import main_of
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"shapes": ["7t"]}, "no model shape '7t'; there are tiny, 160m"),
+        ({"lengths": [0]}, "0 tokens"),
+        ({"lengths": [7], "batches": ["skewed"]}, r"7 tokens leaves rows of \[7, 0, 0, 0\]"),
+        ({"batches": ["2"]}, "no batch '2'"),
+        ({"ratios": [1.0]}, "--ratios"),
+        ({"dtype": "int8"}, "--dtype"),
+        ({"new_tokens": 1}, "--new_tokens"),
+        ({"repetitions": 0}, "--repetitions"),
+        ({"max_seconds": 0.0}, "--max_seconds"),
+        ({"stage_lengths": []}, "--stage_lengths"),
+        ({"encoder_kind": "big"}, "--encoder_kind"),
+        ({"overrides": ["nonsense=1"]}, "--overrides does not know"),
+        ({"overrides": ["recency"]}, "NAME=VALUE"),
+        ({"overrides": ["segmentation_mode=boundary"]}, "FIELD=JSON"),
+        ({"overrides": ["max_span_length=0"]}, "max_span_length"),
+        ({"report": True}, "nothing is measured yet"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused(config_of, tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        benchmark(config_of(tmp_path, **fields))
+
+
+def test_a_missing_text(config_of, tmp_path):
+    with pytest.raises(FileNotFoundError, match="--text_file"):
+        benchmark(config_of(tmp_path, text_file=str(tmp_path / "none.txt")))
+
+
+def test_the_command_line(sources, measured, monkeypatch, capsys):
+    folder, _ = measured
+    main = main_of("benchmark.py", monkeypatch)
+    main("--report", "--output_dir", folder, "--lengths", 256, 512)
+    assert f"report: {folder / 'benchmark.md'}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="error: there is no model shape 'x'"):
+        main("--shapes", "x")
