@@ -3,6 +3,8 @@
 - Layers hold physical columns; `get_seq_length()` is the original length, which `generate` counts in.
 - One tensor of bookkeeping, `slot_lengths`: how many tokens each physical column stands for in each row (0 = padding).
   Original and compressed lengths, the physical attention mask and what may be cropped all follow from it.
+- Under the attention `semtoken_varlen` layers hold each row's slots alone (`ragged_cache_semtoken.py`); the bookkeeping
+  stays in columns.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-# Of a quantised layer, beside its most recent keys and values.
-QUANTIZED = ("_quantized_keys", "_quantized_values")
+from .cache_bytes import cache_bytes
+from .ragged_cache_semtoken import RaggedRows
 
 
 class SemTokenCache(DynamicCache):
@@ -37,8 +39,10 @@ class SemTokenCache(DynamicCache):
         self.seen_tokens = 0
         self.is_compressed = False
         self.is_padded = False
-        # Latest columns that are one token each.
-        self.plain_tail = 0
+        # Latest columns that are one token each, and those without padding.
+        self.plain_tail = self.whole_tail = 0
+        # Where each row lies in layers that hold no padding.
+        self.ragged_rows: RaggedRows | None = None
         # Set by `generate`, for `recompress_every`.
         self.generated: Any = None
 
@@ -57,6 +61,7 @@ class SemTokenCache(DynamicCache):
         self.is_compressed |= compressed
         self.is_padded |= padded
         self.plain_tail = 0 if compressed else self.plain_tail + tokens
+        self.whole_tail = 0 if padded else self.whole_tail + slot_lengths.shape[1]
 
     def leave_out(self, attention_mask: Tensor) -> None:
         """Take tokens out of the record that were read and that a later mask hides: what fills up a finished row.
@@ -69,10 +74,13 @@ class SemTokenCache(DynamicCache):
         tail = self.slot_lengths[:, -self.plain_tail :]
         hidden = (attention_mask[:, -self.plain_tail :] == 0) & (tail > 0)
         if bool(hidden.any()):
+            held = self.slot_lengths > 0
             self.slot_lengths = torch.cat(
                 [self.slot_lengths[:, : -self.plain_tail], tail.masked_fill(hidden, 0)], dim=1
             )
-            self.is_padded = True
+            self.is_padded, self.whole_tail = True, 0
+            if self.ragged_rows is not None:
+                self.ragged_rows.keep(self.layers, held, self.slot_lengths > 0)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -112,15 +120,18 @@ class SemTokenCache(DynamicCache):
         return self.seen_tokens
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Column of the next query: physical, because masks are."""
-        return self.physical_length(layer_idx)
+        """Column of the next query: physical, because masks are; ragged layers have none."""
+        return self.physical_length(layer_idx) if self.ragged_rows is None else 0
 
     def memory_bytes(self) -> int:
-        """Bytes of the keys and values."""
+        """Bytes of the keys and values, room to grow into included."""
         return cache_bytes(self)
 
     def reset(self) -> None:
         super().reset()
+        if self.ragged_rows is not None:
+            self.layers = [DynamicLayer() for _ in self.layers]
+            self.layer_class_to_replicate = self.layer_class_to_replicate and DynamicLayer
         layer: Any
         for layer in self.layers:  # before 5.23, they keep columns of zeros
             layer.keys = layer.values = None
@@ -140,54 +151,46 @@ class SemTokenCache(DynamicCache):
             return
         if count == 0:  # layers with a sliding window let go of what they recorded
             return super().crop(0)
-        if count > self.slot_lengths.shape[1] or bool((self.slot_lengths[:, -count:] > 1).any()):
+        is_plain = count <= self.plain_tail  # known without waiting for the device
+        if count > self.slot_lengths.shape[1] or (not is_plain and bool((self.slot_lengths[:, -count:] > 1).any())):
             raise ValueError(
                 f"cannot crop {count} tokens: they reach into merged slots. Crop less, or start again from the prompt "
                 "with an empty SemTokenCache"
             )
-        super().crop(-count)
+        if self.ragged_rows is None:
+            super().crop(-count)
+        else:
+            is_whole = count <= self.whole_tail
+            self.ragged_rows.crop(
+                [count] * len(self.slot_lengths) if is_whole else (self.slot_lengths[:, -count:] > 0).sum(1).tolist()
+            )
         self.slot_lengths = self.slot_lengths[:, :-count]
         self.seen_tokens -= count
-        self.plain_tail = max(self.plain_tail - count, 0)
+        self.plain_tail, self.whole_tail = max(self.plain_tail - count, 0), max(self.whole_tail - count, 0)
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        super().reorder_cache(beam_idx)
-        self._map_record(lambda lengths: lengths.index_select(0, beam_idx.to(lengths.device)))
+        if self.ragged_rows is None:
+            super().reorder_cache(beam_idx)
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._map_record(lambda lengths: lengths.repeat_interleave(repeats, dim=0))
+        if self.ragged_rows is None:
+            super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._map_record(lambda lengths: lengths[indices])
+        if self.ragged_rows is None:
+            super().batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices.to(rows.device)])
 
-    def _map_record(self, function: Any) -> None:
-        if self.slot_lengths is not None:
-            self.slot_lengths = function(self.slot_lengths)
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values of any cache with layers, quantised or not."""
-    names = ("keys", "values", *QUANTIZED)
-    return sum(_nbytes(getattr(layer, name, None)) for layer in cache.layers for name in names)
-
-
-def _nbytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        if is_traceable_wrapper_subclass(value):
-            return sum(_nbytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
-        return 0
-    return sum(_nbytes(item) for item in value)
-
-
-def is_quantized(cache: Any) -> bool:
-    """Whether any layer keeps its states in a quantised form."""
-    return any(hasattr(layer, QUANTIZED[0]) for layer in cache.layers)
+    def _map_rows(self, function: Any) -> None:
+        """Map the record's rows, and those of ragged layers, whose lengths the host has to know: beams wait for it."""
+        if self.slot_lengths is None:
+            return
+        if self.ragged_rows is not None:
+            rows = function(torch.arange(len(self.slot_lengths)))
+            self.ragged_rows.take_rows(self.layers, rows.tolist())
+        self.slot_lengths = function(self.slot_lengths)
 
 
 def tracks_slots(cache: Any) -> bool:
@@ -195,4 +198,4 @@ def tracks_slots(cache: Any) -> bool:
     return hasattr(cache, "slot_lengths") and hasattr(cache, "record")
 
 
-__all__ = ["SemTokenCache", "cache_bytes", "is_quantized", "tracks_slots"]
+__all__ = ["SemTokenCache", "tracks_slots"]

@@ -131,6 +131,8 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
             query_mask=fit_to_call(query_mask, "query_mask", start, tokens, drafted),
             read_mask=read,
             prefill_chunk_size=prefill_chunk_size,
+            # Every token that is read has a slot of its own, at the end as in the row.
+            states_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
             **{**kwargs, "return_dict": True},
         )
         return self._head(outputs, labels, logits_to_keep, **kwargs)

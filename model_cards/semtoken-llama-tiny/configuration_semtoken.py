@@ -16,6 +16,7 @@ POSITION_MODES = ("original", "compact")
 SEGMENTATION_MODES = ("greedy", "boundary", "uniform")
 MERGE_MODES = ("mean", "representative", "learned")
 MERGER_BASES = ("mean", "representative")
+ENCODER_DTYPES = ("float32", "bfloat16")
 # Encoders whose first position is `pad_token_id + 1`.
 POSITIONS_BEHIND_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
 # Where `transformers serve` loads models.
@@ -88,6 +89,7 @@ class SemTokenConfigMixin:
         adapter_subfolder: folder inside the checkpoint with a PEFT adapter that acts on compressed rows alone.
         adapted_for: what `semtoken_hf.training.adaptation` trained the checkpoint for (`position_mode` and more).
         encoder_config: configuration of the frozen encoder, on the model's own vocabulary. None: a static encoder.
+        encoder_dtype: "float32" or "bfloat16", of the encoder's layers, whatever the model's (kind `transformer`).
         encoder_window: tokens per encoder window (kind `transformer`).
         encoder_overlap: tokens shared by neighbouring windows, in [0, encoder_window).
         fingerprint_radius: k of the paper: a fingerprint is the mean of the states within +-k tokens.
@@ -121,6 +123,7 @@ class SemTokenConfigMixin:
     adapter_subfolder: str | None = None
     adapted_for: dict | None = None
     encoder_config: dict | PreTrainedConfig | None = None
+    encoder_dtype: str = "float32"
     encoder_window: int = 128
     encoder_overlap: int = 16
     fingerprint_radius: int = 2
@@ -219,6 +222,7 @@ def _check_single_fields(config: Any) -> None:
         ("segmentation_mode", SEGMENTATION_MODES),
         ("merge_mode", MERGE_MODES),
         ("merger_base", MERGER_BASES),
+        ("encoder_dtype", ENCODER_DTYPES),
     ):
         if getattr(config, name) not in modes:
             raise ValueError(f"`{name}` must be one of {list(modes)}, got {getattr(config, name)!r}")

@@ -21,6 +21,8 @@ from .compression import CompressedPrompt
 from .learned_merger import LearnedMerger
 from .paged_semtoken import step_of_call
 from .pretrained_semtoken import SemTokenPreTrainedMixin
+from .ragged_cache_semtoken import ranges
+from .ragged_modeling_semtoken import SemTokenRaggedMixin
 from .semantic_encoder import SemanticEncoder
 
 logger = logging.get_logger(__name__)
@@ -39,7 +41,7 @@ class SemTokenModelOutputWithPast(BaseModelOutputWithPast):
     compressed_lengths: Tensor | None = None
 
 
-class SemTokenModelMixin(SemTokenPreTrainedMixin):
+class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
     """The base model: the compression stage, then the family's layers."""
 
     def __init__(self, config: Any):
@@ -64,6 +66,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         query_mask: Tensor | None = None,
         read_mask: Tensor | None = None,
         prefill_chunk_size: int | None = None,
+        states_to_keep: int = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The family's forward over every token, or with `compression=True` over the slots of `compress`.
@@ -72,9 +75,11 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
             compression: True merges the tokens that `read_mask` and the protections leave free.
             target_ratio, span_ids, protected_mask, query_mask, read_mask: as in `compress`.
             prefill_chunk_size: run the layers over this many columns at a time, to bound the working memory.
+            states_to_keep: the last columns that the caller reads; states of chunks before them are let go. 0: all.
 
         Returns:
-            `last_hidden_state` [B, T, H] and no `span_ids` where nothing merged; else [B, M, H] over the slots.
+            `last_hidden_state` [B, T, H] and no `span_ids` where nothing merged; else [B, M, H] over the slots. With
+            `states_to_keep` and chunks, only the last columns of that.
         """
         _heed_mask_of_past(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
         if compression and input_ids is not None:
@@ -90,7 +95,9 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
                 query_mask=query_mask,
             )
             if prompt.is_merged:
-                return self._forward_slots(prompt, past_key_values, use_cache, prefill_chunk_size, **kwargs)
+                return self._forward_slots(
+                    prompt, past_key_values, use_cache, prefill_chunk_size, states_to_keep, **kwargs
+                )
         adapted: Tensor | bool = False
         if (step := step_of_call(kwargs)) is not None and not step.is_plain:
             assert input_ids is not None
@@ -101,10 +108,16 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         if columns is None:
             raise ValueError("pass `input_ids` or `inputs_embeds`")
         if tracks_slots(past_key_values):
-            tokens = columns[..., 0] if input_ids is None else columns
+            tokens, is_masked = columns[..., 0] if input_ids is None else columns, attention_mask is not None
             attention_mask, position_ids = _append_plain(
                 past_key_values, tokens, attention_mask, position_ids, self.config.position_mode
             )
+            if getattr(past_key_values, "ragged_rows", None) is not None:
+                assert position_ids is not None
+                counts, index = _counts_of_turn(past_key_values, tokens, is_masked)
+                gate = self._rows_of_adapter(past_key_values)
+                turn = name, columns, position_ids, past_key_values, counts, index
+                return self._run_ragged(*turn, use_cache, prefill_chunk_size, states_to_keep, gate, **kwargs)
         has_gaps = tracks_slots(past_key_values) and past_key_values.is_compressed
         with adapter_acts_on(self._rows_of_adapter(past_key_values) if has_gaps else adapted):
             return self._run_layers(
@@ -115,6 +128,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
                 past_key_values,
                 use_cache,
                 prefill_chunk_size,
+                states_to_keep,
                 has_gaps,
                 **kwargs,
             )
@@ -125,6 +139,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         past_key_values: Any,
         use_cache: bool | None,
         chunk_size: int | None,
+        states_to_keep: int,
         **kwargs: Any,
     ) -> SemTokenModelOutputWithPast:
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -138,22 +153,23 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
             )
         # Without a cache and a mask, Transformers would read gapped positions as packed sequences.
         mask = prompt.attention_mask
+        is_ragged = past_key_values is not None and self._makes_ragged(past_key_values, len(mask))
         if past_key_values is not None:
             tokens = prompt.span_ids.shape[1]
             past_key_values.record(prompt.slot_lengths, tokens, compressed=True, padded=prompt.is_padded)
             mask = past_key_values.attention_mask
-        with adapter_acts_on(self._rows_of_adapter(past_key_values, prompt)):
-            outputs = self._run_layers(
-                "inputs_embeds",
-                prompt.inputs_embeds,
-                mask,
-                prompt.position_ids,
-                past_key_values,
-                use_cache,
-                chunk_size,
-                True,
-                **kwargs,
-            )
+        gate = self._rows_of_adapter(past_key_values, prompt)
+        if is_ragged:
+            counts, width = prompt.slot_counts, prompt.position_ids.shape[1]
+            starts = [(row + 1) * width - count for row, count in enumerate(counts)]
+            index = ranges(starts, counts, prompt.position_ids.device) if prompt.is_padded else None
+            packed = "inputs_embeds", prompt.inputs_embeds, prompt.position_ids, past_key_values, counts, index
+            outputs = self._run_ragged(*packed, use_cache, chunk_size, states_to_keep, gate, **kwargs)
+        else:
+            columns, positions = prompt.inputs_embeds, prompt.position_ids
+            with adapter_acts_on(gate):
+                turn = "inputs_embeds", columns, mask, positions, past_key_values
+                outputs = self._run_layers(*turn, use_cache, chunk_size, states_to_keep, True, **kwargs)
         return SemTokenModelOutputWithPast(**outputs, span_ids=prompt.span_ids, compressed_lengths=prompt.kept_lengths)
 
     def _rows_of_adapter(self, cache: Any, prompt: CompressedPrompt | None = None) -> Tensor | None:
@@ -173,6 +189,7 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
         past_key_values: Any,
         use_cache: bool | None,
         chunk_size: int | None,
+        states_to_keep: int,
         has_gaps: bool,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -198,7 +215,8 @@ class SemTokenModelMixin(SemTokenPreTrainedMixin):
                 use_cache=use_cache,
                 **{**kwargs, "return_dict": True},
             )
-            states.append(outputs.last_hidden_state)
+            if not states_to_keep or end > length - states_to_keep:
+                states.append(outputs.last_hidden_state)
         if len(states) > 1:
             outputs.last_hidden_state = torch.cat(states, dim=1)
         return outputs
@@ -230,6 +248,15 @@ def _heed_mask_of_past(mask: Tensor | None, columns: Tensor | None, cache: Any) 
         cache.leave_out(mask[:, :held])
 
 
+def _counts_of_turn(cache: Any, tokens: Tensor, is_masked: bool) -> tuple[list[int], Tensor | None]:
+    """Columns of each row that are no padding, and where they lie; waits for the device if a turn has a mask."""
+    rows, width = tokens.shape
+    if not is_masked or width == 1:
+        return [width] * rows, None
+    real = cache.slot_lengths[:, -width:] > 0
+    return real.sum(1).tolist(), real.flatten().nonzero().squeeze(1)
+
+
 def _append_plain(
     cache: Any, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, position_mode: str
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -246,6 +273,9 @@ def _append_plain(
             "a prepared attention mask does not fit a cache with merged slots; pass a 2D mask over all tokens"
         )
     new = None if attention_mask is None or is_prepared else attention_mask[:, -tokens.shape[1] :]
+    if tokens.shape[1] == 1 and getattr(cache, "ragged_rows", None) is not None:
+        # The host has to know how long rows are: what a mask hides of single steps goes with the next turn.
+        new = None
     slots = torch.ones(tokens.shape, dtype=torch.long, device=tokens.device) if new is None else (new != 0).long()
     if cache.is_compressed and (position_mode == "compact" or position_ids is None):
         held = cache.compressed_lengths if position_mode == "compact" else cache.original_lengths

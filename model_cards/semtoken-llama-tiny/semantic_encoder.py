@@ -4,7 +4,11 @@
 - Kind `transformer`: one pass over overlapping windows; a token takes its state from the window where it is farther
   from an edge. Kind `static`: one table look-up.
 - A running mean over +-k states gives the window of the paper at a twenty-fifth of one encoder call per token.
-- Always fp32, outside autocast and without gradient, so that a plan is the same for every dtype of the model.
+- In a dtype of its own (`encoder_dtype`; a table is always float32), outside autocast and without gradient, so that a
+  plan is the same for every dtype of the model. Means and fingerprints are float32.
+- bfloat16 layers round states to 8 bits. One device rounds the same way every time; on another, whose kernels sum in
+  another order, spans may swap whose scores tie to within that rounding (about 1 %).
+- Memory beyond the fingerprints does not grow with the prompt.
 """
 
 from __future__ import annotations
@@ -20,8 +24,12 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from .configuration_semtoken import SemTokenStaticEncoderConfig
 from .token_layout import TokenLayout
 
-# Windows per encoder call: bounds the activations, whatever the prompt length (64 x 128 tokens by default).
-WINDOWS_PER_CALL = 64
+# Windows per encoder call: bounds the activations, whatever the prompt length (32 x 128 tokens by default).
+WINDOWS_PER_CALL = 32
+# Smaller products may be summed in another order, and bfloat16 shows it: a row alone would get another plan.
+FEWEST_TOKENS_PER_CALL = 512
+# Tokens per step of the running mean.
+TOKENS_PER_STEP = 4096
 
 
 class StaticEncoder(nn.Module):
@@ -48,12 +56,12 @@ class FrozenLinear(nn.Module):
         return "frozen; leave it out with exclude_modules=r'.*semantic_encoder.*'"
 
 
-def build_transformer(config: PreTrainedConfig) -> PreTrainedModel:
-    """The encoder's layers in float32, with an attention of their own: the language model's may need half precision."""
+def build_transformer(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The encoder's layers in `dtype`, with an attention of their own: the language model's may need half precision."""
     try:
-        encoder = AutoModel.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        encoder = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
     except ValueError:  # an architecture without SDPA
-        encoder = AutoModel.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        encoder = AutoModel.from_config(config, attn_implementation="eager", dtype=dtype)
     for module in encoder.modules():
         if type(module) is nn.Linear:
             module.__class__ = FrozenLinear  # type: ignore[assignment]
@@ -64,8 +72,8 @@ class SemanticEncoder(nn.Module):
     """The frozen encoder and its fingerprints.
 
     Args:
-        config: a SemToken configuration; `encoder_config`, `encoder_window`, `encoder_overlap`, `fingerprint_radius`
-            and `vocab_size` are read.
+        config: a SemToken configuration; `encoder_config`, `encoder_dtype`, `encoder_window`, `encoder_overlap`,
+            `fingerprint_radius` and `vocab_size` are read.
     """
 
     def __init__(self, config: Any):
@@ -76,15 +84,17 @@ class SemanticEncoder(nn.Module):
         self.width = encoder_config.hidden_size
         self.radius = config.fingerprint_radius
         self.is_static = encoder_config.model_type == SemTokenStaticEncoderConfig.model_type
+        self.dtype = torch.float32 if self.is_static else getattr(torch, config.encoder_dtype)
         if self.is_static:
             self.encoder: Any = StaticEncoder(encoder_config)
         else:
-            self.encoder = build_transformer(encoder_config)
+            self.encoder = build_transformer(encoder_config, self.dtype)
         self.freeze()
 
     def freeze(self) -> SemanticEncoder:
-        """Evaluation mode, no gradients; `from_pretrained` and `train()` undo both."""
+        """Evaluation mode, no gradients, the encoder's own dtype; `from_pretrained` undoes all three."""
         super().train(False)
+        self.encoder.to(self.dtype)
         return self.requires_grad_(False)
 
     @torch.no_grad()
@@ -100,15 +110,21 @@ class SemanticEncoder(nn.Module):
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SemanticEncoder:
-        # `model.half()` and `model.to(dtype)` move the encoder but leave it float32.
+        # `model.half()` and `model.to(dtype)` move the encoder but leave it in its own dtype.
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
 
+    @torch.no_grad()
     def count_windows(self, layout: TokenLayout) -> Tensor:
-        return layout.lengths.new_zeros(())
+        """Encoder windows of a stream, for `forward`: int64 [] on the device; negative where any needs padding."""
+        if self.is_static:
+            return layout.lengths.new_zeros(())
+        counts = self._windows_of_stretches(layout)
+        is_padded = ((counts > 0) & (layout.lengths < self.window)).any()
+        return torch.where(is_padded, -counts.sum(), counts.sum())
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, layout: TokenLayout, windows: int | None = None) -> Tensor:
@@ -117,57 +133,85 @@ class SemanticEncoder(nn.Module):
         Args:
             input_ids: int64 [N], token ids of the stream.
             layout: its stretches.
+            windows: what `count_windows` says, if the host knows it; None: ask, which waits for the device.
 
         Returns:
             float32 [N, D] of unit norm; zero in stretches where nothing may merge.
         """
         with torch.autocast(input_ids.device.type, enabled=False):
             if self.is_static:
-                states = self.encoder.embeddings(input_ids).float()
-            else:
-                states = self._encode_windows(input_ids, layout)
-            return F.normalize(self._running_mean(states, layout.stretch), dim=-1)
+                fingerprints = input_ids.new_empty((len(input_ids), self.width), dtype=torch.float32)
+                return self._smooth(lambda part: self.encoder.embeddings(input_ids[part]), fingerprints, layout)
+            states = self._encode_windows(input_ids, layout, windows)
+            return self._smooth(lambda part: states[part], states, layout)
 
-    def _encode_windows(self, input_ids: Tensor, layout: TokenLayout) -> Tensor:
-        """States [N, D] of every token of the stretches in which something may merge."""
+    def _windows_of_stretches(self, layout: TokenLayout) -> Tensor:
+        """int64 [S]: as few windows as cover a stretch, none where nothing may merge."""
+        joinable = torch.zeros_like(layout.lengths).index_add_(0, layout.stretch, layout.joinable.long())
+        stride = self.window - self.overlap
+        return torch.where(joinable > 0, 1 + (layout.lengths - self.window).clamp(min=0).add(stride - 1) // stride, 0)
+
+    def _encode_windows(self, input_ids: Tensor, layout: TokenLayout, windows: int | None) -> Tensor:
+        """States float32 [N, D]; zero in stretches where nothing may merge."""
+        signed = int(self.count_windows(layout)) if windows is None else windows
+        # One row more, for what is read twice or is padding.
+        states = torch.zeros((len(input_ids) + 1, self.width), dtype=torch.float32, device=input_ids.device)
+        counts, total = self._windows_of_stretches(layout), abs(signed)
+        size = windows_per_call(total, self.window, input_ids.device)
+        for first in range(0, total, size):
+            number = torch.arange(first, first + size, device=input_ids.device)
+            tokens, owned, valid = self._place_windows(number, counts, layout)
+            found = self._encode(input_ids[tokens], valid if signed < 0 else None)
+            states.index_copy_(0, tokens.where(owned, len(input_ids)).flatten(), found.flatten(0, 1).to(states))
+        return states[:-1]
+
+    def _place_windows(self, number: Tensor, counts: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of windows `number` [K] of the stream, which of them take their state there, and which are no padding.
+
+        Returns:
+            int64 [K, W], bool [K, W], bool [K, W]. Windows beyond the last repeat it and own nothing.
+        """
         length, stride = self.window, self.window - self.overlap
-        planned = torch.zeros_like(layout.lengths).index_add_(0, layout.stretch, layout.joinable.long()) > 0
-        counts = torch.where(planned, 1 + (layout.lengths - length).clamp(min=0).add(stride - 1) // stride, 0)
-        total = int(counts.sum())
-        if total == 0:
-            return input_ids.new_zeros((len(input_ids), self.width), dtype=torch.float32)
-
-        stretch = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=total)
-        first_window = counts.cumsum(0) - counts
-        number = torch.arange(total, device=counts.device) - first_window[stretch]
+        ends = counts.cumsum(0)
+        known = number.minimum(ends[-1] - 1)
+        stretch = torch.searchsorted(ends, known, right=True)
+        last = (counts[stretch] - 1)[:, None]
+        place = (known - ends[stretch])[:, None] + last + 1
+        tokens_there = layout.lengths[stretch][:, None]
         # The last window ends with its stretch, so only stretches shorter than a window need padding.
-        start = torch.minimum(number * stride, (layout.lengths[stretch] - length).clamp(min=0))
-        within = start[:, None] + torch.arange(length, device=counts.device)
-        mask = within < layout.lengths[stretch][:, None]
-        tokens = layout.starts[stretch][:, None] + within.where(mask, 0)
-        states = torch.cat(
-            [
-                self._encode(input_ids[t], m)
-                for t, m in zip(tokens.split(WINDOWS_PER_CALL), mask.split(WINDOWS_PER_CALL), strict=True)
-            ]
-        )
-
+        last_start = (tokens_there - length).clamp(min=0)
+        offset = torch.minimum(place * stride, last_start) + torch.arange(length, device=number.device)
+        valid = offset < tokens_there
         # The owner is the window whose middle is nearest: by stride, except that the last one is shifted back.
-        offset = torch.arange(len(input_ids), device=counts.device) - layout.starts[layout.stretch]
-        last = (counts[layout.stretch] - 1).clamp(min=0)
         owner = ((offset - self.overlap // 2).clamp(min=0) // stride).minimum((last - 1).clamp(min=0))
-        last_start = (layout.lengths[layout.stretch] - length).clamp(min=0)
         owner = torch.where(2 * offset >= owner * stride + last_start + length, last, owner)
-        window = (first_window[layout.stretch] + owner).clamp(max=total - 1)
-        column = (offset - start[window]).clamp(0, length - 1)
-        picked = states.flatten(0, 1)[window * length + column]
-        return picked * planned[layout.stretch][:, None]
+        owned = (owner == place) & valid & (number == known)[:, None]
+        return layout.starts[stretch][:, None] + offset.where(valid, 0), owned, valid
 
-    def _encode(self, windows: Tensor, mask: Tensor) -> Tensor:
-        """Last hidden states float32 [K, W, D] of windows int64 [K, W]; mask bool [K, W]."""
+    def _encode(self, windows: Tensor, valid: Tensor | None) -> Tensor:
+        """Last hidden states [K, W, D] of windows int64 [K, W]; `valid` bool [K, W], None without padding."""
         # Embeddings and not ids: RoBERTa would take an id that equals its padding id for padding.
         embeds = self.encoder.get_input_embeddings()(windows)
-        return self.encoder(inputs_embeds=embeds, attention_mask=mask.long()).last_hidden_state.float()
+        mask = valid
+        if valid is not None and self.encoder.config._attn_implementation == "sdpa":
+            # Ready to be added: of two dimensions, Transformers would wait for the device to see whether it is needed.
+            mask = torch.zeros_like(valid, dtype=embeds.dtype).masked_fill_(~valid, torch.finfo(embeds.dtype).min)
+            mask = mask[:, None, None].expand(-1, 1, valid.shape[1], -1)
+        elif valid is not None:
+            mask = valid.long()
+        return self.encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+
+    def _smooth(self, states: Callable[[slice], Tensor], into: Tensor, layout: TokenLayout) -> Tensor:
+        """`into` [N, D], filled with the unit means around each token step by step; `states` may read from it."""
+        before = into[:0]
+        for start in range(0, len(into), TOKENS_PER_STEP):
+            low, stop = start - len(before), min(start + TOKENS_PER_STEP, len(into))
+            high = min(stop + self.radius, len(into))
+            around = torch.cat([before, states(slice(start, high)).to(into)])
+            means = self._running_mean(around, layout.stretch[low:high])
+            into[start:stop] = F.normalize(means[start - low : stop - low], dim=-1)
+            before = around[max(0, stop - low - self.radius) : stop - low]
+        return into
 
     def _running_mean(self, states: Tensor, stretch: Tensor) -> Tensor:
         """Mean over +-radius tokens of the same stretch, by shifted sums: exact whatever lies around the stretch."""
@@ -181,6 +225,14 @@ class SemanticEncoder(nn.Module):
             count[:-shift] += same
             count[shift:] += same
         return total / count[:, None]
+
+
+def windows_per_call(total: int, window: int, device: torch.device) -> int:
+    """Windows of every call of a stream, all of one shape: on a CPU without waste, elsewhere always the same."""
+    calls = -(-total // WINDOWS_PER_CALL)
+    if device.type != "cpu" or calls == 0:
+        return WINDOWS_PER_CALL
+    return min(WINDOWS_PER_CALL, max(-(-FEWEST_TOKENS_PER_CALL // window), -(-total // calls)))
 
 
 __all__ = ["SemanticEncoder", "StaticEncoder"]

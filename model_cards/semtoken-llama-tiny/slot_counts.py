@@ -90,9 +90,12 @@ def count_slots(
     met = (rows <= budget_per_row(layout, granularity, batch_size)).all()
     sizes = [layout.lengths.sum(), (layout.lengths > 0).sum(), windows.to(kept.device), fewest.sum()]
     flags = [met.long(), torch.ones_like(sizes[0]) if is_valid is None else is_valid.long()]
-    *known, is_met, is_plan = torch.cat([rows, torch.stack([*sizes, *flags])]).tolist()
+    # Here the host waits.
+    known = torch.cat([rows, torch.stack([*sizes, *flags])]).tolist()
+    tokens, stretches, read, spans, is_met, is_plan = known[batch_size:]
     rows_known = starts is not None or granularity.has_budget
-    return SlotCounts(*known[batch_size:], known[:batch_size] if rows_known else None, bool(is_met), bool(is_plan))
+    slots = known[:batch_size] if rows_known else None
+    return SlotCounts(tokens, stretches, read, spans, slots, bool(is_met), bool(is_plan))
 
 
 __all__ = ["SlotCounts", "count_slots", "kept_per_row"]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .configuration_semtoken import base_merge_mode, check_ratio
-from .granularity import Granularity, find_span_starts, stretch_budgets
+from .granularity import Granularity, find_span_starts
 from .semantic_encoder import SemanticEncoder
 from .slot_counts import SlotCounts, budget_per_row, count_slots, kept_per_row
-from .span_clustering import Spans, uniform_spans
+from .span_clustering import Spans
 from .token_layout import TokenLayout, build_layout
 
 
@@ -137,29 +137,23 @@ def plan_spans(
     valid = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None:
         valid = check_mask(attention_mask, input_ids, "attention_mask")
-    read = last_valid_token(valid) if read_mask is None else check_mask(read_mask, input_ids, "read_mask") & valid
-    protected = torch.isin(input_ids, _ids_on(input_ids.device, tuple(always_protected(config))))
-    if protected_mask is not None:
-        protected = protected | check_mask(protected_mask, input_ids, "protected_mask")
     if query_mask is not None:
         query_mask = check_mask(query_mask, input_ids, "query_mask")
-        protected = protected | query_mask
     granularity = granularity_of(config, target_ratio)
-    layout = build_layout(
-        valid, read, protected, config.keep_first if opens_row else 0, config.keep_last, config.min_prompt_length
-    )
+    layout = _lay_out(config, input_ids, valid, read_mask, [protected_mask, query_mask], opens_row)
     # A ready plan says which tokens merge, but not which of them represents the others.
-    encodes = needs_encoder(config) and (span_ids is None or base_merge_mode(config) == "representative")
-    if encodes and encoder is None:
+    if not needs_encoder(config) or (span_ids is not None and base_merge_mode(config) != "representative"):
+        encoder = None
+    elif encoder is None:
         raise ValueError("planning needs the encoder: pass it, or use segmentation_mode='uniform'")
     starts, is_valid = _starts_without_encoder(layout, granularity, span_ids, valid)
-    windows = encoder.count_windows(layout) if encodes else layout.lengths.new_zeros(())
+    windows = layout.lengths.new_zeros(()) if encoder is None else encoder.count_windows(layout)
     counts = count_slots(layout, granularity, len(input_ids), windows, starts, is_valid)
     if not counts.is_valid:
         raise ValueError("`span_ids` must be -1 exactly at padding and count 0, 1, 2, ... without gaps along each row")
     layout = layout.trim(counts.tokens, counts.stretches)
     fingerprints = None
-    if encodes:
+    if encoder is not None:
         ids = input_ids.flatten()[layout.token_index]
         fingerprints = encoder(ids, layout, windows=counts.windows).to(input_ids.device)
     if starts is None:
@@ -171,16 +165,31 @@ def plan_spans(
     return _finish_plan(starts[: counts.tokens], fingerprints, layout, granularity, valid, counts)
 
 
+def _lay_out(
+    config: Any,
+    input_ids: Tensor,
+    valid: Tensor,
+    read_mask: Tensor | None,
+    protections: list[Tensor | None],
+    opens_row: bool,
+) -> TokenLayout:
+    read = last_valid_token(valid) if read_mask is None else check_mask(read_mask, input_ids, "read_mask") & valid
+    protected = torch.isin(input_ids, _ids_on(input_ids.device, tuple(always_protected(config))))
+    for mask in protections:
+        if mask is not None:
+            protected = protected | check_mask(mask, input_ids, "protected_mask")
+    keep_first = config.keep_first if opens_row else 0
+    return build_layout(valid, read, protected, keep_first, config.keep_last, config.min_prompt_length)
+
+
 def _starts_without_encoder(
     layout: TokenLayout, granularity: Granularity, span_ids: Tensor | None, valid: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """Where slots begin, bool [N], if no fingerprint is needed to say it, and for a ready plan whether it is one."""
     if span_ids is not None:
         return starts_from_span_ids(span_ids, valid, layout)
-    if granularity.segmentation_mode != "uniform":
-        return None, None
-    budget = stretch_budgets(layout.lengths, granularity)
-    return uniform_spans(layout.joinable, layout.stretch, budget, granularity.max_span_length), None
+    is_uniform = granularity.segmentation_mode == "uniform"
+    return find_span_starts(None, layout, granularity) if is_uniform else None, None
 
 
 def last_valid_token(valid: Tensor) -> Tensor:

@@ -13,14 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .cache_bytes import cache_bytes
 from .ragged_cache_semtoken import RaggedRows
-
-# Of a quantised layer, beside its most recent keys and values.
-QUANTIZED = ("_quantized_keys", "_quantized_values")
 
 
 class SemTokenCache(DynamicCache):
@@ -196,32 +193,9 @@ class SemTokenCache(DynamicCache):
         self.slot_lengths = function(self.slot_lengths)
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values of any cache with layers, quantised or not."""
-    names = ("keys", "values", *QUANTIZED)
-    return sum(_nbytes(getattr(layer, name, None)) for layer in cache.layers for name in names)
-
-
-def _nbytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        if is_traceable_wrapper_subclass(value):
-            return sum(_nbytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
-        return 0
-    return sum(_nbytes(item) for item in value)
-
-
-def is_quantized(cache: Any) -> bool:
-    """Whether any layer keeps its states in a quantised form."""
-    return any(hasattr(layer, QUANTIZED[0]) for layer in cache.layers)
-
-
 def tracks_slots(cache: Any) -> bool:
     """Whether `cache` is a SemTokenCache; by its interface, since remote code may define the class a second time."""
     return hasattr(cache, "slot_lengths") and hasattr(cache, "record")
 
 
-__all__ = ["SemTokenCache", "cache_bytes", "is_quantized", "tracks_slots"]
+__all__ = ["SemTokenCache", "tracks_slots"]

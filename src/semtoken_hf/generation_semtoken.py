@@ -19,7 +19,8 @@ from transformers import DynamicCache, QuantizedCache
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.utils import logging
 
-from .cache_semtoken import SemTokenCache, is_quantized, tracks_slots
+from .cache_bytes import is_quantized
+from .cache_semtoken import SemTokenCache, tracks_slots
 from .configuration_semtoken import validate_compression_fields
 from .paged_semtoken import PROMPT_ARGUMENTS
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from ..cache_semtoken import cache_bytes, tracks_slots
+from ..cache_bytes import cache_bytes
+from ..cache_semtoken import tracks_slots
 from .clock import TokenStamps, peak_extra_bytes, seconds_of
 from .workloads import Batch
 

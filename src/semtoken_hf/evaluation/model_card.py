@@ -107,6 +107,6 @@ def write_card(model: Any, folder: Path, sources: CardSources) -> None:
         held_out=held_out,
     )
     card = updated_card(card, metrics, markdown_section(metrics, plots), folder.name)
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "metrics.json", json.dumps(metrics, separators=(",", ":"), ensure_ascii=False) + "\n")
     save_plots(linked_plots(plots), folder / "plots", ("png",))
     write_text(folder / "README.md", card)

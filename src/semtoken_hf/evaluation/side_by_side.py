@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..cache_semtoken import cache_bytes, tracks_slots
+from ..cache_bytes import cache_bytes
+from ..cache_semtoken import tracks_slots
 
 
 @dataclass

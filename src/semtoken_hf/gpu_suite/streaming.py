@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache_semtoken import cache_bytes, tracks_slots
+from ..cache_bytes import cache_bytes
+from ..cache_semtoken import tracks_slots
 from ..evaluation.side_by_side import timed
 from .parts import time_limit
 from .peak_memory import PeakMemory
