@@ -50,7 +50,8 @@ class Bench:
     def __init__(self, config: BenchmarkConfig, shape: str, positions: int, layers: int | None = None):
         self.config, self.shape = config, shape
         self.ids = text_ids(config.checkpoint, config.text_file)
-        planner = load_planner(config.checkpoint, config.encoder, config.encoder_kind, **config.fields)
+        encoder = config.encoder, config.encoder_kind, config.encoder_layers
+        planner = load_planner(config.checkpoint, *encoder, **config.fields)
         sizes = shape_of(shape) if layers is None else replace(shape_of(shape), num_hidden_layers=layers)
         dtype = None if config.dtype is None else dtype_of(config.dtype)
         self.model = build_model(sizes, config.torch_device, dtype, planner, positions, config.attn_implementation)

@@ -56,6 +56,7 @@ class BenchmarkConfig:
     encoder_kind: str = field(
         default="transformer", metadata={"help": "what becomes of --encoder: transformer, or static (distilled)"}
     )
+    encoder_layers: int | None = field(default=None, metadata={"help": "of --encoder, the first ones; all if unset"})
     overrides: list[str] = field(
         default_factory=list, metadata={"help": "FIELD=JSON: compression fields instead of the checkpoint's"}
     )
@@ -93,6 +94,8 @@ class BenchmarkConfig:
             raise ValueError(f"--new_tokens must be at least 2 to have a step of decoding, got {self.new_tokens}")
         if not self.stage_lengths or min(self.stage_lengths) < 1:
             raise ValueError(f"--stage_lengths must be prompt lengths of at least 1 token, got {self.stage_lengths}")
+        if self.encoder_layers is not None and self.encoder is None:
+            raise ValueError("--encoder_layers are those of --encoder, which is not given")
         if self.encoder_kind not in ("transformer", "static"):
             raise ValueError(f"--encoder_kind must be transformer or static, got {self.encoder_kind!r}")
 
@@ -109,7 +112,7 @@ class BenchmarkConfig:
         """What reports and files call the encoder."""
         if self.encoder is None:
             return "static"
-        name = Path(self.encoder).name
+        name = Path(self.encoder).name + ("" if self.encoder_layers is None else f"-{self.encoder_layers}-layers")
         return name if self.encoder_kind == "transformer" else f"{name}-static"
 
     @property
@@ -128,8 +131,10 @@ class BenchmarkConfig:
 
     def settings(self) -> dict[str, Any]:
         """Results that were measured with other ones are measured again."""
-        threads = torch.get_num_threads()
-        return {**{n: getattr(self, n) for n in SETTINGS}, "device": str(self.torch_device), "threads": threads}
+        given = {name: getattr(self, name) for name in SETTINGS}
+        if self.encoder_layers is not None:
+            given["encoder_layers"] = self.encoder_layers
+        return {**given, "device": str(self.torch_device), "threads": torch.get_num_threads()}
 
 
 __all__ = ["BenchmarkConfig"]

@@ -22,7 +22,11 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def load_planner(
-    checkpoint: str, encoder: str | None = None, encoder_kind: str = "transformer", **overrides: Any
+    checkpoint: str,
+    encoder: str | None = None,
+    encoder_kind: str = "transformer",
+    encoder_layers: int | None = None,
+    **overrides: Any,
 ) -> SpanPlanner:
     """The compression fields of a checkpoint, and an encoder on its vocabulary.
 
@@ -30,6 +34,7 @@ def load_planner(
         checkpoint: SemToken folder or Hub id.
         encoder: folder or Hub id of a transformer encoder; None: the checkpoint's own.
         encoder_kind: what becomes of `encoder`: "transformer", or "static", a table distilled from it.
+        encoder_layers: how many of its layers are kept; None: all.
         overrides: compression fields instead of the checkpoint's.
 
     Raises:
@@ -42,8 +47,11 @@ def load_planner(
     # Random weights are adapted for nothing.
     known |= {"adapted_for": None, **overrides}
     if encoder is not None:
-        del known["encoder_config"]
-        return planner_on_vocabulary(AutoTokenizer.from_pretrained(checkpoint), encoder, encoder_kind, **known)
+        # Those of the checkpoint's own encoder.
+        known = {k: v for k, v in known.items() if k in overrides or k not in ("encoder_config", "encoder_dtype")}
+        return planner_on_vocabulary(
+            AutoTokenizer.from_pretrained(checkpoint), encoder, encoder_kind, encoder_layers=encoder_layers, **known
+        )
     special = {name: getattr(planner.config, name) for name in SPECIAL}
     planner.config = type(planner.config)(vocab_size=planner.config.vocab_size, **special, **known)
     return planner
