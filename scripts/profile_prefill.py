@@ -37,10 +37,11 @@ def table(profiler: Any, device: torch.device) -> list[str]:
     """Operators by their own time, as lines of Markdown."""
     name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, name))
-    total = sum(getattr(event, name) for event in events)
+    times = [getattr(event, name) / 1e3 for event in events]
+    total = sum(times)
     rows = [
-        f"| `{event.key}` | {event.count} | {getattr(event, name) / 1e3:.2f} | {100 * getattr(event, name) / total:.1f} % |"
-        for event in events[:OPERATORS]
+        f"| `{event.key}` | {event.count} | {own:.2f} | {100 * own / total:.1f} % |"
+        for event, own in zip(events[:OPERATORS], times, strict=False)
     ]
     return ["| operator | calls | ms | |", "|---|---|---|---|", *rows, f"| all | | {total / 1e3:.2f} | |"]
 
