@@ -12,7 +12,6 @@ def few_steps(monkeypatch):
     """What is measured does not matter here: a few tokens do."""
     for module in (measuring, products):
         monkeypatch.setattr(module, "NEW_TOKENS", 4)
-    monkeypatch.setattr(measuring, "STEPS", 2)
     monkeypatch.setattr(measuring, "REPETITIONS", 1)
     monkeypatch.setattr(equivalence, "STEPS", 2)
     with torch.no_grad():
@@ -21,4 +20,4 @@ def few_steps(monkeypatch):
 
 @pytest.fixture
 def context():
-    return Context(torch.device("cpu"), torch.float32, ("tiny",), (512, 1024), 2048, time.time() + 100)
+    return Context(torch.device("cpu"), torch.float32, ("tiny",), (512,), 1024, time.time() + 100)

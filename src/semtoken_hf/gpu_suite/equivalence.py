@@ -154,8 +154,9 @@ def compare_plans(context: Context, encoder: str) -> None:
 
 def check_equivalence(context: Context) -> None:
     context.note(
-        f"Logits of a random model ({SHAPE.num_hidden_layers} layers, heads of 64) at {RATIO} tokens a slot in original positions: prefill, {STEPS} steps. "
-        f"Tolerance: {FACTOR:g} times the error of eager in the same dtype, plus {SLACK:g} of the largest logit."
+        f"Logits of a random model of {SHAPE.num_hidden_layers} layers with heads of 64, at {RATIO} tokens a slot in "
+        f"original positions: prefill, {STEPS} steps. Tolerance: {FACTOR:g} times the error of eager in the same "
+        f"dtype, plus {SLACK:g} of the largest logit."
     )
     for encoder in ("static", "transformer"):
         compare_plans(context, encoder)

@@ -7,16 +7,19 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .equivalence import FIELDS, LENGTHS, RATIO, SHAPE, available_backends
-from .models import build_model, prompts
-from .parts import Context, attention, free_memory
+from ..attention_semtoken import VARLEN
+from .equivalence import CASES, FIELDS, RATIO, SHAPE, available_backends
+from .models import build_model
+from .parts import Context, attention
 
 PACKAGE, TORCH = Path(__file__).resolve().parents[1], Path(torch.__file__).parent
 SIGN = "synchronizing CUDA operation"
@@ -124,7 +127,7 @@ def _measure(context: Context, what: str, setting: str, limit: int | None, call:
         context.check(f"{what}, {setting}: the host waits at most {limit} x", syncs.count <= limit)
 
 
-def _steps(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> Any:
+def _steps(model: Any, ids: Tensor, mask: Tensor | None) -> Callable[[], None]:
     """A function that decodes one more token behind a compressed prompt."""
     state = {"mask": mask}
     out = model(ids, attention_mask=mask, logits_to_keep=1, target_ratio=RATIO)
@@ -140,31 +143,24 @@ def _steps(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> Any:
 
 def count_host_syncs(context: Context) -> None:
     """`compress` may wait once, to learn how many slots there are; a step of decoding never."""
-    one, batch = prompts(LENGTHS[:1], context.device).input_ids, prompts(LENGTHS, context.device)
-    ids, mask = batch.input_ids, batch.attention_mask
     for encoder in ("static", "transformer"):
         model = build_model(SHAPE, context.device, context.dtype, encoder, **FIELDS)
-        for name, prompts, prompt_mask in (("one row", one, None), ("ragged batch", ids, mask)):
-
-            def compress(model: Any = model, prompts: Any = prompts, prompt_mask: Any = prompt_mask) -> None:
-                model.compress(prompts, prompt_mask, target_ratio=RATIO)
-
-            _measure(context, "compress", f"{encoder} encoder, {name}", 1, compress)
-        if encoder == "static":
-            _count_of_steps(context, model, one, ids, mask)
-        del model
-        free_memory()
+        for case in CASES[:2]:
+            ids, mask = case.prompts(context.device)
+            compress = partial(model.compress, ids, mask, target_ratio=RATIO)
+            _measure(context, "compress", f"{encoder} encoder, {case.name}", 1, compress)
+            if encoder == "static":
+                _count_of_steps(context, model, case.name, ids, mask)
 
 
-def _count_of_steps(context: Context, model: Any, one: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> None:
+def _count_of_steps(context: Context, model: Any, case: str, ids: Tensor, mask: Tensor | None) -> None:
     for implementation in dict.fromkeys(backend.implementation for backend in available_backends(context.device)):
-        for name, prompts, prompt_mask in (("one row", one, None), ("ragged batch", ids, mask)):
-            # With padding, Transformers asks SDPA's and FlashAttention's masks whether they hide anything.
-            limit = 0 if prompt_mask is None or implementation.startswith("semtoken") else None
-            try:
-                with attention(model, implementation):
-                    step = _steps(model, prompts, prompt_mask)
-                    _measure(context, "decode step", f"{implementation}, {name}", limit, step)
-            except Exception as error:
-                context.note(f"decode step, {implementation}, {name}: {type(error).__name__}: {error}")
-                context.check(f"decode step, {implementation}, {name}: runs", False)
+        # With padding, Transformers asks SDPA's and FlashAttention's masks whether they hide anything.
+        limit = 0 if mask is None or implementation == VARLEN else None
+        try:
+            with attention(model, implementation):
+                step = _steps(model, ids, mask)
+                _measure(context, "decode step", f"{implementation}, {case}", limit, step)
+        except Exception as error:
+            context.note(f"decode step, {implementation}, {case}: {type(error).__name__}: {error}")
+            context.check(f"decode step, {implementation}, {case}: runs", False)
