@@ -20,4 +20,4 @@ def few_steps(monkeypatch):
 
 @pytest.fixture
 def context():
-    return Context(torch.device("cpu"), torch.float32, ("tiny",), (512,), 1024, time.time() + 100)
+    return Context(torch.device("cpu"), torch.float32, ("tiny",), (256,), 1024, time.time() + 100)

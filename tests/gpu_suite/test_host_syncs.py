@@ -8,7 +8,6 @@ import torch
 from semtoken_hf.gpu_suite import host_syncs
 from semtoken_hf.gpu_suite.host_syncs import HostSyncs, count_host_syncs
 
-
 CUDA = torch.device("cuda")
 
 

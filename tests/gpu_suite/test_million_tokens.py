@@ -1,8 +1,11 @@
 """Long prompts in chunks, what is told beforehand of their time and memory, and the script for a processor."""
 
+import io
 import json
+import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 
 import pytest
@@ -15,7 +18,6 @@ from semtoken_hf.gpu_suite.million_tokens import bytes_needed, predict_seconds, 
 from semtoken_hf.gpu_suite.models import build_model, prompts
 from semtoken_hf.gpu_suite.parts import TimeUp
 from semtoken_hf.gpu_suite.streaming import stream_prompt
-from tests.fixtures.children import environment
 from tests.fixtures.scripts import main_of
 
 
@@ -56,11 +58,11 @@ def test_memory_of_making_the_slots():
 def test_peak_of_the_stage_is_what_is_foretold():
     shape, length = SHAPES["tiny"], 2**16
     model, ids = build_model(shape), prompts((length,)).input_ids
-    peak, prompt = peak_extra_bytes(lambda: model.compress(ids), torch.device("cpu"))
+    peak, _ = peak_extra_bytes(lambda: model.compress(ids), torch.device("cpu"))
     if peak is None:
         pytest.skip("this system does not tell the peak of a process")
     needed = bytes_needed(shape, torch.float32, length, "semtoken_varlen") - million_tokens.SPARE_BYTES
-    assert peak < 2 * (needed - shape.weight_bytes(torch.float32))
+    assert 0.5 < peak / (needed - shape.weight_bytes(torch.float32)) < 1.5
 
 
 def test_streaming_reads_the_slots_of_the_whole_prompt():
@@ -126,13 +128,21 @@ def script(monkeypatch):
 
 
 def test_script_reads_in_processes_of_their_own(script, tmp_path, monkeypatch):
-    _, main = script
+    module, main = script
     output = tmp_path / "million.md"
-    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
-    main("--lengths", 1024, "--plain_seconds", 0, "--output", output)
+
+    def run(command, **_):
+        """What the other process would do, here."""
+        with monkeypatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+            patch.setattr(sys, "argv", command[1:])
+            module.main()
+        return subprocess.CompletedProcess(command, 0, out.getvalue())
+
+    monkeypatch.setattr(subprocess, "run", run)
+    main("--lengths", 512, "--plain_seconds", 0, "--output", output)
     (record,) = json.loads(output.with_suffix(".json").read_text())["records"]
-    assert record["tokens"] == 1024
-    assert "| SemToken 2.4x | 1,024 |" in output.read_text()
+    assert record["tokens"] == 512
+    assert "| SemToken 2.4x | 512 |" in output.read_text()
 
 
 def test_script_leaves_out_what_takes_too_long(script, tmp_path, monkeypatch):
@@ -147,7 +157,7 @@ def test_script_leaves_out_what_takes_too_long(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "read_in_child", read)
     output = tmp_path / "million.md"
-    main("--lengths", 1024, 512, "--chunk", 128, "--new_tokens", 3, "--output", output)
-    assert asked == [("SemToken", 512), ("SemToken", 1024), ("plain", 512)]
-    assert "| plain | 512 | over -1 s |" in output.read_text()
+    main("--lengths", 512, 256, "--chunk", 128, "--new_tokens", 3, "--output", output)
+    assert asked == [("SemToken", 256), ("SemToken", 512), ("plain", 256)]
+    assert "| plain | 256 | over -1 s |" in output.read_text()
     assert len(json.loads(output.with_suffix(".json").read_text())["records"]) == 3
