@@ -1,3 +1,4 @@
+import gc
 import time
 
 import pytest
@@ -5,6 +6,14 @@ import torch
 
 from semtoken_hf.gpu_suite import equivalence, measuring, products
 from semtoken_hf.gpu_suite.parts import Context
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_collections():
+    """The parts collect garbage often: not among all that is imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

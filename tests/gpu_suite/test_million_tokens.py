@@ -1,11 +1,8 @@
 """Long prompts in chunks, what is told beforehand of their time and memory, and the script for a processor."""
 
-import io
 import json
-import subprocess
 import sys
 import time
-from contextlib import redirect_stdout
 from dataclasses import replace
 
 import pytest
@@ -18,6 +15,7 @@ from semtoken_hf.gpu_suite.million_tokens import bytes_needed, predict_seconds, 
 from semtoken_hf.gpu_suite.models import build_model, prompts
 from semtoken_hf.gpu_suite.parts import TimeUp
 from semtoken_hf.gpu_suite.streaming import stream_prompt
+from tests.fixtures.children import environment
 from tests.fixtures.scripts import main_of
 
 
@@ -128,17 +126,9 @@ def script(monkeypatch):
 
 
 def test_script_reads_in_processes_of_their_own(script, tmp_path, monkeypatch):
-    module, main = script
+    _, main = script
     output = tmp_path / "million.md"
-
-    def run(command, **_):
-        """What the other process would do, here."""
-        with monkeypatch.context() as patch, redirect_stdout(io.StringIO()) as out:
-            patch.setattr(sys, "argv", command[1:])
-            module.main()
-        return subprocess.CompletedProcess(command, 0, out.getvalue())
-
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     main("--lengths", 512, "--plain_seconds", 0, "--output", output)
     (record,) = json.loads(output.with_suffix(".json").read_text())["records"]
     assert record["tokens"] == 512
