@@ -9,12 +9,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from semtoken_hf.attention_semtoken import VARLEN
+from semtoken_hf.benchmarking.models import plain_twin
 from semtoken_hf.benchmarking.shapes import SHAPES
+from semtoken_hf.benchmarking.ways import PADDED, Way
 from semtoken_hf.gpu_suite import benchmark, equivalence, gpu_tests, million_tokens, products
 from semtoken_hf.gpu_suite.equivalence import Backend, available_backends, compare_backends, compare_plans
 from semtoken_hf.gpu_suite.machine import describe_machine
+from semtoken_hf.gpu_suite.measuring import measure_way
 from semtoken_hf.gpu_suite.models import build_model, prompts
-from semtoken_hf.gpu_suite.parts import TimeUp, attention, time_limit
+from semtoken_hf.gpu_suite.parts import Context, TimeUp, attention, time_limit
 from semtoken_hf.gpu_suite.products import fast_attention, multiply_gains, record_product
 from semtoken_hf.semantic_encoder import SemanticEncoder
 
@@ -176,10 +179,21 @@ def test_benchmark_goes_on_behind_a_way_that_does_not_fit(context, monkeypatch):
     assert [(row["plain, n tokens / SemToken"], row["plain, m tokens / SemToken"]) for row in ratios] == [(None, 1)]
 
 
+def test_a_plain_prompt_whose_cache_does_not_fit_is_noted(context, monkeypatch):
+    model = build_model(SHAPES["tiny"])
+    monkeypatch.setattr(Context, "free_bytes", lambda self: SHAPES["tiny"].slot_bytes(torch.float32) * 300)
+    benchmark.measure_length(context, model, plain_twin(model), "tiny", 256)
+    assert {row["way"] for row in context.rows if "way" in row} == {"plain, m tokens", "SemToken"}
+    assert any("does not fit" in note for note in context.notes)
+
+
 def test_no_layer_begins_behind_the_deadline():
-    model, ids = build_model(SHAPES["tiny"]), prompts((32,)).input_ids
+    model, batch = build_model(SHAPES["tiny"]), prompts((32,))
+    ids = batch.input_ids
     with pytest.raises(TimeUp), time_limit(model, time.time() - 1):
         model(ids)
+    with pytest.raises(TimeUp):
+        measure_way(Way(PADDED, model, batch, "sdpa"), model.model.semantic_encoder, time.time() - 1)
     assert model(ids).logits.isfinite().all()
     with attention(model, "eager"):
         assert model.config._attn_implementation == "eager"
