@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
+from semtoken_hf.attention_semtoken import VARLEN
+from semtoken_hf.benchmarking.shapes import SHAPES
 from semtoken_hf.evaluation.files import write_text
 from semtoken_hf.evaluation.provenance import provenance, publish_report
-from semtoken_hf.gpu_suite.machine import VARLEN, has_own_varlen
-from semtoken_hf.gpu_suite.models import SHAPES, build_model, text_ids
+from semtoken_hf.gpu_suite.models import build_model
 from semtoken_hf.gpu_suite.parts import TimeUp
 from semtoken_hf.gpu_suite.streaming import stream_prompt
 
@@ -47,8 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="prompt tokens")
     parser.add_argument("--ratio", type=float, default=2.4, help="tokens per slot")
     parser.add_argument("--chunk", type=int, default=512, help="slots that the layers read at a time")
-    default = VARLEN if has_own_varlen() else "sdpa"
-    parser.add_argument("--attention", default=default, help="attn_implementation (default: %(default)s)")
+    parser.add_argument("--attention", default=VARLEN, help="attn_implementation (default: %(default)s)")
     parser.add_argument("--new_tokens", type=int, default=8)
     parser.add_argument("--plain_seconds", type=float, default=600, help="plain readings end after this; 0: none")
     parser.add_argument("--seconds", type=float, default=3600, help="readings with SemToken end after this")
@@ -57,15 +57,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@torch.no_grad()
 def read_once(arguments: argparse.Namespace, length: int, is_plain: bool) -> dict[str, Any]:
     """One reading in this process; its record, or `over` where it took too long."""
-    model, ids = build_model(arguments.shape, attn_implementation=arguments.attention), text_ids(length)
-    stream_prompt(model, ids[:, :2048], arguments.chunk, time.time() + 600, arguments.ratio)  # to warm up
+    shape, chunk = SHAPES[arguments.shape], arguments.chunk
+    model = build_model(shape, dtype=torch.float32, attn_implementation=arguments.attention)
+    stream_prompt(model, min(length, 2048), chunk, time.time() + 600, arguments.ratio)  # to warm up
     limit = arguments.plain_seconds if is_plain else arguments.seconds
     ratio = None if is_plain else arguments.ratio
     try:
-        with torch.no_grad():
-            return stream_prompt(model, ids, arguments.chunk, time.time() + limit, ratio, arguments.new_tokens)
+        return stream_prompt(model, length, chunk, time.time() + limit, ratio, arguments.new_tokens)
     except TimeUp:
         return {"way": "plain" if is_plain else "SemToken", "tokens": length, "over": limit}
 
@@ -114,12 +115,13 @@ def main() -> None:
         way, length = arguments.reading
         print(json.dumps(read_once(arguments, int(length), way == "plain")))
         return
-    hidden, _, layers, heads, *_ = SHAPES[arguments.shape]
+    shape = SHAPES[arguments.shape]
     lines = [
         "# One million tokens",
         "",
-        f"Shape `{arguments.shape}` ({layers} layers of width {hidden}, {heads} heads, float32), random weights, "
-        f"a chapter of text repeated, static encoder with a random table, attention {arguments.attention}; the layers "
+        f"Shape `{arguments.shape}` ({shape.num_hidden_layers} layers of width {shape.hidden_size}, float32), random "
+        "weights, a chapter of text repeated, the static encoder of the embedded checkpoint, attention "
+        f"{arguments.attention}; the layers "
         f"read {arguments.chunk} slots at a time, then {arguments.new_tokens} tokens are generated. Stage: the "
         "compression alone. Peak bytes: the most that the process held beyond the loaded model, and less the cache.",
         "",

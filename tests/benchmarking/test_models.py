@@ -21,6 +21,7 @@ def test_shapes_have_the_size_of_their_name(name):
     model = build_model(shape_of(name), "meta")
     count = sum(p.numel() for n, p in model.named_parameters() if "semantic_encoder" not in n)
     assert count == pytest.approx(PARAMETERS[name], rel=0.01)
+    assert shape_of(name).weight_bytes(torch.bfloat16) == pytest.approx(2 * count, rel=1e-3)
 
 
 def test_bytes_of_a_slot():
@@ -48,6 +49,19 @@ def test_a_model_has_the_checkpoint_s_fields_and_encoder_on_a_larger_vocabulary(
 def test_a_smaller_vocabulary_gives_way_to_the_tokenizer_s(sources):
     model = build_model(ModelShape(32, 48, 1, 4, 2, vocab_size=10), encoder=load_planner(sources["checkpoint"]))
     assert model.config.vocab_size == tiny.VOCAB_SIZE
+
+
+def test_a_random_encoder_and_other_fields(sources):
+    planner = load_planner(sources["checkpoint"], tiny.BERT, encoder_window=32)
+    model = build_model(SMALL, encoder=planner, max_span_length=5, initializer_range=0.5)
+    assert not model.model.semantic_encoder.is_static
+    assert model.model.semantic_encoder.width == tiny.BERT["hidden_size"]
+    assert (model.config.max_span_length, model.config.merge_mode) == (5, "learned")
+    assert model.lm_head.weight.std().item() == pytest.approx(0.5, rel=0.1)
+    ids = make_batch("1", text_ids(**sources), 128).input_ids
+    # Plans of one encoder are those of the other's weights.
+    planner.config.max_span_length = 5
+    assert torch.equal(model.compress(ids).span_ids, planner.plan(ids).span_ids)
 
 
 @pytest.mark.parametrize("kind", ["transformer", "static"])

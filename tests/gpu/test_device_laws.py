@@ -6,7 +6,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from semtoken_hf.gpu_suite.equivalence import FIELDS, LENGTHS, PLANS, RATIO, SHAPE
 from semtoken_hf.gpu_suite.host_syncs import HostSyncs
-from semtoken_hf.gpu_suite.models import build_model, ragged_batch, text_ids
+from semtoken_hf.gpu_suite.models import build_model, prompts
 from tests.fixtures.batching import model_of, prompts_of, settings
 
 
@@ -14,7 +14,8 @@ from tests.fixtures.batching import model_of, prompts_of, settings
 @pytest.mark.parametrize("encoder", ["static", "transformer"])
 def test_plans_are_those_of_the_processor(encoder, plan, device):
     on_cpu = build_model(SHAPE, "cpu", encoder=encoder, **{**FIELDS, **PLANS[plan]})
-    ids, mask = ragged_batch(LENGTHS)
+    batch = prompts(LENGTHS)
+    ids, mask = batch.input_ids, batch.attention_mask
     wanted = on_cpu.compress(ids, mask, target_ratio=RATIO)
     assert wanted.is_merged
     on_device = on_cpu.to(device, torch.bfloat16)
@@ -25,7 +26,7 @@ def test_plans_are_those_of_the_processor(encoder, plan, device):
 
 def test_a_step_of_decoding_never_waits(device):
     model = build_model(SHAPE, device, **FIELDS)
-    out = model(text_ids(LENGTHS[0], device), logits_to_keep=1, target_ratio=RATIO)
+    out = model(prompts(LENGTHS[:1], device).input_ids, logits_to_keep=1, target_ratio=RATIO)
     token = out.logits[:, -1].argmax(-1, keepdim=True)
 
     def step():
@@ -44,17 +45,18 @@ def test_what_waits_is_seen(device):
     with HostSyncs(device) as syncs:
         int(values.sum())
         values[values > 1]
-    assert syncs.count >= 2
+        values.tolist()
+    assert syncs.count >= 3
     assert all(place.startswith("test_device_laws.py") for place in syncs.places)
 
 
-def test_the_stage_waits_once(cuda):
-    model = build_model(SHAPE, cuda, **FIELDS)
-    ids, mask = ragged_batch(LENGTHS, cuda)
-    model.compress(ids, mask, target_ratio=RATIO)
-    with HostSyncs(cuda) as syncs:
-        model.compress(ids, mask, target_ratio=RATIO)
-    assert syncs.count <= 1, syncs.places
+@pytest.mark.parametrize("encoder", ["static", "transformer"])
+def test_the_stage_waits_once(encoder, device):
+    model, batch = build_model(SHAPE, device, encoder=encoder, **FIELDS), prompts(LENGTHS, device)
+    model.compress(batch.input_ids, batch.attention_mask, target_ratio=RATIO)
+    with HostSyncs(device) as syncs:
+        model.compress(batch.input_ids, batch.attention_mask, target_ratio=RATIO)
+    assert syncs.count == 1, syncs.places
 
 
 def test_generate_batch_equals_generate(device):

@@ -8,6 +8,8 @@ import torch
 from semtoken_hf.gpu_suite import host_syncs
 from semtoken_hf.gpu_suite.host_syncs import HostSyncs, count_host_syncs
 
+CUDA = torch.device("cuda")
+
 
 @pytest.fixture
 def pretended(monkeypatch):
@@ -47,8 +49,9 @@ def test_calls_that_would_wait():
         values[values > 2]
         values.nonzero()
         values.max().item()
+        values.tolist()
         values.repeat_interleave(values)
-    assert syncs.count == 4
+    assert syncs.count == 5
     with HostSyncs("cpu", forbid=True):
         values[values]
         values.where(values > 2, 0).cumsum(0)
@@ -61,12 +64,13 @@ def test_every_setting_is_counted(context, monkeypatch):
     assert {call for call, _ in calls} == {"compress", "decode step"}
     assert ("compress", "transformer encoder, ragged batch") in calls
     assert {row["waits"] for row in context.rows if row["setting"] == "sdpa, one row"} == {0}
-    # Other calls wait on a processor, so nothing is checked there.
-    assert not context.checks
+    assert {row["waits"] for row in context.rows if row["call"] == "compress"} == {1}
+    assert all("slot_counts.py" in row["places"] for row in context.rows if row["call"] == "compress")
+    assert all(context.checks.values())
 
 
 @pytest.mark.parametrize(("waits", "holds"), [(1, True), (2, False)])
 def test_more_than_allowed_does_not_hold(context, pretended, waits, holds):
-    context.device = torch.device("cuda")
+    context.device = CUDA
     host_syncs._measure(context, "compress", "static", 1, lambda: [wait() for _ in range(waits)])
     assert list(context.checks.values()) == [holds]

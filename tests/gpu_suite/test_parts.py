@@ -8,12 +8,16 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from semtoken_hf.attention_semtoken import VARLEN
+from semtoken_hf.benchmarking.models import plain_twin
+from semtoken_hf.benchmarking.shapes import SHAPES
+from semtoken_hf.benchmarking.ways import PADDED, Way
 from semtoken_hf.gpu_suite import benchmark, equivalence, gpu_tests, million_tokens, products
 from semtoken_hf.gpu_suite.equivalence import Backend, available_backends, compare_backends, compare_plans
-from semtoken_hf.gpu_suite.machine import VARLEN, describe_machine
-from semtoken_hf.gpu_suite.measuring import ways_at
-from semtoken_hf.gpu_suite.models import build_model, kv_bytes, text_ids, weight_bytes
-from semtoken_hf.gpu_suite.parts import TimeUp, attention, time_limit
+from semtoken_hf.gpu_suite.machine import describe_machine
+from semtoken_hf.gpu_suite.measuring import measure_way
+from semtoken_hf.gpu_suite.models import build_model, prompts
+from semtoken_hf.gpu_suite.parts import Context, TimeUp, attention, time_limit
 from semtoken_hf.gpu_suite.products import fast_attention, multiply_gains, record_product
 from semtoken_hf.semantic_encoder import SemanticEncoder
 
@@ -48,7 +52,7 @@ def of_sdpa(**changes):
 def test_machine(context):
     describe_machine(context)
     facts = {row["fact"] for row in context.rows}
-    assert {"torch", "flash-attn", "torch.nn.attention.varlen", f"attn_implementation='{VARLEN}'"} <= facts
+    assert {"torch", "flash-attn", "torch.nn.attention.varlen"} <= facts
     assert "No GPU" in context.notes[0]
 
 
@@ -110,27 +114,27 @@ def test_plans(context, monkeypatch):
 
 
 def test_backends_degrade_step_by_step(monkeypatch):
-    monkeypatch.setattr(equivalence, "has_own_varlen", lambda: False)
+    monkeypatch.setattr(million_tokens, "has_torch_varlen", lambda: False)
     for there, expected in ((False, "sdpa flash"), (True, "flash_attention_2")):
         for module in (equivalence, products, million_tokens):
             monkeypatch.setattr(module, "has_flash_attention", lambda there=there: there)
         names = [backend.name for backend in available_backends(CUDA)]
         assert names[:4] == ["sdpa math", "sdpa flash", "sdpa efficient", "sdpa cudnn"]
-        assert names[4:] == ["flash_attention_2"] * there
+        assert names[4:] == [*["flash_attention_2"] * there, VARLEN]
         assert fast_attention(CUDA).name == expected
         assert fast_attention(torch.device("cpu")).name == "sdpa flash"
-    monkeypatch.setattr(million_tokens, "has_own_varlen", lambda: False)
-    assert million_tokens.streaming_attention(CUDA) == "flash_attention_2"
-    monkeypatch.setattr(million_tokens, "has_own_varlen", lambda: True)
+        assert million_tokens.streaming_attention(CUDA) == (VARLEN if there else "sdpa")
+    monkeypatch.setattr(million_tokens, "has_flash_attention", lambda: False)
+    monkeypatch.setattr(million_tokens, "has_torch_varlen", lambda: True)
     assert million_tokens.streaming_attention(CUDA) == VARLEN
     assert million_tokens.streaming_attention(torch.device("cpu")) == "sdpa"
 
 
 def test_products(context):
-    context.lengths = context.lengths[:1]
     multiply_gains(context)
-    ways = [(row["attention"], row["way"], row["tokens"]) for row in context.rows if "attention" in row]
-    assert len(set(ways)) == len(ways) == 4
+    ways = {(row["attention"], row["way"]): row["slots"] for row in context.rows if "attention" in row}
+    plain, ours = ("plain, n tokens", 256), ("SemToken", 107)
+    assert ways == {(name, way): slots for name in ("sdpa math", "sdpa flash") for way, slots in (plain, ours)}
     batched = [(row["batching"], row["way"]) for row in context.rows if "batching" in row]
     assert len(set(batched)) == len(batched) == 4
     products = [row for row in context.rows if "product" in row]
@@ -146,53 +150,55 @@ def test_product_of_known_times(context):
 
 
 def test_benchmark(context):
-    context.lengths = context.lengths[:1]
     benchmark.run_benchmark(context)
     measured = {(row["tokens"], row["way"]): row for row in context.rows if "way" in row}
     for length in context.lengths:
         ours = measured[length, "SemToken"]
-        at_m = measured[-(-length * 10 // 24), "plain at m"]
-        assert at_m["slots"] == at_m["tokens"]
-        assert abs(ours["slots"] - at_m["slots"]) <= 1
-        assert ours["KV bytes"] == pytest.approx(at_m["KV bytes"], rel=0.01)
-        assert measured[length, "plain at n"]["KV bytes"] == kv_bytes("tiny", length, 4)
+        at_m = measured[-(-length * 10 // 24), "plain, m tokens"]
+        assert at_m["slots"] == at_m["tokens"] == ours["slots"]
+        assert at_m["encoder ms"] == 0
+        assert ours["KV bytes"] == at_m["KV bytes"]
+        assert measured[length, "plain, n tokens"]["KV bytes"] == SHAPES["tiny"].slot_bytes(torch.float32) * length
         assert ours["encoder ms"] > 0
         assert all(ours[name] > 0 for name in ("prefill ms", "decode ms", "generate+64 ms"))
-    assert any(row.get("figure") == "KV bytes" and row["plain at n / ours"] > 2.3 for row in context.rows)
+    assert any(row.get("figure") == "KV bytes" and row["plain, n tokens / SemToken"] > 2.3 for row in context.rows)
 
 
 def test_benchmark_goes_on_behind_a_way_that_does_not_fit(context, monkeypatch):
     measure = benchmark.measure_way
 
-    def without_plain(model, ids, way):
-        if way.name == "plain at n":
+    def without_plain(way, *rest):
+        if way.name == "plain_n":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
-        return measure(model, ids, way)
+        return measure(way, *rest)
 
-    context.lengths = context.lengths[:1]
     monkeypatch.setattr(benchmark, "measure_way", without_plain)
     benchmark.run_benchmark(context)
-    assert {row["way"] for row in context.rows if "way" in row} == {"plain at m", "SemToken"}
+    assert {row["way"] for row in context.rows if "way" in row} == {"plain, m tokens", "SemToken"}
     assert sum("out of memory" in note for note in context.notes) == len(context.lengths)
     ratios = [row for row in context.rows if row.get("figure") == "KV bytes"]
-    assert all(row["plain at n / ours"] is None and row["plain at m / ours"] > 0.9 for row in ratios)
+    assert [(row["plain, n tokens / SemToken"], row["plain, m tokens / SemToken"]) for row in ratios] == [(None, 1)]
+
+
+def test_a_plain_prompt_whose_cache_does_not_fit_is_noted(context, monkeypatch):
+    model = build_model(SHAPES["tiny"])
+    monkeypatch.setattr(Context, "free_bytes", lambda self: SHAPES["tiny"].slot_bytes(torch.float32) * 300)
+    benchmark.measure_length(context, model, plain_twin(model), "tiny", 256)
+    assert {row["way"] for row in context.rows if "way" in row} == {"plain, m tokens", "SemToken"}
+    assert any("does not fit" in note for note in context.notes)
 
 
 def test_no_layer_begins_behind_the_deadline():
-    model = build_model("tiny")
+    model, batch = build_model(SHAPES["tiny"]), prompts((32,))
+    ids = batch.input_ids
     with pytest.raises(TimeUp), time_limit(model, time.time() - 1):
-        model(text_ids(32))
-    assert model(text_ids(32)).logits.isfinite().all()
+        model(ids)
+    with pytest.raises(TimeUp):
+        measure_way(Way(PADDED, model, batch, "sdpa"), model.model.semantic_encoder, time.time() - 1)
+    assert model(ids).logits.isfinite().all()
     with attention(model, "eager"):
         assert model.config._attn_implementation == "eager"
     assert model.config._attn_implementation == "sdpa"
-
-
-def test_ways_read_as_many_slots_as_they_say():
-    at_n, at_m, ours = ways_at(2.4)
-    assert at_n.prompt(text_ids(1000)).shape == (1, 1000)
-    assert at_m.prompt(text_ids(1000)).shape == (1, 417)
-    assert ours.arguments == {"target_ratio": 2.4}
 
 
 def test_gpu_tests_in_a_process_of_their_own(context, tmp_path, monkeypatch):
@@ -211,13 +217,3 @@ def test_gpu_tests_without_pytest(context, monkeypatch):
     gpu_tests.run_gpu_tests(context)
     assert context.notes == ["Skipped: pytest is not installed."]
     assert not context.checks
-
-
-def test_arithmetic_is_that_of_the_models():
-    model = build_model("tiny-gqa")
-    own = ("norm", "semantic_encoder")
-    counted = sum(p.numel() for n, p in model.named_parameters() if not any(name in n for name in own))
-    assert weight_bytes("tiny-gqa", 1) == counted
-    assert kv_bytes("llama-3-8b", 1_000_000) == pytest.approx(131e9, rel=0.01)
-    assert weight_bytes("llama-3-8b") == pytest.approx(16.06e9, rel=0.01)
-    assert weight_bytes("llama-2-7b") == pytest.approx(13.48e9, rel=0.01)

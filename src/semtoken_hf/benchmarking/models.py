@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import fields
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,17 @@ from ..configuration_semtoken import SemTokenConfigMixin
 from ..configuration_semtoken_llama import SemTokenLlamaConfig
 from ..conversion.planner import planner_on_vocabulary
 from ..modeling_semtoken_llama import SemTokenLlamaForCausalLM
+from ..semantic_encoder import SemanticEncoder
 from ..standalone_planner import SpanPlanner
 from .shapes import ModelShape, dtype_of
 
+COMPRESSION = tuple(field.name for field in fields_of(SemTokenConfigMixin))
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def load_planner(
     checkpoint: str,
-    encoder: str | None = None,
+    encoder: str | dict[str, Any] | None = None,
     encoder_kind: str = "transformer",
     encoder_layers: int | None = None,
     **overrides: Any,
@@ -32,29 +34,32 @@ def load_planner(
 
     Args:
         checkpoint: SemToken folder or Hub id.
-        encoder: folder or Hub id of a transformer encoder; None: the checkpoint's own.
-        encoder_kind: what becomes of `encoder`: "transformer", or "static", a table distilled from it.
-        encoder_layers: how many of its layers are kept; None: all.
+        encoder: folder or Hub id of a transformer encoder; a dict: `encoder_config` of one with random weights; None:
+            the checkpoint's own.
+        encoder_kind: what becomes of a real one: "transformer", or "static", a table distilled from it.
+        encoder_layers: how many layers of a real one are kept; None: all.
         overrides: compression fields instead of the checkpoint's.
 
     Raises:
         ValueError: a field is unknown or out of its range.
     """
     planner = SpanPlanner.from_pretrained(checkpoint)
-    known = {field.name: getattr(planner.config, field.name) for field in fields(SemTokenConfigMixin)}
+    known = {name: getattr(planner.config, name) for name in COMPRESSION}
     if unknown := sorted(overrides.keys() - known.keys()):
         raise ValueError(f"--overrides does not know {unknown}; it knows {sorted(known)}")
     # Random weights are adapted for nothing.
     known |= {"adapted_for": None, **overrides}
-    if encoder is not None:
+    if isinstance(encoder, str):
         # Those of the checkpoint's own encoder.
         known = {k: v for k, v in known.items() if k in overrides or k not in ("encoder_config", "encoder_dtype")}
         return planner_on_vocabulary(
             AutoTokenizer.from_pretrained(checkpoint), encoder, encoder_kind, encoder_layers=encoder_layers, **known
         )
+    if encoder is not None:
+        known["encoder_config"] = encoder
     special = {name: getattr(planner.config, name) for name in SPECIAL}
-    planner.config = type(planner.config)(vocab_size=planner.config.vocab_size, **special, **known)
-    return planner
+    config = type(planner.config)(vocab_size=planner.config.vocab_size, **special, **known)
+    return SpanPlanner(config, planner.encoder if encoder is None else SemanticEncoder(config))
 
 
 def build_model(
@@ -65,6 +70,7 @@ def build_model(
     positions: int = 4096,
     attn_implementation: str = "sdpa",
     seed: int = 0,
+    **fields: Any,
 ) -> SemTokenLlamaForCausalLM:
     """A SemToken Llama with random weights, made on the device in its dtype, in evaluation mode.
 
@@ -72,15 +78,13 @@ def build_model(
         dtype: None: the shape's.
         encoder: compression fields and encoder, as `load_planner` finds them; None: the defaults and a random table.
         positions: longest sequence.
+        fields: of the configuration, instead of all that.
     """
     compression: dict[str, Any] = {}
     if encoder is not None:
-        compression = {field.name: getattr(encoder.config, field.name) for field in fields(SemTokenConfigMixin)}
-        compression |= {name: getattr(encoder.config, name) for name in SPECIAL}
-    config = SemTokenLlamaConfig(
-        **shape.config_fields(0 if encoder is None else encoder.config.vocab_size, positions),
-        **copy.deepcopy(compression),
-    )
+        compression = {name: getattr(encoder.config, name) for name in (*COMPRESSION, *SPECIAL)}
+    sizes = shape.config_fields(0 if encoder is None else encoder.config.vocab_size, positions)
+    config = SemTokenLlamaConfig(**{**sizes, **copy.deepcopy(compression), **fields})
     torch.manual_seed(seed)
     with torch.device(device):
         model = SemTokenLlamaForCausalLM._from_config(

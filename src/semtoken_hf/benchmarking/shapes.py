@@ -41,8 +41,17 @@ class ModelShape:
 
     def slot_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the keys and values of one slot, over all layers."""
-        head = self.hidden_size // self.num_attention_heads
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * head * dtype.itemsize
+        return 2 * self.num_hidden_layers * self._width_of_keys * dtype.itemsize
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the weights, those of an untied head included, those of the norms left out."""
+        attention = 2 * self.hidden_size * (self.hidden_size + self._width_of_keys)
+        layer = attention + 3 * self.hidden_size * self.intermediate_size
+        return dtype.itemsize * (self.num_hidden_layers * layer + 2 * self.vocab_size * self.hidden_size)
+
+    @property
+    def _width_of_keys(self) -> int:
+        return self.hidden_size // self.num_attention_heads * self.num_key_value_heads
 
 
 SHAPES = {

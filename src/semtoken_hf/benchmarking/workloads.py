@@ -5,6 +5,7 @@ Of the package it imports nothing: the environment of the kvpress baselines, whi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,13 +63,22 @@ def make_batch(name: str, ids: Tensor, length: int, device: torch.device | str =
 
     Args:
         name: key of `BATCHES`.
-        ids: int64 [n] of a text, opened by BOS; repeated where it is too short. Every row opens with its first id and
-            goes on from another place of it.
+        ids: as in `batch_of_lengths`.
 
     Raises:
         ValueError: as `row_lengths`.
     """
-    lengths = row_lengths(name, length)
+    return batch_of_lengths(ids, row_lengths(name, length), device)
+
+
+def batch_of_lengths(ids: Tensor, lengths: Sequence[int], device: torch.device | str = "cpu") -> Batch:
+    """A batch whose rows have so many tokens.
+
+    Args:
+        ids: int64 [n] of a text, opened by BOS; repeated where it is too short. Every row opens with its first id and
+            goes on from another place of it.
+        lengths: of the rows.
+    """
     rows = []
     for index, tokens in enumerate(lengths):
         first = index * (len(ids) - 1) // len(lengths)
@@ -77,4 +87,4 @@ def make_batch(name: str, ids: Tensor, length: int, device: torch.device | str =
     return left_padded(rows)
 
 
-__all__ = ["BATCHES", "Batch", "left_padded", "make_batch", "row_lengths"]
+__all__ = ["BATCHES", "Batch", "batch_of_lengths", "left_padded", "make_batch", "row_lengths"]

@@ -3,51 +3,47 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
-import torch
-
+from ..benchmarking.models import plain_twin
+from ..benchmarking.shapes import shape_of
+from ..benchmarking.ways import PADDED, PLAIN_M, PLAIN_N, TITLES, list_ways
 from .machine import has_flash_attention
-from .measuring import Way, measure_way, ways_at
-from .models import build_model, kv_bytes, text_ids, weight_bytes
-from .parts import Context, free_memory, time_limit
+from .measuring import RATIO, measure_way
+from .models import build_model, prompts
+from .parts import Context, free_memory
 
-RATIO = 2.4
 # Attention is quadratic: a prompt twice as long takes at most this much longer.
 GROWTH = 4.0
 BENCHMARKED = ("llama-2-7b", "llama-3-8b")
-
-
-def _fits(context: Context, shape: str, length: int) -> bool:
-    """Whether the cache of a plain prompt and what grows it by one layer fit into the free memory."""
-    if context.device.type != "cuda":
-        return True
-    free, _ = torch.cuda.mem_get_info(context.device)
-    return 1.25 * kv_bytes(shape, length) < free
+FIGURES = ("prefill ms", "decode ms", "generate+64 ms", "KV bytes", "peak bytes")
 
 
 def _record_ratios(context: Context, shape: str, length: int, records: dict[str, dict[str, Any]]) -> None:
-    ours, at_n, at_m = records.get("SemToken"), records.get("plain at n"), records.get("plain at m")
-    if ours is None:
+    if PADDED not in records:
         return
-    for name in ("prefill ms", "decode ms", "generate+64 ms", "KV bytes", "peak bytes"):
-        of_n, of_m = (r and r[name] and ours[name] and r[name] / ours[name] for r in (at_n, at_m))
-        context.row(shape=shape, tokens=length, figure=name, **{"plain at n / ours": of_n, "plain at m / ours": of_m})
+    for name in FIGURES:
+        row: dict[str, Any] = {"shape": shape, "tokens": length, "figure": name}
+        for other in (PLAIN_N, PLAIN_M):
+            ours, theirs = (records.get(way, {}).get(name) for way in (PADDED, other))
+            row[f"{TITLES[other]} / {TITLES[PADDED]}"] = theirs / ours if ours and theirs else None
+        context.row(**row)
 
 
-def measure_length(context: Context, model: Any, shape: str, length: int) -> None:
+def measure_length(context: Context, model: Any, plain: Any, shape: str, length: int) -> None:
     """Every way at one length; a way that does not fit is noted, the others are still measured."""
-    ids, records = text_ids(length, context.device), {}
-    for way in ways_at(RATIO):
-        if way.name == "plain at n" and not _fits(context, shape, length):
-            context.note(f"{shape}, {length:,} tokens, {way.name}: its cache does not fit into the free memory.")
+    what = f"{shape}, {length:,} tokens"
+    batch, attention = prompts((length,), context.device), model.config._attn_implementation
+    ways = context.attempt(f"{what}, slots", partial(list_ways, model, plain, batch, RATIO, attention))
+    records: dict[str, dict[str, Any]] = {}
+    for way in ways or ():
+        # What grows the cache by one layer stands beside it.
+        if way.name == PLAIN_N and 1.25 * shape_of(shape).slot_bytes(context.dtype) * length > context.free_bytes():
+            context.note(f"{what}, {TITLES[way.name]}: its cache does not fit into the free memory.")
             continue
-
-        def measure(way: Way = way) -> dict[str, Any]:
-            with time_limit(model, context.deadline):
-                return measure_way(model, ids, way)
-
-        record = context.attempt(f"{shape}, {length:,} tokens, {way.name}", measure)
+        encoder, title = model.base_model.semantic_encoder, TITLES[way.name]
+        record = context.attempt(f"{what}, {title}", partial(measure_way, way, encoder, context.deadline))
         if record is not None:
             records[way.name] = record
             context.row(shape=shape, **record)
@@ -57,7 +53,8 @@ def measure_length(context: Context, model: Any, shape: str, length: int) -> Non
 def measure_shape(context: Context, shape: str) -> None:
     """Lengths from the shortest on, as long as the next one fits into the time."""
     implementation = "flash_attention_2" if has_flash_attention() and context.device.type == "cuda" else "sdpa"
-    model = build_model(shape, context.device, context.dtype, attn_implementation=implementation)
+    model = build_model(shape_of(shape), context.device, context.dtype, attn_implementation=implementation)
+    plain = plain_twin(model)
     context.note(f"{shape}: attention {implementation}.")
     taken = 0.0
     try:
@@ -66,25 +63,26 @@ def measure_shape(context: Context, shape: str) -> None:
                 context.note(f"{shape}: no time left for {length:,} tokens and more.")
                 break
             start = time.time()
-            measure_length(context, model, shape, length)
+            measure_length(context, model, plain, shape, length)
             taken = time.time() - start
     finally:
-        del model
+        del model, plain
         free_memory()
 
 
 def run_benchmark(context: Context) -> None:
     """Plain at n, plain at m (the limit) and SemToken, shape by shape; they share the time."""
     context.note(
-        f"Random weights, real text, static encoder with a random table, {RATIO} tokens a slot, batch 1. Peak bytes: "
-        "of prefill and decode beyond the model."
+        f"Random weights, real text, the static encoder of the embedded checkpoint, {RATIO} tokens a slot, batch 1. "
+        "Peak bytes: of a prefill beyond the model."
     )
     shapes = [shape for shape in context.shapes if shape in BENCHMARKED] or [context.shapes[-1]]
     end = context.deadline
     for rest, shape in zip(range(len(shapes), 0, -1), shapes, strict=True):
-        if context.device.type == "cuda" and 1.1 * weight_bytes(shape) > torch.cuda.mem_get_info(context.device)[0]:
-            context.note(f"{shape}: its weights ({weight_bytes(shape) / 2**30:.1f} GiB) do not fit.")
+        weights = shape_of(shape).weight_bytes(context.dtype)
+        if 1.1 * weights > context.free_bytes():
+            context.note(f"{shape}: its weights ({weights / 2**30:.1f} GiB) do not fit.")
             continue
         context.deadline = time.time() + max(end - time.time(), 0) / rest
-        context.attempt(shape, lambda shape=shape: measure_shape(context, shape))
+        context.attempt(shape, partial(measure_shape, context, shape))
     context.deadline = end

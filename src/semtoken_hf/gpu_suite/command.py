@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from ..benchmarking.shapes import SHAPES, dtype_of
 from ..evaluation.provenance import provenance
-from .models import SHAPES
 from .parts import Context
 from .report import Report
 from .suite import BROKEN_DEVICE, PARTS, run_parts, supervise, worker_command
@@ -23,7 +23,7 @@ NO_GPU = (
 )
 # The report's own time, and that of the process to end.
 MARGIN = 10.0
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,14 +33,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--max_minutes", type=float, default=9.0, help="of everything together")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, help="in order of worth")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="smallest first; the last one reads the most")
     parser.add_argument("--lengths", nargs="+", type=int, default=[2**i for i in range(10, 18)], help="prompt tokens")
     parser.add_argument("--long_length", type=int, default=2**20, help="tokens of the long prompt")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.shapes = options.shapes or ["llama-160m", "llama-1.1b", "llama-2-7b", "llama-3-8b"]
+    options.shapes = options.shapes or ["160m", "1.1b", "llama-2-7b", "llama-3-8b"]
     return options
 
 
@@ -68,7 +68,7 @@ def run_worker(options: argparse.Namespace) -> int:
     """What is still to do, in this process."""
     context = Context(
         device=torch.device(options.device),
-        dtype=DTYPES[options.dtype],
+        dtype=dtype_of(options.dtype),
         shapes=tuple(options.shapes),
         lengths=tuple(options.lengths),
         long_length=options.long_length,

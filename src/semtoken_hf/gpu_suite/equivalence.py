@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from .machine import VARLEN, has_flash_attention, has_own_varlen
-from .models import build_model, ragged_batch, text_ids
+from ..attention_semtoken import VARLEN
+from ..benchmarking.shapes import ModelShape
+from .machine import has_flash_attention
+from .models import build_model, prompts
 from .parts import Context, attention, free_memory
 
-SHAPE, RATIO, STEPS = "tiny-gqa", 2.4, 4
+RATIO, STEPS = 2.4, 4
+# Heads of a width that kernels are made for, two of them on each key.
+SHAPE = ModelShape(256, 512, 2, 4, 2, vocab_size=8192, dtype="float32")
 # The last row is shorter than `min_prompt_length` and stays plain.
 LENGTHS = (384, 290, 150, 40)
 FIELDS: dict[str, Any] = {"min_prompt_length": 64, "keep_last": 16, "initializer_range": 0.08}
@@ -49,9 +53,8 @@ class Case:
     chunk: int | None = None
 
     def prompts(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        if len(self.lengths) > 1:
-            return ragged_batch(self.lengths, device)
-        return text_ids(self.lengths[0], device), None
+        batch = prompts(self.lengths, device)
+        return batch.input_ids, batch.attention_mask if len(self.lengths) > 1 else None
 
 
 CASES = (Case("one row", LENGTHS[:1]), Case("ragged batch", LENGTHS), Case("in chunks", LENGTHS[:1], 50))
@@ -65,9 +68,7 @@ def available_backends(device: torch.device) -> list[Backend]:
     found = [Backend(f"sdpa {name.split('_')[0].lower()}", "sdpa", getattr(SDPBackend, name)) for name in kernels]
     if has_flash_attention() and device.type == "cuda":
         found.append(Backend("flash_attention_2", "flash_attention_2"))
-    if has_own_varlen():
-        found.append(Backend(VARLEN, VARLEN))
-    return found
+    return [*found, Backend(VARLEN, VARLEN)]
 
 
 def read_and_decode(model: Any, case: Case, fed: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -137,7 +138,8 @@ def compare_backends(context: Context, dtype: torch.dtype, backends: list[Backen
 
 def compare_plans(context: Context, encoder: str) -> None:
     """Plans of the same prompts on the CPU in float32, and on the device in every dtype (law 7)."""
-    ids, mask = ragged_batch(LENGTHS)
+    batch = prompts(LENGTHS)
+    ids, mask = batch.input_ids, batch.attention_mask
     for plan, fields in PLANS.items():
         on_cpu = build_model(SHAPE, "cpu", encoder=encoder, **{**FIELDS, **fields})
         wanted = on_cpu.compress(ids, mask, target_ratio=RATIO).span_ids
@@ -152,8 +154,9 @@ def compare_plans(context: Context, encoder: str) -> None:
 
 def check_equivalence(context: Context) -> None:
     context.note(
-        f"Logits of a random model ({SHAPE}) at {RATIO} tokens a slot in original positions: prefill, {STEPS} steps. "
-        f"Tolerance: {FACTOR:g} times the error of eager in the same dtype, plus {SLACK:g} of the largest logit."
+        f"Logits of a random model of {SHAPE.num_hidden_layers} layers with heads of 64, at {RATIO} tokens a slot in "
+        f"original positions: prefill, {STEPS} steps. Tolerance: {FACTOR:g} times the error of eager in the same "
+        f"dtype, plus {SLACK:g} of the largest logit."
     )
     for encoder in ("static", "transformer"):
         compare_plans(context, encoder)

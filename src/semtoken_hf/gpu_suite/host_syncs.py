@@ -5,19 +5,25 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .equivalence import FIELDS, LENGTHS, RATIO, SHAPE, available_backends
-from .models import build_model, ragged_batch, text_ids
-from .parts import Context, attention, free_memory
+from ..attention_semtoken import VARLEN
+from .equivalence import CASES, FIELDS, RATIO, SHAPE, available_backends
+from .models import build_model
+from .parts import Context, attention
 
 PACKAGE, TORCH = Path(__file__).resolve().parents[1], Path(torch.__file__).parent
 SIGN = "synchronizing CUDA operation"
-# What makes the host wait on a GPU, for a processor, where nothing does. Copies to the host are not among them.
+# What makes the host wait on a GPU, for a processor, where nothing does.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave", "_unique2", "equal")
 
 
@@ -33,10 +39,23 @@ def _place() -> str:
     return f"{Path(frame.filename).name}:{frame.lineno} ({frame.name})"
 
 
-class _WaitingCalls(TorchDispatchMode):
-    def __init__(self, places: Counter[str], forbid: bool):
+class _Lists(TorchFunctionMode):
+    """`Tensor.tolist` of a processor reads the memory itself: no call is dispatched."""
+
+    def __init__(self, note: Callable[[str], None]):
         super().__init__()
-        self.places, self.forbid = places, forbid
+        self.note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.tolist:
+            self.note("tolist")
+        return func(*args, **(kwargs or {}))
+
+
+class _WaitingCalls(TorchDispatchMode):
+    def __init__(self, note: Callable[[str], None]):
+        super().__init__()
+        self.note = note
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -45,16 +64,14 @@ class _WaitingCalls(TorchDispatchMode):
         )
         known = name == "repeat_interleave" and (kwargs or {}).get("output_size") is not None
         if (name in WAITING and not known) or by_mask:
-            if self.forbid:
-                raise RuntimeError(f"called a synchronizing operation: {name}")
-            self.places[_place()] += 1
+            self.note(name)
         return func(*args, **(kwargs or {}))
 
 
 class HostSyncs:
     """`with HostSyncs(device) as syncs: ...`, then `syncs.places`: how often the host waited, by line.
 
-    On a processor it counts the calls that would wait on a GPU, except plain copies to the host (`.tolist()`).
+    On a processor it counts the calls that would wait on a GPU, except copies between devices.
 
     Args:
         device: of the work.
@@ -69,25 +86,32 @@ class HostSyncs:
     def count(self) -> int:
         return sum(self.places.values())
 
-    def _note(self, message: Any, *_: Any, **__: Any) -> None:
+    def _note_call(self, name: str) -> None:
+        if self.forbid:
+            raise RuntimeError(f"called a synchronizing operation: {name}")
+        self.places[_place()] += 1
+
+    def _note_warning(self, message: Any, *_: Any, **__: Any) -> None:
         if SIGN in str(message):
             self.places[_place()] += 1
 
     def __enter__(self) -> HostSyncs:
         if self.device.type != "cuda":
-            self._mode: Any = _WaitingCalls(self.places, self.forbid).__enter__()
+            self._modes = ExitStack()
+            self._modes.enter_context(_WaitingCalls(self._note_call))
+            self._modes.enter_context(_Lists(self._note_call))
             return self
         torch.cuda.synchronize(self.device)
         self._warnings = warnings.catch_warnings()
         self._warnings.__enter__()
         warnings.simplefilter("always")
-        warnings.showwarning = self._note  # type: ignore[assignment]
+        warnings.showwarning = self._note_warning  # type: ignore[assignment]
         torch.cuda.set_sync_debug_mode("error" if self.forbid else "warn")
         return self
 
     def __exit__(self, *error: Any) -> None:
         if self.device.type != "cuda":
-            self._mode.__exit__(*error)
+            self._modes.__exit__(*error)
             return
         torch.cuda.set_sync_debug_mode("default")
         self._warnings.__exit__(*error)
@@ -99,12 +123,11 @@ def _measure(context: Context, what: str, setting: str, limit: int | None, call:
         call()
     places = ", ".join(f"{place} x {count}" for place, count in syncs.places.most_common())
     context.row(call=what, setting=setting, waits=syncs.count, places=places)
-    # Counted otherwise on a processor.
-    if limit is not None and context.device.type == "cuda":
+    if limit is not None:
         context.check(f"{what}, {setting}: the host waits at most {limit} x", syncs.count <= limit)
 
 
-def _steps(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> Any:
+def _steps(model: Any, ids: Tensor, mask: Tensor | None) -> Callable[[], None]:
     """A function that decodes one more token behind a compressed prompt."""
     state = {"mask": mask}
     out = model(ids, attention_mask=mask, logits_to_keep=1, target_ratio=RATIO)
@@ -120,32 +143,24 @@ def _steps(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> Any:
 
 def count_host_syncs(context: Context) -> None:
     """`compress` may wait once, to learn how many slots there are; a step of decoding never."""
-    one, (ids, mask) = text_ids(LENGTHS[0], context.device), ragged_batch(LENGTHS, context.device)
     for encoder in ("static", "transformer"):
         model = build_model(SHAPE, context.device, context.dtype, encoder, **FIELDS)
-        limit = 1 if encoder == "static" else None
-        for name, prompts, prompt_mask in (("one row", one, None), ("ragged batch", ids, mask)):
-
-            def compress(model: Any = model, prompts: Any = prompts, prompt_mask: Any = prompt_mask) -> None:
-                model.compress(prompts, prompt_mask, target_ratio=RATIO)
-
-            _measure(context, "compress", f"{encoder} encoder, {name}", limit, compress)
-        if encoder == "static":
-            _count_of_steps(context, model, one, ids, mask)
-        del model
-        free_memory()
-    context.note("With a transformer encoder the number of its windows depends on the mask: shown, not checked.")
+        for case in CASES[:2]:
+            ids, mask = case.prompts(context.device)
+            compress = partial(model.compress, ids, mask, target_ratio=RATIO)
+            _measure(context, "compress", f"{encoder} encoder, {case.name}", 1, compress)
+            if encoder == "static":
+                _count_of_steps(context, model, case.name, ids, mask)
 
 
-def _count_of_steps(context: Context, model: Any, one: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> None:
+def _count_of_steps(context: Context, model: Any, case: str, ids: Tensor, mask: Tensor | None) -> None:
     for implementation in dict.fromkeys(backend.implementation for backend in available_backends(context.device)):
-        for name, prompts, prompt_mask in (("one row", one, None), ("ragged batch", ids, mask)):
-            # With padding, Transformers asks SDPA's and FlashAttention's masks whether they hide anything.
-            limit = 0 if prompt_mask is None or implementation.startswith("semtoken") else None
-            try:
-                with attention(model, implementation):
-                    step = _steps(model, prompts, prompt_mask)
-                    _measure(context, "decode step", f"{implementation}, {name}", limit, step)
-            except Exception as error:
-                context.note(f"decode step, {implementation}, {name}: {type(error).__name__}: {error}")
-                context.check(f"decode step, {implementation}, {name}: runs", False)
+        # With padding, Transformers asks SDPA's and FlashAttention's masks whether they hide anything.
+        limit = 0 if mask is None or implementation == VARLEN else None
+        try:
+            with attention(model, implementation):
+                step = _steps(model, ids, mask)
+                _measure(context, "decode step", f"{implementation}, {case}", limit, step)
+        except Exception as error:
+            context.note(f"decode step, {implementation}, {case}: {type(error).__name__}: {error}")
+            context.check(f"decode step, {implementation}, {case}: runs", False)

@@ -7,12 +7,9 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 from .parts import Context
-
-VARLEN = "semtoken_varlen"
 
 
 def has_flash_attention() -> bool:
@@ -22,11 +19,6 @@ def has_flash_attention() -> bool:
 def has_torch_varlen() -> bool:
     """Whether torch brings FlashAttention's variable-length kernel (the device may still lack it)."""
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None
-
-
-def has_own_varlen() -> bool:
-    """Whether this package has a ragged attention backend."""
-    return VARLEN in ALL_ATTENTION_FUNCTIONS.valid_keys()
 
 
 def _package_version(name: str) -> str:
@@ -47,7 +39,6 @@ def _driver() -> str:
 def describe_machine(context: Context) -> None:
     facts: dict[str, object] = {"torch": torch.__version__, "flash-attn": _package_version("flash-attn")}
     facts["torch.nn.attention.varlen"] = "there" if has_torch_varlen() else "missing"
-    facts[f"attn_implementation='{VARLEN}'"] = "registered" if has_own_varlen() else "missing"
     if context.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(context.device)
         properties = torch.cuda.get_device_properties(context.device)

@@ -1,99 +1,52 @@
-"""One way of reading a prompt, timed: prefill, decode, and a whole `generate`."""
+"""One way of reading a prompt, timed within a deadline."""
 
 from __future__ import annotations
 
-import math
 import statistics
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import nn
 
-from ..cache_bytes import cache_bytes
-from ..cache_semtoken import tracks_slots
-from ..evaluation.side_by_side import CallTimer, timed
-from .parts import free_memory
-from .peak_memory import PeakMemory
+from ..benchmarking.clock import seconds_of
+from ..benchmarking.ways import TITLES, Way
+from ..evaluation.side_by_side import CallTimer
+from .parts import time_limit
 
-NEW_TOKENS, STEPS = 64, 16
-# Calls that take longer than this are measured once.
+RATIO, NEW_TOKENS = 2.4, 64
+# A way whose prefill takes longer than this is measured once.
 SHORT_SECONDS, REPETITIONS = 2.0, 3
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a prompt is read: arguments of `forward` and `generate`, and how much shorter the prompt is."""
+def measure_way(way: Way, encoder: nn.Module, deadline: float) -> dict[str, Any]:
+    """Medians of a few rounds (one where a prefill is long), after a prefill to warm up.
 
-    name: str
-    arguments: dict[str, Any]
-    shortened: float = 1.0
-
-    def prompt(self, ids: Tensor) -> Tensor:
-        return ids[:, : math.ceil(ids.shape[1] / self.shortened)]
-
-
-def ways_at(ratio: float) -> tuple[Way, Way, Way]:
-    """Plain at n tokens, plain at m (the limit), and SemToken from n to m."""
-    return (
-        Way("plain at n", {"compression": False}),
-        Way("plain at m", {"compression": False}, ratio),
-        Way("SemToken", {"target_ratio": ratio}),
-    )
-
-
-def _prefill(model: Any, ids: Tensor, way: Way) -> Any:
-    return model(ids, logits_to_keep=1, use_cache=True, **way.arguments)
-
-
-def _decode(model: Any, out: Any, way: Way) -> None:
-    arguments = {"compression": False} if "compression" in way.arguments else {}
-    for _ in range(STEPS):
-        token = out.logits[:, -1].argmax(-1, keepdim=True)
-        out = model(token, past_key_values=out.past_key_values, logits_to_keep=1, **arguments)
-
-
-def _generate(model: Any, ids: Tensor, way: Way) -> Any:
-    lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
-    return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **lengths, **way.arguments)
-
-
-def measure_way(model: Any, ids: Tensor, way: Way, generates: bool = True) -> dict[str, Any]:
-    """Medians of repeated calls (one where a call is long), after one to warm up.
+    Args:
+        encoder: of the SemToken model.
+        deadline: `time.time()` from which on no layer begins.
 
     Returns:
         way, tokens, slots; `prefill ms`, `encoder ms` (within it), `decode ms` per token, `generate+64 ms`; `KV bytes`
-        after the prefill and `peak bytes` of prefill and decode beyond the model.
+        after the prefill and its `peak bytes` beyond the model.
+
+    Raises:
+        TimeUp: the deadline has passed.
     """
-    prompt = way.prompt(ids)
-    with PeakMemory(model.device) as peak:
-        warm, out = timed(lambda: _prefill(model, prompt, way))
-        cache = out.past_key_values
-        tokens, held = prompt.shape[1], cache_bytes(cache)
-        slots = int(cache.compressed_lengths.max()) if tracks_slots(cache) else tokens
-        del cache
-        _decode(model, out, way)
-    del out
-    prefills, encoders, decodes, wholes = [], [], [], []
-    for _ in range(REPETITIONS if warm < SHORT_SECONDS else 1):
-        with CallTimer(model.base_model.semantic_encoder) as timer:
-            seconds, out = timed(lambda: _prefill(model, prompt, way))
-        prefills.append(seconds)
-        encoders.append(timer.seconds)
-        decodes.append(timed(lambda out=out: _decode(model, out, way))[0] / STEPS)
-        del out
-        free_memory()
-        if generates:
-            wholes.append(timed(lambda: _generate(model, prompt, way))[0])
-    median = statistics.median
+    samples, found = [], {}
+    with time_limit(way.model, deadline):
+        warm = seconds_of(lambda: found.update(way.inspect()))
+        for _ in range(REPETITIONS if warm < SHORT_SECONDS else 1):
+            with CallTimer(encoder) as timer:
+                samples.append(way.measure(NEW_TOKENS))
+            samples[-1]["encoder"] = timer.seconds
+    median = {name: 1e3 * statistics.median(sample[name] for sample in samples) for name in samples[0]}
     return {
-        "way": way.name,
-        "tokens": tokens,
-        "slots": slots,
-        "prefill ms": 1e3 * median(prefills),
-        "encoder ms": 1e3 * median(encoders),
-        "decode ms": 1e3 * median(decodes),
-        "generate+64 ms": 1e3 * median(wholes) if wholes else None,
-        "KV bytes": held,
-        "peak bytes": peak.bytes,
+        "way": TITLES[way.name],
+        "tokens": max(way.batch.lengths),
+        "slots": max(found["slots"]),
+        "prefill ms": median["prefill"],
+        "encoder ms": median["encoder"],
+        "decode ms": median["decode"],
+        "generate+64 ms": median["generate"],
+        "KV bytes": found["kv_bytes"],
+        "peak bytes": found["peak_bytes"],
     }

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 
-from .machine import VARLEN, has_flash_attention, has_own_varlen
-from .models import SHAPES, build_model, kv_bytes, text_ids, weight_bytes
+from ..attention_semtoken import VARLEN
+from ..benchmarking.shapes import ModelShape, shape_of
+from ..configuration_semtoken import SemTokenStaticEncoderConfig
+from .machine import has_flash_attention, has_torch_varlen
+from .measuring import RATIO
+from .models import build_model
 from .parts import Context, free_memory
 from .streaming import stream_prompt
 
-RATIO, CHUNK, SHORTEST = 2.4, 4096, 131072
+CHUNK, SHORTEST = 4096, 131072
 # Activations of a chunk, logits, and what the allocator cannot use.
 SPARE_BYTES = 2**31
 # Of the whole, for the two short runs that the time of the long one is told from.
@@ -21,22 +26,26 @@ CAUTION = 1.2
 
 
 def streaming_attention(device: torch.device) -> str:
-    """What reads a chunk behind a long cache without a mask of chunk x cache, best first."""
-    if device.type == "cuda" and has_own_varlen():
-        return VARLEN
-    return "flash_attention_2" if device.type == "cuda" and has_flash_attention() else "sdpa"
+    """What reads a chunk behind a long cache without a mask of chunk x cache."""
+    has_kernel = has_flash_attention() or has_torch_varlen()
+    return VARLEN if device.type == "cuda" and has_kernel else "sdpa"
 
 
-def bytes_needed(shape: str, length: int, implementation: str) -> int:
-    """Weights, and the larger of two: all embeddings, gathered once, while slots are made; or the slots' embeddings,
-    their cache, and one layer's again while it grows. SDPA also repeats keys and values and makes a mask."""
-    hidden, _, layers, heads, kv_heads, *_ = SHAPES[shape]
+def bytes_needed(shape: ModelShape, dtype: torch.dtype, length: int, implementation: str) -> int:
+    """Weights, and the larger of two: making the slots, or reading them.
+
+    Making: the fingerprints of all tokens and their spans' means in float32, and three times the slots' embeddings
+    while they get their residuals. Reading: the slots' embeddings, their cache, and one layer's again while it grows;
+    SDPA also repeats keys and values and makes a mask.
+    """
     slots = math.ceil(length / RATIO)
-    cache = kv_bytes(shape, slots)
-    reading = 2 * hidden * slots + cache + cache // layers
+    embeddings, cache = dtype.itemsize * shape.hidden_size * slots, shape.slot_bytes(dtype) * slots
+    layer = cache // shape.num_hidden_layers
+    reading = embeddings + cache + layer
     if implementation == "sdpa":
-        reading += cache // layers * heads // kv_heads + 3 * CHUNK * slots
-    return weight_bytes(shape) + max(reading, 4 * hidden * length) + SPARE_BYTES
+        reading += layer * shape.num_attention_heads // shape.num_key_value_heads + 3 * CHUNK * slots
+    making = 4 * SemTokenStaticEncoderConfig.hidden_size * (length + slots) + 3 * embeddings
+    return shape.weight_bytes(dtype) + max(reading, making) + SPARE_BYTES
 
 
 def predict_seconds(short: dict[str, Any], longer: dict[str, Any], tokens: int) -> float:
@@ -46,31 +55,31 @@ def predict_seconds(short: dict[str, Any], longer: dict[str, Any], tokens: int) 
     return CAUTION * ((t / m - quadratic * m) * tokens + quadratic * tokens**2)
 
 
-def _note_plain(context: Context, shape: str, length: int, memory: int) -> None:
-    plain, weights = kv_bytes(shape, length), weight_bytes(shape)
-    fits = weights + plain < memory
+def _note_plain(context: Context, name: str) -> None:
+    shape, length = shape_of(name), context.long_length
+    plain, weights = shape.slot_bytes(context.dtype) * length, shape.weight_bytes(context.dtype)
+    memory = torch.cuda.mem_get_info(context.device)[1]
     context.row(
-        **{"by arithmetic": f"plain {shape} at {length:,} tokens", "KV GB": plain / 1e9, "weights GB": weights / 1e9},
-        **{"this device GB": memory / 1e9, "fits": fits},
+        **{"by arithmetic": f"plain {name} at {length:,} tokens", "KV GB": plain / 1e9, "weights GB": weights / 1e9},
+        **{"this device GB": memory / 1e9, "fits": weights + plain < memory},
     )
 
 
 def stream_million_tokens(context: Context) -> None:
     """The longest of `long_length` and its halves, down to 131,072, that memory and time allow."""
-    shape, on_gpu = context.shapes[-1], context.device.type == "cuda"
-    free = torch.cuda.mem_get_info(context.device)[0] if on_gpu else 2**62
-    if on_gpu:
-        _note_plain(context, shape, context.long_length, torch.cuda.mem_get_info(context.device)[1])
+    name, free = context.shapes[-1], context.free_bytes()
+    if context.device.type == "cuda":
+        _note_plain(context, name)
     lengths = [context.long_length >> i for i in range(4)]
     lengths = [n for n in lengths if n >= min(SHORTEST, context.long_length)]
-    implementation = streaming_attention(context.device)
-    fitting = [n for n in lengths if bytes_needed(shape, n, implementation) < free]
+    implementation, shape = streaming_attention(context.device), shape_of(name)
+    fitting = [n for n in lengths if bytes_needed(shape, context.dtype, n, implementation) < free]
     if fitting != lengths:
         left_out = ", ".join(f"{n:,}" for n in lengths if n not in fitting)
         context.note(f"{free / 1e9:.0f} GB are free, too few for {left_out} tokens.")
     if not fitting:
         return
-    context.note(f"{shape}, attention {implementation}, chunks of {CHUNK:,} slots, static encoder with a random table.")
+    context.note(f"{name}, attention {implementation}, chunks of {CHUNK:,} slots, the checkpoint's static encoder.")
     model = build_model(shape, context.device, context.dtype, attn_implementation=implementation)
     try:
         _stream(context, model, fitting)
@@ -81,9 +90,7 @@ def stream_million_tokens(context: Context) -> None:
 
 def _stream(context: Context, model: Any, lengths: list[int]) -> None:
     def run(length: int) -> Any:
-        def stream() -> dict[str, Any]:
-            return stream_prompt(model, text_ids(length, context.device), CHUNK, context.deadline, RATIO)
-
+        stream = partial(stream_prompt, model, length, CHUNK, context.deadline, RATIO)
         record = context.attempt(f"{length:,} tokens", stream)
         if record is not None:
             context.row(**record)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..benchmarking.clock import available_bytes
+
 
 class TimeUp(Exception):
     """The time of a part is used up."""
@@ -64,6 +66,11 @@ class Context:
     def left(self) -> float:
         """Seconds until the deadline."""
         return self.deadline - time.time()
+
+    def free_bytes(self) -> int:
+        """Memory that can still be had; any amount on a processor, where the parts are only tried."""
+        free = available_bytes(self.device) if self.device.type == "cuda" else None
+        return 2**62 if free is None else free
 
     def row(self, **cells: Any) -> None:
         self.rows.append(cells)

@@ -13,14 +13,17 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousMixin
 
-from ..evaluation.side_by_side import timed
+from ..benchmarking.clock import seconds_of
+from ..benchmarking.models import plain_twin
+from ..benchmarking.shapes import shape_of
+from ..benchmarking.ways import PADDED, PLAIN_N, TITLES, Way
 from .equivalence import Backend
 from .machine import has_flash_attention
-from .measuring import NEW_TOKENS, measure_way, ways_at
-from .models import build_model, kv_bytes, text_ids, weight_bytes
-from .parts import Context, TimeUp, attention, free_memory, time_limit
+from .measuring import NEW_TOKENS, RATIO, measure_way
+from .models import build_model, prompts
+from .parts import Context, TimeUp, attention, free_memory
 
-RATIO, ROWS, PAGE = 2.4, 4, 256
+ROWS, PAGE = 4, 256
 TIMES = ("prefill ms", "generate+64 ms")
 MATH = Backend("sdpa math", "sdpa", SDPBackend.MATH)
 
@@ -34,10 +37,8 @@ def fast_attention(device: torch.device) -> Backend:
 
 def largest_shape(context: Context, share: float = 0.5) -> str:
     """The largest of the context's shapes whose weights take at most this share of the free memory."""
-    if context.device.type != "cuda":
-        return context.shapes[-1]
-    free, _ = torch.cuda.mem_get_info(context.device)
-    fitting = [shape for shape in context.shapes if weight_bytes(shape) < share * free]
+    free = context.free_bytes()
+    fitting = [shape for shape in context.shapes if shape_of(shape).weight_bytes(context.dtype) < share * free]
     return fitting[-1] if fitting else context.shapes[0]
 
 
@@ -58,27 +59,34 @@ def record_product(context: Context, what: str, times: dict[tuple[str, str], flo
     )
 
 
-def multiply_flash_attention(context: Context, model: Any, lengths: tuple[int, ...]) -> None:
+def plain_and_ours(model: Any, plain: Any, lengths: list[int], backend: Backend) -> list[Way]:
+    """Both ways to read rows of so many tokens, with one attention."""
+    batch, implementation = prompts(lengths, model.device), backend.implementation
+    ours = Way(PADDED, model, batch, implementation, {"target_ratio": RATIO})
+    return [Way(PLAIN_N, plain, batch, implementation), ours]
+
+
+def multiply_flash_attention(context: Context, model: Any, plain: Any, lengths: tuple[int, ...]) -> None:
     """{SDPA's math kernel, FlashAttention} x {plain, SemToken}, by prompt length."""
-    plain, _, ours = ways_at(RATIO)
-    backends = (MATH, fast_attention(context.device))
+    encoder = model.base_model.semantic_encoder
     for length in lengths:
-        ids, measured = text_ids(length, context.device), {}
-        for backend in reversed(backends):  # what takes less memory first
-            for way in (plain, ours):
+        measured = {}
+        for backend in (fast_attention(context.device), MATH):  # what takes less memory first
+            for way in plain_and_ours(model, plain, [length], backend):
 
-                def measure(backend: Backend = backend, way: Any = way, ids: Any = ids) -> Any:
-                    with attention(model, backend.implementation, backend.kernel), time_limit(model, context.deadline):
-                        return measure_way(model, ids, way)
+                def measure(way: Way = way, backend: Backend = backend) -> Any:
+                    with attention(way.model, backend.implementation, backend.kernel):
+                        return measure_way(way, encoder, context.deadline)
 
-                record = context.attempt(f"{backend.name}, {way.name}, {length:,} tokens", measure)
+                title = TITLES[way.name]
+                record = context.attempt(f"{backend.name}, {title}, {length:,} tokens", measure)
                 if record is None:
                     return
                 context.row(attention=backend.name, **record)
-                measured[backend.name, way.name] = record
+                measured[backend.name, title] = record
         for name in TIMES:
             times = {key: record[name] for key, record in measured.items()}
-            record_product(context, f"{name}, {length:,} tokens", times, (MATH.name, plain.name))
+            record_product(context, f"{name}, {length:,} tokens", times, (MATH.name, TITLES[PLAIN_N]))
 
 
 def batching_options(context: Context, length: int) -> ContinuousBatchingConfig:
@@ -90,63 +98,61 @@ def batching_options(context: Context, length: int) -> ContinuousBatchingConfig:
     return ContinuousBatchingConfig(**{name: value for name, value in options.items() if name in known})
 
 
-def multiply_paged_attention(context: Context, model: Any, length: int) -> None:
+def multiply_paged_attention(context: Context, model: Any, plain: Any, length: int) -> None:
     """{`generate` over a batch, `generate_batch`} x {plain, SemToken}: the same prompts of equal length."""
-    plain, _, ours = ways_at(RATIO)
-    rows = torch.cat([text_ids(length, context.device, start=97 * row) for row in range(ROWS)])
-    lengths = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
-    settings = GenerationConfig(**lengths, eos_token_id=-1, pad_token_id=0)
+    settings = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
     # Each call makes a manager of its own, whose preparation is not what is compared.
     more = {"warmup": False} if "warmup" in inspect.signature(ContinuousMixin.generate_batch).parameters else {}
 
-    def padded(arguments: dict[str, Any]) -> Any:
-        return model.generate(rows, attention_mask=torch.ones_like(rows), **lengths, **arguments)
+    def padded(way: Way) -> None:
+        way.generate(NEW_TOKENS)
 
-    def paged(arguments: dict[str, Any]) -> Any:
-        batching = batching_options(context, length)
-        outputs = model.generate_batch(
-            rows.tolist(), generation_config=settings, continuous_batching_config=batching, **arguments, **more
+    def paged(way: Way) -> None:
+        outputs = way.model.generate_batch(
+            way.batch.input_ids.tolist(),
+            generation_config=settings,
+            continuous_batching_config=batching_options(context, length),
+            **way.call,
+            **more,
         )
         if errors := [output.error for output in outputs.values() if output.error]:
             raise RuntimeError(f"generate_batch: {errors[0]}")
-        return outputs
 
-    times = {}
+    times, fast = {}, fast_attention(context.device)
     for kind, call in (("generate", padded), ("generate_batch", paged)):
-        for way in (plain, ours):
+        for way in plain_and_ours(model, plain, [length] * ROWS, fast):
 
-            def measure(call: Any = call, way: Any = way) -> float:
-                # The manager's own thread is no place to be stopped in.
-                first, _ = timed(partial(call, way.arguments))
-                if first > context.left():
-                    raise TimeUp
-                return 1e3 * timed(partial(call, way.arguments))[0]
+            def measure(call: Any = call, way: Way = way) -> float:
+                with attention(way.model, fast.implementation):
+                    # The manager's own thread is no place to be stopped in.
+                    if seconds_of(partial(call, way)) > context.left():
+                        raise TimeUp
+                    return 1e3 * seconds_of(partial(call, way))
 
-            taken = context.attempt(f"{kind}, {way.name}", measure)
+            title = TITLES[way.name]
+            taken = context.attempt(f"{kind}, {title}", measure)
             if taken is None:
                 return
-            times[kind, way.name] = taken
-            context.row(batching=kind, way=way.name, rows=ROWS, tokens=length, **{"generate+64 ms": taken})
-    record_product(context, f"{ROWS} x {length:,} tokens, generate+64 ms", times, ("generate", plain.name))
+            times[kind, title] = taken
+            context.row(batching=kind, way=title, rows=ROWS, tokens=length, **{"generate+64 ms": taken})
+    what = f"{ROWS} x {length:,} tokens, generate+64 ms"
+    record_product(context, what, times, ("generate", TITLES[PLAIN_N]))
 
 
 def multiply_gains(context: Context) -> None:
     """Four times each, and whether the product holds."""
     shape = largest_shape(context)
-    context.note(f"Shape {shape}, random weights, static encoder with a random table, {RATIO} tokens a slot.")
+    context.note(f"Shape {shape}, random weights, the embedded checkpoint's static encoder, {RATIO} tokens a slot.")
     lengths = [length for length in context.lengths if length <= 16384]
-    model = build_model(shape, context.device, context.dtype)
+    model = build_model(shape_of(shape), context.device, context.dtype)
+    plain = plain_twin(model)
     try:
-        multiply_flash_attention(context, model, tuple(lengths[-3:]))
+        multiply_flash_attention(context, model, plain, tuple(lengths[-3:]))
         # Its cache stands beside that of the prompts.
         length = min(lengths[-1], 4096)
-        if context.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(context.device)
-            if 2 * kv_bytes(shape, ROWS * length) > free:
-                return context.note("Too little memory for PagedAttention.")
-        fast = fast_attention(context.device)
-        with attention(model, fast.implementation):
-            multiply_paged_attention(context, model, length)
+        if 2 * shape_of(shape).slot_bytes(context.dtype) * ROWS * length > context.free_bytes():
+            return context.note("Too little memory for PagedAttention.")
+        multiply_paged_attention(context, model, plain, length)
     finally:
-        del model
+        del model, plain
         free_memory()
