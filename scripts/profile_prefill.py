@@ -48,7 +48,7 @@ def table(profiler: Any, device: torch.device) -> list[str]:
 
 @torch.no_grad()
 def main() -> None:
-    (config,) = HfArgumentParser(BenchmarkConfig).parse_args_into_dataclasses()
+    (config,) = HfArgumentParser(BenchmarkConfig).parse_args_into_dataclasses()  # type: ignore[arg-type]
     device, ratio, lines = config.torch_device, config.ratios[0], ["# Where the time of a prefill goes"]
     config.folder.mkdir(parents=True, exist_ok=True)
     for shape in config.shapes:
