@@ -189,6 +189,21 @@ def test_turns(models, batch, chunk):
     assert_goes_on_alike(models, caches)
 
 
+@pytest.mark.parametrize("hidden", [0, 3])
+def test_a_single_row_with_a_mask_in_chunks(models, hidden):
+    """A turn in which nothing merges: the states of its last chunk are not all that has to be laid out."""
+    mask, logits = torch.ones(1, 118, dtype=torch.long), []
+    mask[:, 96 : 96 + hidden] = 0
+    caches = [SemTokenCache(model.config) for model in models]
+    for model, cache in zip(models, caches, strict=True):
+        prefill(model, random_ids(1, 96), mask[:, :96], cache)
+        with torch.no_grad():
+            turn = {"attention_mask": mask, "past_key_values": cache, "prefill_chunk_size": 5, "logits_to_keep": 2}
+            logits.append(model(random_ids(1, 22, seed=1), protected_mask=mask, **turn).logits)
+    torch.testing.assert_close(*logits, **CLOSE)
+    assert_goes_on_alike(models, caches)
+
+
 def test_held_slots_stay_bit_identical(models, batch):
     """However often the storage is laid out anew."""
     model = models[0]
