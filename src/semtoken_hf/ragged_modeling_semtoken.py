@@ -102,7 +102,6 @@ class SemTokenRaggedMixin:
                 )
             if keeps_all or part.stop > len(packed) - states_to_keep:
                 states.append(outputs.last_hidden_state)
-
         outputs.last_hidden_state = _lay_out(torch.cat(states, 1), index, rows, width)
         if outputs.hidden_states is not None and len(states) == 1:
             outputs.hidden_states = tuple(_lay_out(layer, index, rows, width) for layer in outputs.hidden_states)
