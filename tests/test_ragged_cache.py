@@ -281,6 +281,18 @@ def test_padded_layers_become_ragged(family, first):
     assert_goes_on_alike(models, caches)
 
 
+def test_padded_layers_of_padding_alone_become_ragged(models):
+    """A turn whose one token was cropped again: the layers hold a column that stands for nothing."""
+    mask, caches = torch.cat([torch.zeros(1, 12), torch.ones(1, 60)], 1).long(), []
+    for model in models:
+        mask[:, 11] = 1
+        cache = prefill(model, random_ids(1, 12), mask[:, :12])
+        cache.crop(-1)
+        mask[:, 11] = 0
+        caches.append(prefill(model, random_ids(1, 60), mask[:, 1:], cache))
+    assert_goes_on_alike(models, caches)
+
+
 def test_after_inference_mode(models, batch):
     """Tensors of inference mode may not be written in place outside of it."""
     caches = []

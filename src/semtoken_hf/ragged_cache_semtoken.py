@@ -177,6 +177,8 @@ def make_ragged(cache: Any, batch_size: int) -> bool:
         return True
     held = cache.slot_lengths > 0
     index, counts = held.flatten().nonzero().squeeze(1), held.sum(1).tolist()
+    if not any(counts):  # nothing but padding
+        return True
     rows.reserve(cache.layers, counts)
     rows.advance(counts)
     for new, layer in zip(cache.layers, old, strict=True):
