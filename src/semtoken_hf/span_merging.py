@@ -82,10 +82,12 @@ def _with_residual(
     index = indices_where(is_merged, count)
     # Beyond the last merged span: any will do, it is given nothing.
     is_real, index = index < len(spans), index.clamp(max=len(spans) - 1)
+    # PEFT wraps a module whose parameters it adapts.
+    longest = (merger.get_base_layer() if hasattr(merger, "get_base_layer") else merger).longest
     residuals = []
     for some in index.split(SLOTS_PER_CALL):
-        lengths = spans.lengths[some].clamp(max=merger.longest)
-        place = torch.arange(merger.longest, device=lengths.device).minimum(lengths[:, None] - 1)
+        lengths = spans.lengths[some].clamp(max=longest)
+        place = torch.arange(longest, device=lengths.device).minimum(lengths[:, None] - 1)
         tokens = spans.first[some, None] + place
         residuals.append(merger(embed(tokens.flatten()).unflatten(0, tokens.shape), lengths))
     # The merger may live on another device than the embeddings.
