@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from semtoken_hf.learned_merger import EPSILON, LearnedMerger
 from semtoken_hf.span_clustering import Spans
 from semtoken_hf.span_merging import merge_spans
-from tests.fixtures.tiny import ragged_prompts, random_ids, tiny_config, tiny_model
+from tests.fixtures.tiny import ragged_prompts, tiny_config, tiny_model
 
 LENGTHS = torch.tensor([1, 4, 2, 1, 1, 7, 3, 1, 2])
 FIRST = LENGTHS.cumsum(0) - LENGTHS
@@ -229,19 +229,6 @@ def test_compress_adds_the_residual_to_merged_slots_alone(unadapted) -> None:
     changed = (prompt.inputs_embeds != bare.inputs_embeds).any(-1)
     assert torch.equal(changed, bare.slot_lengths > 1)
     assert torch.equal(prompt.position_ids, bare.position_ids)
-
-
-def test_every_merged_slot_of_a_ready_plan_gets_its_residual() -> None:
-    """A plan from elsewhere may merge in more places than spans as long as the cap would."""
-    fields = {"segmentation_mode": "greedy", "similarity_threshold": -1.0, "merger_base": "representative"}
-    model, ids = tiny_model(merge_mode="learned", **fields), random_ids(2, 96)
-    pairs = {"span_ids": torch.arange(96).expand(2, -1) // 2}
-    with torch.no_grad():
-        bare = model.compress(ids, **pairs).inputs_embeds
-        model.model.learned_merger.out_proj.normal_()
-        prompt = model.compress(ids, **pairs)
-    assert int((prompt.slot_lengths > 1).sum()) > 2 * 96 // model.config.max_span_length
-    assert torch.equal((prompt.inputs_embeds != bare).any(-1), prompt.slot_lengths > 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

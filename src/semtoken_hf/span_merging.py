@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,8 @@ def _with_residual(
     # Beyond the last merged span: any will do, it is given nothing.
     is_real, index = index < len(spans), index.clamp(max=len(spans) - 1)
     # PEFT wraps a module whose parameters it adapts.
-    longest = (merger.get_base_layer() if hasattr(merger, "get_base_layer") else merger).longest
+    bare: Any = merger
+    longest = (bare.get_base_layer() if hasattr(bare, "get_base_layer") else bare).longest
     residuals = []
     for some in index.split(SLOTS_PER_CALL):
         lengths = spans.lengths[some].clamp(max=longest)
