@@ -162,3 +162,16 @@ def test_given_plan(model, ragged):
     assert (inside == 3).all()
     assert (given.slot_lengths[0, -model.config.keep_last :] == 1).all()
     assert torch.equal(given.slot_lengths.sum(1), own.original_lengths)
+
+
+def test_every_merged_slot_of_a_ready_plan_gets_its_residual() -> None:
+    """A plan from elsewhere may merge in more places than spans as long as the cap would."""
+    fields = {"segmentation_mode": "greedy", "similarity_threshold": -1.0, "merger_base": "representative"}
+    model, ids = tiny_model(merge_mode="learned", **fields), random_ids(2, 96)
+    pairs = {"span_ids": torch.arange(96).expand(2, -1) // 2}
+    with torch.no_grad():
+        bare = model.compress(ids, **pairs).inputs_embeds
+        model.model.learned_merger.out_proj.normal_()
+        prompt = model.compress(ids, **pairs)
+    assert int((prompt.slot_lengths > 1).sum()) > 2 * 96 // model.config.max_span_length
+    assert torch.equal((prompt.inputs_embeds != bare).any(-1), prompt.slot_lengths > 1)

@@ -189,6 +189,21 @@ def test_turns(models, batch, chunk):
     assert_goes_on_alike(models, caches)
 
 
+@pytest.mark.parametrize("hidden", [0, 3])
+def test_a_single_row_with_a_mask_in_chunks(models, hidden):
+    """A turn in which nothing merges: the states of its last chunk are not all that has to be laid out."""
+    mask, logits = torch.ones(1, 118, dtype=torch.long), []
+    mask[:, 96 : 96 + hidden] = 0
+    caches = [SemTokenCache(model.config) for model in models]
+    for model, cache in zip(models, caches, strict=True):
+        prefill(model, random_ids(1, 96), mask[:, :96], cache)
+        with torch.no_grad():
+            turn = {"attention_mask": mask, "past_key_values": cache, "prefill_chunk_size": 5, "logits_to_keep": 2}
+            logits.append(model(random_ids(1, 22, seed=1), protected_mask=mask, **turn).logits)
+    torch.testing.assert_close(*logits, **CLOSE)
+    assert_goes_on_alike(models, caches)
+
+
 def test_held_slots_stay_bit_identical(models, batch):
     """However often the storage is laid out anew."""
     model = models[0]
@@ -263,6 +278,18 @@ def test_padded_layers_become_ragged(family, first):
         assert cache.ragged_rows is None
         step = torch.ones(3, 2, dtype=torch.long)
         prefill(model, turn, torch.cat([mask, step, new], 1), cache)
+    assert_goes_on_alike(models, caches)
+
+
+def test_padded_layers_of_padding_alone_become_ragged(models):
+    """A turn whose one token was cropped again: the layers hold a column that stands for nothing."""
+    mask, caches = torch.cat([torch.zeros(1, 12), torch.ones(1, 60)], 1).long(), []
+    for model in models:
+        mask[:, 11] = 1
+        cache = prefill(model, random_ids(1, 12), mask[:, :12])
+        cache.crop(-1)
+        mask[:, 11] = 0
+        caches.append(prefill(model, random_ids(1, 60), mask[:, 1:], cache))
     assert_goes_on_alike(models, caches)
 
 

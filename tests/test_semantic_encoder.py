@@ -260,3 +260,21 @@ def test_attention_of_the_language_model_is_not_the_encoders(attention):
     assert model.config._attn_implementation == attention
     assert model.model.semantic_encoder.encoder.config._attn_implementation == "sdpa"
     assert torch.equal(model.compress(ids).span_ids, plan)
+
+
+def test_padding_leaves_the_windows_of_layers_as_they_are() -> None:
+    """One ready mask for all layers would let local ones see everything, in every row of the call."""
+    config = {"model_type": "modernbert", "num_hidden_layers": 4, "local_attention": 4, "global_attn_every_n_layers": 3}
+    sizes = {name: BERT[name] for name in ("hidden_size", "num_attention_heads", "intermediate_size")}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    windows = {"encoder_window": 16, "encoder_overlap": 4, "fingerprint_radius": 0}
+    encoder = SemanticEncoder(tiny_config(encoder_config={**config, **sizes, **special}, **windows))
+    assert encoder.encoder.config._attn_implementation == "sdpa"
+    for parameter in encoder.encoder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    ids = random_ids(1, 27)[0]
+    fingerprints = encoder(ids, stretches_of(11, 16))
+    for part in (ids[:11], ids[11:]):
+        states = encoder.encoder(input_ids=part[None]).last_hidden_state[0]
+        ours, fingerprints = fingerprints[: len(part)], fingerprints[len(part) :]
+        assert torch.allclose(ours, F.normalize(states, dim=-1), atol=1e-5)

@@ -96,3 +96,11 @@ def test_a_wait_is_noticed() -> None:
 
     with patch.object(encoder, "forward", waits), pytest.raises(DataDependentOutputException):
         compress_waiting(model, 1, random_ids(1, 96), None)
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    """Whatever the stage might keep between calls, a run without values must not spoil it."""
+    model, ids = tiny_model(protected_token_ids=[7, 8, 9]), random_ids(1, 96)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(DataDependentOutputException):
+        model.compress(mode.from_tensor(ids))
+    assert model.compress(ids).is_merged

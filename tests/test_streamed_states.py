@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from semtoken_hf.attention_semtoken import VARLEN
 from tests.fixtures.tiny import ragged_prompts, random_ids, tiny_model
 
 CHUNK = 7
@@ -18,10 +19,12 @@ def states_of(model, ids, **arguments):
         handle.remove()
 
 
-@pytest.mark.parametrize("keep", [1, 3, 8, 20])
-@pytest.mark.parametrize("ragged", [False, True], ids=["one row", "ragged"])
-def test_only_the_last_chunks_are_held(keep, ragged):
-    model = tiny_model()
+# 13: the first slot that is read, behind 34 others, is the last of a chunk.
+@pytest.mark.parametrize("keep", [1, 3, 8, 13, 20])
+@pytest.mark.parametrize(("attention", "ragged"), [("sdpa", False), ("sdpa", True), (VARLEN, False)])
+@torch.no_grad()
+def test_only_the_last_chunks_are_held(keep, attention, ragged):
+    model = tiny_model(attn_implementation=attention)
     ids, mask = ragged_prompts() if ragged else (random_ids(1, 96), None)
     arguments = {"attention_mask": mask, "logits_to_keep": keep}
     whole, columns = states_of(model, ids, **arguments)

@@ -144,6 +144,18 @@ print("FACTS" + json.dumps(facts))
 """
 
 
+def test_lora_on_the_mergers_parameters():
+    base = tiny_model(merge_mode="learned", merger_rank=4)
+    torch.nn.init.normal_(base.model.learned_merger.out_proj)
+    expected = base(IDS, attention_mask=MASK, logits_to_keep=1).logits
+    targets = ["learned_merger.in_proj", "learned_merger.out_proj"]
+    model = get_peft_model(base, lora([], target_parameters=targets))
+    logits = model(input_ids=IDS, attention_mask=MASK, logits_to_keep=1).logits
+    torch.testing.assert_close(logits, expected)
+    logits.sum().backward()
+    assert all(p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
+
+
 def test_trained_saved_and_loaded_in_a_clean_process(tmp_path):
     """With `Trainer`, the context compressed; nothing but the adapter and what `modules_to_save` names changes."""
     base = tiny_model(**TRANSFORMER, merge_mode="learned", merger_rank=4)
