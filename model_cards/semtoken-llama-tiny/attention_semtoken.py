@@ -123,7 +123,8 @@ def _row_by_row(query: Tensor, keys: Tensor, values: Tensor, step: RaggedStep, c
         part, held = slice(end, end + new * copies), slice(start, start + length)
         end = part.stop
         q, k, v = (t[span].transpose(0, 1)[None] for t, span in ((query, part), (keys, held), (values, held)))
-        if is_causal and 1 < new < length and q.device.type == "cpu":
+        has_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        if is_causal and 1 < new < length and q.device.type == "cpu" and not has_gradient:
             states = _behind_a_past(q, k, v, length - new, scaling)
         else:
             mask = None
@@ -139,7 +140,8 @@ def _row_by_row(query: Tensor, keys: Tensor, values: Tensor, step: RaggedStep, c
 def _behind_a_past(query: Tensor, keys: Tensor, values: Tensor, past: int, scaling: float | None) -> Tensor:
     """Causal attention [1, H, Q, D] behind `past` keys that all queries see, without a mask of the size Q x keys.
 
-    The two parts are joined by their log-sum-exp, as FlashAttention joins its blocks (arXiv 2307.08691, section 3.1).
+    The two parts are joined by their log-sum-exp, as FlashAttention joins its blocks (arXiv 2307.08691, section 3.1),
+    through which no gradient flows.
     """
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     before, log_before = attend(query, keys[:, :, :past], values[:, :, :past], scale=scaling)

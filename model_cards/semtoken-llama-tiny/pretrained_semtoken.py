@@ -20,7 +20,7 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_do
 
 
 class SemTokenPreTrainedMixin:
-    """Loading and saving: the encoder is part of the checkpoint, frozen and fp32."""
+    """Loading and saving: the encoder is part of the checkpoint, frozen and in a dtype of its own."""
 
     # What the family's classes bring.
     config: Any
@@ -35,6 +35,7 @@ class SemTokenPreTrainedMixin:
     _auto_class: str | None
     state_dict: Any
 
+    # While loading, so that no other dtype rounds it; `SemanticEncoder.freeze` gives it back its own.
     _keep_in_fp32_modules_strict = ["semantic_encoder"]
     # What quantisers leave alone.
     _keep_in_fp32_modules = ["semantic_encoder"]
@@ -109,7 +110,7 @@ class SemTokenPreTrainedMixin:
         super()._set_gradient_checkpointing(enable, run, **kwargs)
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """As in Transformers; the encoder keeps its own attention: it is float32 and has no paged cache."""
+        """As in Transformers; the encoder keeps its own attention: others may need another dtype, or a paged cache."""
         config = getattr(self.base_model.semantic_encoder.encoder, "config", None)
         own = None if config is None else config._attn_implementation
         super().set_attn_implementation(*args, **kwargs)

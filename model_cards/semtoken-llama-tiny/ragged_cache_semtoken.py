@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from .token_layout import on_device
+
 
 class RaggedStep:
     """What one forward appends and reads.
@@ -156,12 +158,6 @@ def ranges(starts: Iterable[int], lengths: Sequence[int], device: torch.device) 
     return torch.arange(ends[-1], device=device) + shift.repeat_interleave(count, output_size=ends[-1])
 
 
-def on_device(numbers: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Numbers of the host, without waiting for the device."""
-    is_pinned = device.type == "cuda" and torch.cuda.is_available()
-    return torch.tensor(numbers, dtype=dtype, pin_memory=is_pinned).to(device, non_blocking=True)
-
-
 def make_ragged(cache: Any, batch_size: int) -> bool:
     """Give a cache ragged layers, with what it holds so far; False where its layers are of a kind of their own."""
     if cache.ragged_rows is not None:
@@ -177,6 +173,8 @@ def make_ragged(cache: Any, batch_size: int) -> bool:
         return True
     held = cache.slot_lengths > 0
     index, counts = held.flatten().nonzero().squeeze(1), held.sum(1).tolist()
+    if not any(counts):  # nothing but padding
+        return True
     rows.reserve(cache.layers, counts)
     rows.advance(counts)
     for new, layer in zip(cache.layers, old, strict=True):
@@ -186,4 +184,4 @@ def make_ragged(cache: Any, batch_size: int) -> bool:
     return True
 
 
-__all__ = ["RaggedLayer", "RaggedRows", "RaggedStep", "make_ragged", "on_device", "ranges"]
+__all__ = ["RaggedLayer", "RaggedRows", "RaggedStep", "make_ragged", "ranges"]

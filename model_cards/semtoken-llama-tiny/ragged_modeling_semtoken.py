@@ -32,7 +32,8 @@ class SemTokenRaggedMixin:
         # Its layers are written in place, which gradients and graphs cannot bear.
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        if make_ragged(cache, batch_size):
+        # A window holds whatever the layers are, and a ragged row knows of none.
+        if getattr(self.config, "sliding_window", None) is None and make_ragged(cache, batch_size):
             return True
         logger.warning_once(
             f"`{VARLEN}` pads this cache as `sdpa` does: layers that are quantised, offloaded or have a sliding window "
@@ -63,7 +64,7 @@ class SemTokenRaggedMixin:
             counts: columns of each row that are no padding.
             index: int64 [N], those of all rows, in the flattened [B * Q]; None where no column is padding.
             chunk_size: run over this many slots a row at a time.
-            states_to_keep: of a single row, the last columns whose states are read; 0: all of them.
+            states_to_keep: of a single row without padding, the last columns whose states are read; 0: all of them.
             gate: bool [B], rows on which the adapter acts, or None.
 
         Returns:
@@ -86,6 +87,7 @@ class SemTokenRaggedMixin:
             gate = None if gate is None else gate.to(index.device)[index]
         cache.ragged_rows.reserve(cache.layers, counts)
         chunk, states = (chunk_size or width) * rows, []
+        keeps_all = not states_to_keep or rows > 1 or index is not None
         for start in range(0, len(packed), chunk):
             part = slice(start, start + chunk)
             step = cache.ragged_rows.advance(_overlap(counts, part))
@@ -98,9 +100,8 @@ class SemTokenRaggedMixin:
                     use_cache=use_cache,
                     **{**kwargs, "return_dict": True, "ragged_step": step},
                 )
-            if rows > 1 or not states_to_keep or part.stop > len(packed) - states_to_keep:
+            if keeps_all or part.stop > len(packed) - states_to_keep:
                 states.append(outputs.last_hidden_state)
-
         outputs.last_hidden_state = _lay_out(torch.cat(states, 1), index, rows, width)
         if outputs.hidden_states is not None and len(states) == 1:
             outputs.hidden_states = tuple(_lay_out(layer, index, rows, width) for layer in outputs.hidden_states)

@@ -23,7 +23,7 @@ class SlotCounts:
         tokens: of the stream, padding left out.
         stretches: of the stream.
         windows: that the encoder reads.
-        fewest: spans that there are if everything merges that may.
+        fewest: spans that there are if everything merges that may; all slots where these are known beforehand.
         rows: slots of each row; None where only the fingerprints will tell.
         budgets_met: False where protected tokens or the span cap leave a row more slots than its budget.
         is_valid: whether a ready plan is one.
@@ -88,14 +88,16 @@ def count_slots(
     else:
         rows = kept_per_row(starts & layout.is_token, layout.row, batch_size)
     met = (rows <= budget_per_row(layout, granularity, batch_size)).all()
-    sizes = [layout.lengths.sum(), (layout.lengths > 0).sum(), windows.to(kept.device), fewest.sum()]
+    # A ready plan may merge in more places than the longest spans would.
+    spans = fewest if starts is None else rows
+    sizes = [layout.lengths.sum(), (layout.lengths > 0).sum(), windows.to(kept.device), spans.sum()]
     flags = [met.long(), torch.ones_like(sizes[0]) if is_valid is None else is_valid.long()]
     # Here the host waits.
     known = torch.cat([rows, torch.stack([*sizes, *flags])]).tolist()
-    tokens, stretches, read, spans, is_met, is_plan = known[batch_size:]
+    tokens, stretches, read, most, is_met, is_plan = known[batch_size:]
     rows_known = starts is not None or granularity.has_budget
     slots = known[:batch_size] if rows_known else None
-    return SlotCounts(tokens, stretches, read, spans, slots, bool(is_met), bool(is_plan))
+    return SlotCounts(tokens, stretches, read, most, slots, bool(is_met), bool(is_plan))
 
 
 __all__ = ["SlotCounts", "count_slots", "kept_per_row"]

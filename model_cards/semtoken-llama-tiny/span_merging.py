@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,10 +83,13 @@ def _with_residual(
     index = indices_where(is_merged, count)
     # Beyond the last merged span: any will do, it is given nothing.
     is_real, index = index < len(spans), index.clamp(max=len(spans) - 1)
+    # PEFT wraps a module whose parameters it adapts.
+    bare: Any = merger
+    longest = (bare.get_base_layer() if hasattr(bare, "get_base_layer") else bare).longest
     residuals = []
     for some in index.split(SLOTS_PER_CALL):
-        lengths = spans.lengths[some].clamp(max=merger.longest)
-        place = torch.arange(merger.longest, device=lengths.device).minimum(lengths[:, None] - 1)
+        lengths = spans.lengths[some].clamp(max=longest)
+        place = torch.arange(longest, device=lengths.device).minimum(lengths[:, None] - 1)
         tokens = spans.first[some, None] + place
         residuals.append(merger(embed(tokens.flatten()).unflatten(0, tokens.shape), lengths))
     # The merger may live on another device than the embeddings.

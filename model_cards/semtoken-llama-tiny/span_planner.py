@@ -5,7 +5,6 @@ The plan knows nothing of embeddings, so a data loader can make it on the CPU fr
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from .granularity import Granularity, find_span_starts
 from .semantic_encoder import SemanticEncoder
 from .slot_counts import SlotCounts, budget_per_row, count_slots, kept_per_row
 from .span_clustering import Spans
-from .token_layout import TokenLayout, build_layout
+from .token_layout import TokenLayout, build_layout, on_device
 
 
 @dataclass
@@ -81,12 +80,6 @@ def always_protected(config: Any) -> list[int]:
     for value in (config.bos_token_id, config.eos_token_id, config.pad_token_id):
         ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
     return sorted(ids)
-
-
-@functools.lru_cache(maxsize=8)
-def _ids_on(device: torch.device, ids: tuple[int, ...]) -> Tensor:
-    """`ids` on `device`: copied there once, since the host waits for such a copy."""
-    return torch.tensor(ids, dtype=torch.long, device=device)
 
 
 def check_mask(mask: Tensor, input_ids: Tensor, name: str) -> Tensor:
@@ -174,7 +167,7 @@ def _lay_out(
     opens_row: bool,
 ) -> TokenLayout:
     read = last_valid_token(valid) if read_mask is None else check_mask(read_mask, input_ids, "read_mask") & valid
-    protected = torch.isin(input_ids, _ids_on(input_ids.device, tuple(always_protected(config))))
+    protected = torch.isin(input_ids, on_device(always_protected(config), input_ids.device))
     for mask in protections:
         if mask is not None:
             protected = protected | check_mask(mask, input_ids, "protected_mask")

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,4 +135,10 @@ def distance_to_end(index: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
     return (starts + lengths - 1)[index] - torch.arange(len(index), device=index.device)
 
 
-__all__ = ["TokenLayout", "build_layout", "distance_to_end", "indices_where"]
+def on_device(numbers: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers of the host, without waiting for the device."""
+    is_pinned = device.type == "cuda" and torch.cuda.is_available()
+    return torch.tensor(numbers, dtype=dtype, pin_memory=is_pinned).to(device, non_blocking=True)
+
+
+__all__ = ["TokenLayout", "build_layout", "distance_to_end", "indices_where", "on_device"]
