@@ -43,7 +43,7 @@ def table(profiler: Any, device: torch.device) -> list[str]:
         f"| `{event.key}` | {event.count} | {own:.2f} | {100 * own / total:.1f} % |"
         for event, own in zip(events[:OPERATORS], times, strict=False)
     ]
-    return ["| operator | calls | ms | |", "|---|---|---|---|", *rows, f"| all | | {total / 1e3:.2f} | |"]
+    return ["| operator | calls | ms | |", "|---|---|---|---|", *rows, f"| all | | {total:.2f} | |"]
 
 
 @torch.no_grad()
