@@ -53,6 +53,7 @@ def test_memory_of_making_the_slots():
     assert needed == weights + million_tokens.SPARE_BYTES + fingerprints + 3 * embeddings
 
 
+@torch.no_grad()
 def test_peak_of_the_stage_is_what_is_foretold():
     # Long enough that what a process needs once is little of it.
     shape, length = SHAPES["tiny"], 2**18
