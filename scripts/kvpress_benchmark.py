@@ -146,6 +146,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.folder / "plan.json").exists():
         sys.exit(f"error: there is no plan.json in {arguments.folder}: run scripts/benchmark.py first")
+    import kvpress
+
+    if unknown := [name for name in arguments.presses if not hasattr(kvpress, name)]:
+        sys.exit(f"error: kvpress has no {unknown}; --presses takes its classes, such as SnapKVPress")
     plan = json.loads((arguments.folder / "plan.json").read_text())
     output = arguments.folder / "kvpress.json"
     settings = {name: plan[name] for name in ("attn_implementation", "new_tokens")} | {"presses": arguments.presses}
