@@ -26,7 +26,7 @@ def query_similarity(fingerprints: Tensor, spans: Spans, layout: TokenLayout, qu
     Returns:
         float32 [P], of mean 0 and variance 1 over the spans of several tokens of every stretch, 0 for single tokens.
     """
-    span_stretch = layout.stretch[spans.first.clamp(max=len(layout.stretch) - 1)]
+    span_stretch = layout.stretch_at(spans.first)
     spans_of = torch.zeros_like(layout.lengths).index_add_(0, span_stretch, torch.ones_like(span_stretch))
 
     def total(values: Tensor, lengths: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def plan_spans(
     if query_mask is not None:
         query_mask = check_mask(query_mask, input_ids, "query_mask")
     granularity = granularity_of(config, target_ratio)
-    layout = _lay_out(config, input_ids, valid, read_mask, [protected_mask, query_mask], opens_row)
+    layout = _lay_out(config, input_ids, valid, read_mask, protected_mask, query_mask, opens_row)
     # A ready plan says which tokens merge, but not which of them represents the others.
     if not needs_encoder(config) or (span_ids is not None and base_merge_mode(config) != "representative"):
         encoder = None
@@ -163,14 +163,16 @@ def _lay_out(
     input_ids: Tensor,
     valid: Tensor,
     read_mask: Tensor | None,
-    protections: list[Tensor | None],
+    protected_mask: Tensor | None,
+    query_mask: Tensor | None,
     opens_row: bool,
 ) -> TokenLayout:
     read = last_valid_token(valid) if read_mask is None else check_mask(read_mask, input_ids, "read_mask") & valid
     protected = torch.isin(input_ids, on_device(always_protected(config), input_ids.device))
-    for mask in protections:
-        if mask is not None:
-            protected = protected | check_mask(mask, input_ids, "protected_mask")
+    if protected_mask is not None:
+        protected = protected | check_mask(protected_mask, input_ids, "protected_mask")
+    if query_mask is not None:
+        protected = protected | query_mask
     keep_first = config.keep_first if opens_row else 0
     return build_layout(valid, read, protected, keep_first, config.keep_last, config.min_prompt_length)
 

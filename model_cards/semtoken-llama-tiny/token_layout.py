@@ -59,6 +59,10 @@ class TokenLayout:
         """int64 [N]: tokens between each token and the end of its stretch."""
         return distance_to_end(self.stretch, self.starts, self.lengths)
 
+    def stretch_at(self, index: Tensor) -> Tensor:
+        """Stretch of the tokens `index` [n]: int64 [n]; behind the last token, that of the last."""
+        return self.stretch[index.clamp(max=len(self.stretch) - 1)]
+
     @property
     def joinable(self) -> Tensor:
         """bool [N]: True where a token may share a slot with the token before it."""

@@ -155,11 +155,6 @@ def solve_threshold(similarities: Tensor, layout: TokenLayout, budget: Tensor, h
     return starts_at(low)
 
 
-def stretch_of_spans(spans: Spans, layout: TokenLayout) -> Tensor:
-    """Stretch of each span, int64 [P]; for empty spans behind the last, that of the last."""
-    return layout.stretch[spans.first.clamp(max=len(layout.stretch) - 1)]
-
-
 def span_worth(
     spans: Spans, fingerprints: Tensor, layout: TokenLayout, granularity: Granularity, query: Tensor | None
 ) -> Tensor:
@@ -168,7 +163,7 @@ def span_worth(
     Its entropy, which is all there is in the paper, times `place ** recency`, its place in (0, 1] along the stretch,
     and exp(`query_weight` * its similarity to the question).
     """
-    worth, span_stretch = span_entropy(fingerprints, spans), stretch_of_spans(spans, layout)
+    worth, span_stretch = span_entropy(fingerprints, spans), layout.stretch_at(spans.first)
     if granularity.recency:
         place = (spans.first - layout.starts[span_stretch] + 1) / layout.lengths[span_stretch]
         worth = worth * place**granularity.recency
@@ -193,7 +188,7 @@ def spend_budget(
     spans = Spans.from_starts(starts, most_spans)
     if len(spans) == 0 or len(starts) == 0:
         return starts
-    worth, span_stretch = span_worth(spans, fingerprints, layout, granularity, query), stretch_of_spans(spans, layout)
+    worth, span_stretch = span_worth(spans, fingerprints, layout, granularity, query), layout.stretch_at(spans.first)
     slack = budget - count_per_stretch(starts, layout.stretch, len(budget))
     order = worth.sort(descending=True, stable=True).indices
     order = order[span_stretch[order].sort(stable=True).indices]

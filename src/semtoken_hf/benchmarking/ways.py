@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from ..attention_semtoken import VARLEN
 from ..cache_bytes import cache_bytes
 from ..cache_semtoken import tracks_slots
 from .clock import TokenStamps, peak_extra_bytes, seconds_of
 from .workloads import Batch
 
 # Attention that does no work on padding; it takes part where the package registers it.
-RAGGED = "semtoken_varlen"
+RAGGED = VARLEN
 PLAIN_N, PLAIN_M, PADDED = "plain_n", "plain_m", "semtoken"
 TITLES = {
     PLAIN_N: "plain, n tokens",
