@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from semtoken_hf import SemTokenCache, attention_semtoken
 from semtoken_hf.attention_semtoken import VARLEN
@@ -20,6 +21,13 @@ from tests.fixtures.tiny import FAMILIES, plain_twin, ragged_prompts, random_ids
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 # The last row is too short to be compressed.
 LENGTHS, SLOTS, STEPS = (96, 70, 41, 10), [40, 30, 18, 10], 5
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    """The functions of the imported package: the copy in a checkpoint that was loaded in this process took their name."""
+    mapping = AttentionInterface._global_mapping
+    monkeypatch.setitem(mapping, VARLEN, attention_semtoken.varlen_attention_forward)
 
 
 def eager(query, keys, values, scaling):
