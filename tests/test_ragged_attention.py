@@ -25,7 +25,7 @@ LENGTHS, SLOTS, STEPS = (96, 70, 41, 10), [40, 30, 18, 10], 5
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    """The functions of the imported package: the copy in a checkpoint that was loaded in this process took their name."""
+    """The package's own functions: a checkpoint that this process loaded earlier has its copies under their name."""
     mapping = AttentionInterface._global_mapping
     monkeypatch.setitem(mapping, VARLEN, attention_semtoken.varlen_attention_forward)
 
