@@ -18,11 +18,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import is_flash_attn_2_available, logging
+from transformers.utils import is_flash_attn_2_available
 
+from .logging_semtoken import get_logger
 from .ragged_cache_semtoken import RaggedStep
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 VARLEN = "semtoken_varlen"
 

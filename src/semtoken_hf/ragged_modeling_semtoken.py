@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import logging
 
 from .adapter_semtoken import adapter_acts_on
 from .attention_semtoken import VARLEN
+from .logging_semtoken import get_logger
 from .ragged_cache_semtoken import make_ragged
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class SemTokenRaggedMixin:
