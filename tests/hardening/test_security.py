@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -13,7 +14,7 @@ from semtoken_hf.publishing.module_hashes import PACKAGE, compare_modules, neede
 from semtoken_hf.publishing.selection import is_loaded, select_files
 from tests.fixtures.adapted import adapted_model
 from tests.fixtures.children import run_clean
-from tests.fixtures.tiny import tiny_model, tiny_tokenizer
+from tests.fixtures.tiny import BERT, tiny_model, tiny_tokenizer
 from tests.hardening.code_review import dangers, habits, review
 
 # Reviewed: what a module needs that stands out, and why.
@@ -133,6 +134,11 @@ def poison(folder, exploded):
     torch.save({"bomb": Bomb(exploded)}, folder / "model.pt")
     if (folder / "adapter").is_dir():
         (folder / "adapter" / "adapter_model.bin").write_bytes(bomb)
+    config = json.loads((folder / "config.json").read_text())
+    classes = {name: f"evil.{name}" for name in ("AutoConfig", "AutoModel")}
+    config["encoder_config"]["auto_map"] = classes
+    config["custom_pipelines"] = {"text-generation": {"impl": "evil.Pipeline", "pt": ["AutoModelForCausalLM"]}}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +146,7 @@ def audited(tmp_path_factory):
     """A poisoned folder, and what loading it and generating did, in a process without this package."""
     root = tmp_path_factory.mktemp("audited")
     folder, home, exploded = root / "folder", root / "home", root / "exploded"
-    adapted_model().save_pretrained(folder)
+    adapted_model(encoder_config=dict(BERT), encoder_window=32).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     poison(folder, exploded)
     before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
