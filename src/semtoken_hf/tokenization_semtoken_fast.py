@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from typing import Any
 
 import torch
@@ -17,10 +16,6 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolde
 PADDING_VALUES = {"span_ids": -1, "protected_mask": 0, "query_mask": 0}
 # Of `apply_chat_template`, for what happens after rendering.
 ENCODING_ARGUMENTS = ("tokenize", "padding", "truncation", "max_length", "return_dict", "return_assistant_tokens_mask")
-
-
-# One for all: a tokenizer is copied to the workers of a data loader, which a lock of its own would forbid.
-PLANNER_LOCK = threading.Lock()
 
 
 class SemTokenFastTokenizer(PreTrainedTokenizerFast):
@@ -57,9 +52,7 @@ class SemTokenFastTokenizer(PreTrainedTokenizerFast):
                     "planning needs the checkpoint's encoder: load the tokenizer from the converted checkpoint, or set "
                     "`tokenizer.planner = SpanPlanner.from_model(model)`"
                 )
-            with PLANNER_LOCK:
-                if self._planner is None:
-                    self._planner = SpanPlanner.from_pretrained(self.name_or_path, **self._hub_arguments)
+            self._planner = SpanPlanner.from_pretrained(self.name_or_path, **self._hub_arguments)
         return self._planner
 
     @planner.setter

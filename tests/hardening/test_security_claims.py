@@ -66,12 +66,15 @@ def test_a_pinned_revision_is_code_and_weights_of_that_commit(tmp_path, hub, rem
         AutoTokenizer.from_pretrained("me/tiny", trust_remote_code=True)
 
 
-def test_generating_writes_nothing_and_saving_to_its_folder_alone(tmp_path):
+def test_generating_and_preparing_a_push_write_nothing(tmp_path):
     """The whole of the disk is watched, from now to the end of this process, at next to no cost."""
+    pushed = checkpoint(tmp_path / "pushed")
+    prepare(pushed, "me/tiny")
     model = tiny_model()
     model.generate(random_ids(1, 90), max_new_tokens=2)  # what is imported late
     changes = watch("/", NEVER) if sys.platform != "win32" else []
     model.generate(random_ids(1, 90), max_new_tokens=2)
+    prepare(pushed, "me/tiny")
     assert changes == []
     model.save_pretrained(tmp_path / "saved")
     places = {change.partition(" in ")[2] for change in changes}
