@@ -93,7 +93,7 @@ def adapt(
         curve = read_curve(folder.parent) if (folder.parent / "curve.csv").exists() else []
         answer({"folder": folder, "output_dir": folder.parent, "trainable": arguments.trainable, "curve": curve})
         if not as_json:
-            console().print(f"adapted checkpoint: {folder}")
+            console().print(str(folder), style="bold")
 
 
 def read_training_options(args: list[str]) -> AdaptationTrainingArguments:

@@ -1,4 +1,4 @@
-"""`semtoken benchmark`: time and memory of reading a prompt and going on, beside plain Llama over n tokens and over m."""
+"""`semtoken benchmark`: time and memory of reading a prompt, beside plain Llama over n tokens and over m."""
 
 from __future__ import annotations
 

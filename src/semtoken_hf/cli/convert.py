@@ -100,8 +100,8 @@ def convert(
             fail(f"{taken} are options of their own, not configuration fields", USAGE)
         if encoder.lower() == "none":
             options["encoder"] = None
-        if not allow_pickle:
-            del options["allow_pickle"]
+        if output_dir.exists() and not overwrite:
+            raise FileExistsError(f"{output_dir} exists; choose another folder or pass --overwrite")
         folder = convert_checkpoint(**options, **given, progress=not quiet)
         record = describe(folder)
         answer(record)

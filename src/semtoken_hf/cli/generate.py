@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -28,7 +28,7 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="the text; or --file, or standard input")] = None,
     file: Annotated[
         str | None,
-        typer.Option("--file", rich_help_panel=PROMPT, metavar="FILE", help="read the prompt from it; -: standard input"),
+        typer.Option("--file", rich_help_panel=PROMPT, metavar="FILE", help="with the prompt; -: standard input"),
     ] = None,
     question: Annotated[
         str | None,
@@ -59,14 +59,19 @@ def generate(
     temperature: Annotated[
         float | None, typer.Option("--temperature", rich_help_panel=SAMPLING, help="implies --do_sample")
     ] = None,
-    top_p: Annotated[float | None, typer.Option("--top_p", rich_help_panel=SAMPLING, help="implies --do_sample")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top_p", rich_help_panel=SAMPLING, help="implies --do_sample")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", rich_help_panel=SAMPLING, help="of the sampling")] = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", rich_help_panel=LOADING, help="of the weights: auto, float32, bfloat16, float16")
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option("--dtype", rich_help_panel=LOADING, help="of the weights"),
     ] = "auto",
     device: Annotated[
         str | None,
-        typer.Option("--device", rich_help_panel=LOADING, help="cpu, cuda, ..., auto; cuda where there is one if unset"),
+        typer.Option(
+            "--device", rich_help_panel=LOADING, help="cpu, cuda, auto, ...; a GPU where there is one if unset"
+        ),
     ] = None,
     attn_implementation: Annotated[
         str | None,
@@ -74,7 +79,7 @@ def generate(
     ] = None,
     trust_remote_code: Annotated[
         bool,
-        typer.Option("--trust_remote_code", rich_help_panel=LOADING, help="run the checkpoint's modules, not this package's"),
+        typer.Option("--trust_remote_code", rich_help_panel=LOADING, help="run the checkpoint's own modules"),
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -98,7 +103,7 @@ def generate(
         if plain and target_ratio is not None:
             fail("--plain and --target_ratio exclude each other", USAGE)
         text = read_prompt(prompt, file)
-        sampling = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p}
+        sampling: dict[str, Any] = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p}
         if do_sample is None and (temperature is not None or top_p is not None):
             sampling["do_sample"] = True
         options = {name: value for name, value in sampling.items() if value is not None}

@@ -63,11 +63,9 @@ def _spread(args: list[str], params: list[Any]) -> Iterator[str]:
             if getattr(option, "multiple", False):
                 current, is_first = option, True
             elif flags_have_values and getattr(option, "is_flag", False) and rest and rest[0].lower() in TRUE + FALSE:
-                if rest.pop(0).lower() in FALSE:
-                    if not option.secondary_opts:
-                        continue
-                    arg = option.secondary_opts[0]
-            yield arg
+                arg = arg if rest.pop(0).lower() in TRUE else next(iter(option.secondary_opts), "")
+            if arg:
+                yield arg
         elif current is not None and (is_first or _belongs(arg, current.metavar or "")):
             yield from [arg] if is_first else [current.opts[0], arg]
             is_first = False

@@ -25,6 +25,7 @@ from huggingface_hub.errors import HTTPError, StrictDataclassError  # the first 
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import OutOfMemoryError
+from tqdm.std import tqdm
 
 FAILED, USAGE, FAULT_FOUND, INTERRUPTED, PIPE_CLOSED, TERMINATED = 1, 2, 3, 130, 141, 143
 # Raised for missing and damaged files, a full disk, a Hub that cannot be reached.
@@ -53,15 +54,22 @@ def fail(message: str, code: int = FAILED) -> NoReturn:
     Raises:
         SystemExit: always.
     """
+    close_bars()
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def close_bars() -> None:
+    """End the line of every progress bar that an error has left open."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def console(stderr: bool = False) -> Console:
     """Rich output; colours only on a terminal and without NO_COLOR, and no line is broken in a file or pipe."""
     shown = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not shown.is_terminal:
-        shown.soft_wrap = True
+        shown.soft_wrap, shown.width = True, 200
     return shown
 
 
@@ -127,6 +135,7 @@ def _last_word(message: str, code: int) -> NoReturn:
     # On a line of its own, whatever a bar or a streamed text has left.
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
+        close_bars()
         print(f"\n{message}" if sys.stderr.isatty() else message, file=sys.stderr)
     _drop_closed_streams()
     sys.exit(code)
@@ -150,7 +159,7 @@ def _terminating() -> Iterator[None]:
 
 
 def _drop_closed_streams() -> bool:
-    """Point standard streams that nobody reads any more to nowhere, so that the end is silent; whether there are any."""
+    """Point standard streams without a reader to nowhere, so that the end is silent; whether there are any."""
     found = False
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -200,8 +209,6 @@ def bars(quiet: bool) -> Iterator[None]:
     if not quiet:
         yield
         return
-    from tqdm.std import tqdm
-
     shown, before = tqdm.__init__, os.environ.get("TQDM_DISABLE")
 
     @functools.wraps(shown)

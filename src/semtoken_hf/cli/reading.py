@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,12 +65,20 @@ def load(
         options: `dtype`, `attn_implementation` of `from_pretrained`; None is left out.
 
     Raises:
-        ValueError: the checkpoint is a plain one, or has no such field.
+        FileNotFoundError: there is no such folder.
+        ValueError: the checkpoint is a plain one, or has no such field; or there is no such device.
     """
+    if not Path(checkpoint).exists() and (checkpoint[:1] in "/.~" or checkpoint.count("/") > 1):
+        raise FileNotFoundError(f"there is no folder {checkpoint}")
+    if device not in (None, "auto"):
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(f"--device {device} cannot be used here: {error}") from None
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     if not hasattr(config, "segmentation_mode"):
         raise ValueError(
-            f"{checkpoint} is a plain {config.model_type!r} checkpoint: turn it into a SemToken one with `semtoken convert`"
+            f"{checkpoint} is a plain {config.model_type!r} checkpoint: `semtoken convert` makes a SemToken one of it"
         )
     if unknown := [name for name in fields if not hasattr(config, name)]:
         raise ValueError(f"--set: the configuration has no fields {unknown}")

@@ -1,6 +1,6 @@
 import pytest
-
 from semtoken_hf.command_line import COMMANDS, main
+
 from semtoken_hf.evaluation.tasks import TASKS
 
 
