@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--revision", help="revision of the model on the Hub")
     parser.add_argument("--trust_remote_code", action="store_true", help="for the encoder's tokenizer")
+    parser.add_argument("--allow_pickle", action="store_true", help="read tensors from pytorch_model.bin; no code runs")
     parser.add_argument("--max_shard_size", default="5GB", help="largest weight file (default 5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace output_dir, at the very end")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")

@@ -77,6 +77,15 @@ def test_what_was_read_is_not_read_again(tmp_path):
     assert [record["n"] for record in read_records(path)] == [1, 2, 2]
 
 
+@pytest.mark.parametrize("cut", range(1, 9))
+def test_half_a_character_of_a_killed_run_is_gone(tmp_path, cut):
+    path, line = tmp_path / "cell.jsonl", '{"id": "b", "n": "模型"}\n'.encode()
+    path.with_suffix(".partial").write_bytes(b'{"id": "a", "n": 1}\n' + line[:-cut])
+    complete_records(path, {name: name for name in "ab"}, lambda name: {"id": name, "n": 2}, "title")
+    # A line that lacks nothing but its end is whole.
+    assert [record["n"] for record in read_records(path)] == [1, "模型" if cut == 1 else 2]
+
+
 def test_a_failing_job_is_not_swallowed():
     with pytest.raises(ZeroDivisionError):
         run_jobs(lambda n: 1 / n, [1, 0], workers=1)

@@ -45,9 +45,8 @@ def test_a_dry_run_shows_everything_and_asks_nothing(run_script, make_checkpoint
 def test_the_card_of_the_folder_is_shown(run_script, make_checkpoint):
     folder = make_checkpoint()
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
-    assert run_script(folder, "me/tiny", "--dry_run").endswith(
-        "left out:\n  nothing\n\nREADME.md:\n\n---\nlicense: mit\n---\n# Mine\n\n"
-    )
+    shown = "left out:\n  nothing\n\nREADME.md:\n\n---\nlicense: mit\n---\n# Mine\n\n<!-- modules: begin -->\n"
+    assert shown in run_script(folder, "me/tiny", "--dry_run")
 
 
 def test_pushes_and_says_how_to_pin(run_script, make_checkpoint, hub):

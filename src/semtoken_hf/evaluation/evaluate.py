@@ -17,12 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from transformers import HfArgumentParser
 
 from .cells import Cell, list_cells, run_cells, why_not
 from .configuration import EvaluationConfig
-from .files import write_text
+from .files import only_run_in, write_text
 from .long_context import measure_long_contexts
 from .metrics import collect
 from .report import write_report
@@ -37,12 +36,7 @@ def evaluate(config: EvaluationConfig) -> Path:
         ValueError: nothing can be measured: no task has data; or another run writes into the same folder.
     """
     if not config.report:
-        config.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            held = FileLock(config.folder / ".lock").acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"another evaluation is running in {config.folder}: wait for it, or stop it") from None
-        with held:
+        with only_run_in(config.folder, "evaluation"):
             measure(config)
     elif not list((config.folder / "cells").glob("*/*.jsonl")):
         raise ValueError(f"nothing is measured yet in {config.folder}: run the same command without --report")

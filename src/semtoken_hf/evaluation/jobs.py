@@ -25,11 +25,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    # Not `splitlines`, which also cuts at the line separators that an answer may hold.
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    # Of bytes: a killed run may have left half a character. And not `splitlines`, which also cuts at the line
+    # separators that an answer may hold.
+    for line in path.read_bytes().split(b"\n"):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            records.append(json.loads(line.decode("utf-8")))
+        except ValueError:
             break
     return records
 
@@ -48,8 +49,10 @@ def complete_records(path: Path, items: dict[str, T], read: Callable[[T], dict[s
     partial = path.with_suffix(".partial")
     records = read_records(partial)
     done = {record["id"] for record in records}
-    # Rewritten, so that half a last line of a killed run is gone.
-    partial.write_text("".join(map(as_line, records)), encoding="utf-8")
+    # Rewritten beside it, so that half a last line of a killed run is gone, and a second kill loses nothing.
+    rewritten = path.with_suffix(".rewritten")
+    rewritten.write_text("".join(map(as_line, records)), encoding="utf-8")
+    os.replace(rewritten, partial)
     with partial.open("a", encoding="utf-8") as handle:
         for name, item in tqdm(items.items(), desc=title, leave=False, disable=None, mininterval=1):
             if name not in done:

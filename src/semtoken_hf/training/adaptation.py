@@ -20,7 +20,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..evaluation.files import write_text
+from ..conversion.staging import check_output, remove_stale, staged_folder
+from ..evaluation.files import only_run_in, write_text
 from .adaptation_arguments import LEARNING_RATES, AdaptationArguments, AdaptationTrainingArguments
 from .adaptation_data import ContextCollator, TextBlocks, begin_id, export_dataset, load_blocks
 from .adaptation_trainer import AdaptationTrainer
@@ -152,14 +153,12 @@ def save_adapted(trainer: AdaptationTrainer, arguments: AdaptationArguments) -> 
     }
     output_dir, tokenizer = trainer.output_dir, trainer.processing_class
     assert tokenizer is not None
-    target, temporary = output_dir / "model", output_dir / "model.tmp"
+    target = output_dir / "model"
     dtype = AutoConfig.from_pretrained(arguments.checkpoint).dtype or torch.float32
-    shutil.rmtree(temporary, ignore_errors=True)
     student.to(dtype)
-    student.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    with staged_folder(target, overwrite=True) as staged:
+        student.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
     return target
 
 
@@ -168,8 +167,20 @@ def adapt(arguments: AdaptationArguments, training: AdaptationTrainingArguments)
 
     Raises:
         FileNotFoundError, ValueError, ImportError: as `build_trainer`.
-        ValueError: `output_dir` holds a run with other options.
+        ValueError: `output_dir` holds a run with other options, or another process is adapting there.
+        FileExistsError: `output_dir/model` is no checkpoint.
     """
+    if not training.should_save:  # another process of the same run holds the folder
+        return _adapt(arguments, training)
+    output_dir = Path(training.output_dir or "runs/adapt")
+    with only_run_in(output_dir, "adaptation"):
+        remove_stale(output_dir / "model")
+        check_output(output_dir / "model", True, [])
+        shutil.rmtree(output_dir / "writing", ignore_errors=True)
+        return _adapt(arguments, training)
+
+
+def _adapt(arguments: AdaptationArguments, training: AdaptationTrainingArguments) -> Path:
     trainer = build_trainer(arguments, training)
     output_dir = trainer.output_dir
     _check_same_run(output_dir, arguments, training)

@@ -185,14 +185,16 @@ class AdaptationTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
-        for written in (final / "writing").glob("checkpoint-*"):
+        for written in list((final / "writing").glob("checkpoint-*")):
             target = final / written.name
-            shutil.rmtree(target, ignore_errors=True)
+            # What goes is moved first: half of it would pass for a checkpoint.
+            if target.exists():
+                target.rename(final / "writing" / "replaced")
             written.rename(target)
             if self.args.save_total_limit is not None:
                 others = sorted(final.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
                 for old in others[: -self.args.save_total_limit]:
-                    shutil.rmtree(old)
+                    old.rename(final / "writing" / f"old-{old.name}")
         shutil.rmtree(final / "writing", ignore_errors=True)
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..conversion.staging import remove_stale, staged_folder
 from .corpus import BlockSampler, iter_training_text, list_text_files, parse_file_weights, tokenize_file
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -295,12 +296,11 @@ class ReferenceTrainer:
 
     def save_model(self) -> Path:
         """The trained model as a plain bf16 Llama folder with its tokenizer."""
-        folder, temporary = self.output_dir / "model", self.output_dir / "model.tmp"
+        folder = self.output_dir / "model"
         model = self.accelerator.unwrap_model(self.model)
         if self.accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-            model.to(torch.bfloat16).save_pretrained(temporary)
-            self.tokenizer.save_pretrained(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+            remove_stale(folder)
+            with staged_folder(folder, overwrite=True) as staged:
+                model.to(torch.bfloat16).save_pretrained(staged)
+                self.tokenizer.save_pretrained(staged)
         return folder
