@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .configuration_semtoken import base_merge_mode
 from .granularity import candidate_starts, span_entropy
-from .slot_counts import budget_per_row
 from .span_clustering import Spans, row_products
 from .span_planner import SpanPlan, always_protected, granularity_of, last_valid_token
 from .token_layout import on_device
@@ -140,7 +139,7 @@ def describe_plan(
         reason=lay_out(reason, CODES["padding"]),
         position=lay_out(position[plan.spans.index], -1),
         is_carrier=lay_out(place == anchors[plan.spans.index], False),
-        budget=budget_per_row(layout, granularity, len(input_ids)),
+        budget=plan.budgets,
         target_ratio=granularity.target_ratio,
         merge_mode=base_merge_mode(config),
     )

@@ -20,7 +20,9 @@ PANELS = {
     "On what": ("data_dir", "sources", "haystack", "fraction", "task_fractions", "seed"),
     "How": ("context_length", "target_length", "max_new_tokens", "workers"),
 }
-FILES = "\n".join(f"    {name:12s} {task.file or '(made here)':30s} {task.hub_id or ''}" for name, task in TASKS.items())
+FILES = "\n".join(
+    f"    {name:12s} {task.file or '(made here)':30s} {task.hub_id or ''}" for name, task in TASKS.items()
+)
 HELP = f"""Measure a checkpoint: every task in every way, at the same number of slots, so at equal bytes of KV cache.
 
 Predictions, `metrics.json`, plots, `report.html` (one self-contained page) and `report.md` go into a folder of

@@ -28,7 +28,9 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="the text; or --file, or standard input")] = None,
     file: Annotated[
         str | None,
-        typer.Option("--file", rich_help_panel=PROMPT, metavar="FILE", help="read the prompt from it; -: standard input"),
+        typer.Option(
+            "--file", rich_help_panel=PROMPT, metavar="FILE", help="read the prompt from it; -: standard input"
+        ),
     ] = None,
     question: Annotated[
         str | None,
@@ -59,14 +61,18 @@ def generate(
     temperature: Annotated[
         float | None, typer.Option("--temperature", rich_help_panel=SAMPLING, help="implies --do_sample")
     ] = None,
-    top_p: Annotated[float | None, typer.Option("--top_p", rich_help_panel=SAMPLING, help="implies --do_sample")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top_p", rich_help_panel=SAMPLING, help="implies --do_sample")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", rich_help_panel=SAMPLING, help="of the sampling")] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", rich_help_panel=LOADING, help="of the weights: auto, float32, bfloat16, float16")
     ] = "auto",
     device: Annotated[
         str | None,
-        typer.Option("--device", rich_help_panel=LOADING, help="cpu, cuda, ..., auto; cuda where there is one if unset"),
+        typer.Option(
+            "--device", rich_help_panel=LOADING, help="cpu, cuda, ..., auto; cuda where there is one if unset"
+        ),
     ] = None,
     attn_implementation: Annotated[
         str | None,
@@ -74,7 +80,9 @@ def generate(
     ] = None,
     trust_remote_code: Annotated[
         bool,
-        typer.Option("--trust_remote_code", rich_help_panel=LOADING, help="run the checkpoint's modules, not this package's"),
+        typer.Option(
+            "--trust_remote_code", rich_help_panel=LOADING, help="run the checkpoint's modules, not this package's"
+        ),
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
