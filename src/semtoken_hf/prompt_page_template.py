@@ -44,7 +44,7 @@ tr:first-child i { background: var(--kept); }
 .text { line-height: 1.95; outline-offset: .4rem; min-width: 0; }
 .part { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; padding: 0 3px;
 content-visibility: auto; contain-intrinsic-size: auto 20rem; }
-.slot { -webkit-box-decoration-break: clone; box-decoration-break: clone; margin-right: 1px; padding: 1px 0; }
+.slot { margin-right: 1px; padding: 1px 0; }
 .merged { background: color-mix(in srgb, var(--merged) calc(4% + var(--h) * 40%), var(--page)); padding: 1px 2px;
 margin-left: 1px; border-radius: 4px; box-shadow: inset 0 0 0 1px color-mix(in srgb, var(--merged) 70%, var(--page)); }
 .kept { border-bottom: 2px solid color-mix(in srgb, var(--kept) calc(25% + var(--h) * 75%), var(--page)); }
@@ -52,7 +52,7 @@ margin-left: 1px; border-radius: 4px; box-shadow: inset 0 0 0 1px color-mix(in s
 .on { outline: 2px solid var(--text); outline-offset: 1px; }
 u { text-decoration: underline 1px; text-underline-offset: 3px; }
 .line::after { content: "\\21b5"; font-size: .75em; opacity: .7; }
-.bit::after { content: "\\b7"; }
+.bit::after { content: "\\b7"; opacity: .6; }
 .tip { position: absolute; z-index: 3; width: min(24rem, calc(100% - 1rem)); padding: .6rem .75rem;
 pointer-events: none; background: var(--page); border: 1px solid var(--guard); border-radius: 8px;
 box-shadow: 0 4px 18px #0005; font-size: .86rem; line-height: 1.4; }

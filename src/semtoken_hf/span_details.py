@@ -24,10 +24,10 @@ REASONS = {
     "special": "protected: special token",
     "question": "protected: the question",
     "marked": "protected: marked by the caller",
+    "scored": "protected: scored behind a token that is read",
     "short": "protected: the prompt is too short",
     "first": "protected: among the first",
     "last": "protected: among the last",
-    "scored": "protected: scored behind a token that is read",
 }
 CODES = {name: code for code, name in enumerate(REASONS)}
 
@@ -113,10 +113,11 @@ def describe_plan(
         "marked": protected_mask,
     }
     known = {n: m.to(device).flatten()[layout.token_index] != 0 for n, m in masks.items() if m is not None}
+    known["scored"] = known["read"].roll(1) & (layout.position > 0)
     known["short"] = layout.lengths[layout.stretch] < config.min_prompt_length
     known["first"] = (layout.position < config.keep_first) & opens_row
     known["last"] = layout.to_end < config.keep_last
-    reason = torch.full_like(place, CODES["scored"], dtype=torch.int8)
+    reason = torch.zeros_like(place, dtype=torch.int8)
     # The reason is the first that applies.
     for name in reversed(known):
         reason.masked_fill_(known[name], CODES[name])

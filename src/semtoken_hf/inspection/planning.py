@@ -25,7 +25,7 @@ def default_ratios(config: Any) -> list[float | None]:
     """What is worth comparing: the checkpoint's own ratio among others, or None where it has no ratio."""
     if config.target_ratio is None:
         return [None]
-    return list(sorted({*DEFAULT_RATIOS, float(config.target_ratio)}))
+    return [*sorted({*DEFAULT_RATIOS, float(config.target_ratio)})]
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def _slots(plan: SpanDetails, pieces: Sequence[str]) -> list[_Slot]:
     for length in lengths:
         stop = first + length
         # A token that holds a part of a character has no text of its own.
-        content = "".join(map(visible, pieces[first:stop])) or "\u00b7"
+        content = "".join(map(visible, pieces[first:stop])) or "\u00b7" * (length > 1)
         slots.append(_Slot(first, stop, content, names[codes[first]], int(shades[first])))
         first = stop
     return slots
