@@ -128,6 +128,9 @@ def write_weights(
         added: further tensors, in memory.
         max_shard_size: largest file of stored tensors, such as "5GB"; one shard at a time is in memory.
         progress: show a bar over the bytes.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     split = split_state_dict_into_shards_factory(
         {name: t.nbytes for name, t in stored.items()},
@@ -142,7 +145,10 @@ def write_weights(
         for number, names in enumerate(shards, 1):
             tensors = added if added and number == len(shards) else _read_tensors(stored, names)
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk, say
+                raise OSError(f"{folder / file} could not be written: {error}") from error
             weight_map |= dict.fromkeys(tensors, file)
             bar.update(sum(t.nbytes for t in tensors.values()))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -25,7 +25,7 @@ from ..evaluation.files import only_run_in, write_text
 from ..evaluation.named_values import read_fields
 from .adaptation_arguments import LEARNING_RATES, AdaptationArguments, AdaptationTrainingArguments
 from .adaptation_data import ContextCollator, TextBlocks, begin_id, export_dataset, load_blocks
-from .adaptation_trainer import AdaptationTrainer
+from .adaptation_trainer import AdaptationTrainer, rotate_checkpoints
 from .distillation import DistillationModel
 from .trainable_parts import choose_trainable
 
@@ -147,8 +147,9 @@ def save_adapted(trainer: AdaptationTrainer, arguments: AdaptationArguments) -> 
     dtype = AutoConfig.from_pretrained(arguments.checkpoint).dtype or torch.float32
     student.to(dtype)
     with staged_folder(target, overwrite=True) as staged:
-        student.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
+        # Last, and the weights are its last: without them nobody takes what a kill leaves for a checkpoint.
+        student.save_pretrained(staged)
     return target
 
 
@@ -166,8 +167,12 @@ def adapt(arguments: AdaptationArguments, training: AdaptationTrainingArguments)
     with only_run_in(output_dir, "adaptation"):
         remove_stale(output_dir / "model")
         check_output(output_dir / "model", True, [])
-        shutil.rmtree(output_dir / "writing", ignore_errors=True)
-        return _adapt(arguments, training)
+        # A killed run may not have come to it.
+        rotate_checkpoints(output_dir, training.save_total_limit)
+        try:
+            return _adapt(arguments, training)
+        finally:  # nothing half-written stays, whatever ends the run
+            shutil.rmtree(output_dir / "writing", ignore_errors=True)
 
 
 def _adapt(arguments: AdaptationArguments, training: AdaptationTrainingArguments) -> Path:

@@ -302,6 +302,6 @@ class ReferenceTrainer:
         if self.accelerator.is_main_process:
             remove_stale(folder)
             with staged_folder(folder, overwrite=True) as staged:
-                model.to(torch.bfloat16).save_pretrained(staged)
                 self.tokenizer.save_pretrained(staged)
+                model.to(torch.bfloat16).save_pretrained(staged)
         return folder
