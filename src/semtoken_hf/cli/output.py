@@ -12,6 +12,7 @@ import dis
 import functools
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -65,9 +66,15 @@ def close_bars() -> None:
         bar.close()
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        # Rich would end the process with 1.
+        raise BrokenPipeError
+
+
 def console(stderr: bool = False) -> Console:
     """Rich output; colours only on a terminal and without NO_COLOR, and no line is broken in a file or pipe."""
-    shown = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    shown = _Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not shown.is_terminal:
         shown.soft_wrap, shown.width = True, 200
     return shown
@@ -160,15 +167,23 @@ def _terminating() -> Iterator[None]:
 
 def _drop_closed_streams() -> bool:
     """Point standard streams without a reader to nowhere, so that the end is silent; whether there are any."""
-    found = False
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            found = True
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return found
+    closed = [stream for stream in (sys.stdout, sys.stderr) if not _has_reader(stream)]
+    for stream in closed:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return bool(closed)
+
+
+def _has_reader(stream: Any) -> bool:
+    try:
+        stream.flush()
+        asked = select.poll()
+        asked.register(stream.fileno(), 0)
+        return not any(event & select.POLLERR for _, event in asked.poll(0))
+    except BrokenPipeError:
+        return False
+    except (AttributeError, OSError, ValueError):  # no `poll` on this system, or no file
+        return True
 
 
 @contextlib.contextmanager
