@@ -10,6 +10,7 @@ from semtoken_hf.cache_bytes import cache_bytes
 from semtoken_hf.cli.reading import encode, load, read_on
 from tests.fixtures.command_line import run_command, run_json
 from tests.fixtures.tiny import plain_twin, tiny_model, tiny_tokenizer
+from tests.hub.hub_server import OWNER, STRANGER
 
 NEW = ("--max_new_tokens", "6")
 
@@ -169,3 +170,24 @@ def test_what_is_no_semtoken_checkpoint(tmp_path, make_llama):
 def test_text_that_is_none(semtoken, tmp_path):
     (tmp_path / "x.bin").write_bytes(b"\xff\xfe\x00")
     assert "is not UTF-8 text" in run_command("generate", semtoken, "--file", tmp_path / "x.bin", code=1).stderr
+
+
+def test_the_hub_says_no(hub, make_checkpoint, monkeypatch):
+    run_command("push", make_checkpoint(), "me/private", "--quiet")
+    monkeypatch.setenv("HF_TOKEN", STRANGER)
+    for name in ("me/private", "me/none"):
+        (line,) = run_command("generate", name, "x", "--quiet", code=1).stderr.splitlines()
+        assert line.startswith("error: ")
+        assert name in line
+    monkeypatch.setenv("HF_TOKEN", OWNER)
+    hub.refuse = ("GET", "/me/private/")
+    (line,) = run_command("generate", "me/private", "x", "--quiet", code=1).stderr.splitlines()
+    assert line.startswith("error: ")
+    hub.refuse = None
+
+
+def test_a_checkpoint_of_the_hub(hub, make_checkpoint, text_file):
+    folder = make_checkpoint()
+    run_command("push", folder, "me/tiny", "--quiet")
+    from_hub, local = (run_json("generate", name, "--file", text_file, *NEW) for name in ("me/tiny", folder))
+    assert (from_hub["text"], from_hub["slots"]) == (local["text"], local["slots"])

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from semtoken_hf.cli.adapt import read_training_options
 from semtoken_hf.cli.main import COMMANDS, app
@@ -99,3 +100,12 @@ def test_adapt_lists_the_options_of_the_training():
     shown = run_command("adapt", "--help_training").stdout
     assert "--gradient_accumulation_steps" in shown
     assert "(default: 300)" in shown or "--max_steps" in shown
+
+
+def test_the_shell_completes_commands_and_options(monkeypatch):
+    monkeypatch.setenv("_SEMTOKEN_COMPLETE", "complete_bash")
+    for line, wanted in (("semtoken ", set(COMMANDS)), ("semtoken push --dr", {"--dry_run"})):
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
+        done = CliRunner().invoke(app, [], prog_name="semtoken")
+        assert set(done.stdout.split()) == wanted

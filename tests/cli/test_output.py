@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import HTTPError
 from tqdm.auto import tqdm
 
-from semtoken_hf.cli.output import bars, close_bars, ending_well, only_json, write_json
+from semtoken_hf.cli.output import bars, close_bars, console, ending_well, only_json, write_json
 from semtoken_hf.configuration_semtoken import check_ratio
 from tests.fixtures.children import environment, run
 
@@ -143,3 +143,21 @@ def test_quiet_hides_every_bar(capsys):
 def test_json_keeps_letters_and_writes_paths(capsys):
     write_json({"text": "größe\u2028"})
     assert json.loads(capsys.readouterr().out) == {"text": "größe\u2028"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "coloured"),
+    [({"FORCE_COLOR": "1"}, True), ({}, False), ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False)],
+)
+def test_colours_are_for_terminals_and_can_be_refused(monkeypatch, capsys, variables, coloured):
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "CLICOLOR_FORCE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"TERM": "xterm", **variables}.items():
+        monkeypatch.setenv(name, value)
+    console().print("fault", style="red")
+    assert ("\x1b[31m" in capsys.readouterr().out) == coloured
+
+
+def test_long_lines_are_not_broken_in_a_pipe(capsys):
+    console().print("/a/long/path" * 40)
+    assert capsys.readouterr().out == "/a/long/path" * 40 + "\n"

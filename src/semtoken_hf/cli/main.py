@@ -86,7 +86,7 @@ def semtoken(
         semtoken generate my-semtoken --file chapter.txt --question "Who knocked at the door?"
         semtoken doctor my-semtoken
 
-    Every command takes `--json` (one JSON object on standard output) and `--help`.
+    Every command but `lm-eval` takes `--json`: one JSON object on standard output, everything else on standard error.
 
     **Exit codes**: 0 done; 1 it could not be done, one line says why; 2 wrong usage; 3 `doctor` found a fault;
     130 Ctrl-C; 143 terminated. `SEMTOKEN_TRACEBACK=1` shows where an error comes from.
