@@ -72,6 +72,15 @@ def test_fields_and_a_budget_that_cannot_be_met(semtoken, text_file):
     assert f"the budget of {record['budget']} slots was not met" in shown
 
 
+def test_slots_are_those_of_the_prompt_though_text_is_merged_later(semtoken, text_file):
+    new = ("--max_new_tokens", "60", "--set", "min_prompt_length=4")
+    plain, merging = (
+        run_json("generate", semtoken, "--file", text_file, *new, *f) for f in ([], ["recompress_every=8"])
+    )
+    assert plain["text"] != merging["text"]
+    assert all(plain[name] == merging[name] for name in ("slots", "budget", "kv_bytes"))
+
+
 def test_a_short_prompt_says_why_it_is_plain(semtoken):
     done = run_command("generate", semtoken, "the cat", *NEW)
     assert "read plain: shorter than min_prompt_length (16)" in done.stderr

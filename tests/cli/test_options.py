@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from semtoken_hf.benchmarking.configuration import BenchmarkConfig
-from semtoken_hf.cli import adapt, benchmark, evaluate
+from semtoken_hf.cli import adapt, benchmark, evaluate, generate
 from semtoken_hf.cli.dataclass_options import build, takes_fields
 from semtoken_hf.cli.main import CONTEXT
 from semtoken_hf.cli.options import SpreadingCommand
@@ -75,6 +75,11 @@ def test_flags_may_have_a_value():
     assert parse("--name", "x", "--cold", "true", "--warm", "False") == Config("x", cold=True, warm=False)
     assert parse("--name", "x", "--cold", "no", "--warm", "yes") == Config("x")
     assert parse("--name", "x", "--cold", "--no_warm") == Config("x", cold=True, warm=False)
+
+
+def test_flags_have_none_where_there_are_arguments():
+    command = typer.main.get_command(generate.app)
+    assert command.make_context("generate", ["folder", "--plain", "yes"]).params["prompt"] == "yes"
 
 
 def test_what_is_not_given_is_left_to_the_dataclass():

@@ -86,8 +86,9 @@ def test_signals_end_with_one_line(number, code, word, capsys):
 
 
 def test_an_error_has_a_line_of_its_own_behind_a_bar(capsys):
+    bar = tqdm(total=3, desc="working")
     with pytest.raises(SystemExit), ending_well():
-        raise_value_error(tqdm(total=3, desc="working").update())
+        raise_value_error(bar.update())
     assert capsys.readouterr().err.splitlines()[-1] == "error: this is wrong"
     close_bars()
 

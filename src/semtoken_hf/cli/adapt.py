@@ -86,7 +86,6 @@ def adapt(
     with ending_well(RESUMING), only_json(as_json) as answer, bars(quiet):
         arguments = build(AdaptationArguments, given)
         training = read_training_options(context.args)
-        training.disable_tqdm = training.disable_tqdm or quiet
         folder = adapt(arguments, training)
         if training.process_index != 0:
             return
