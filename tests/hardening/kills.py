@@ -10,12 +10,12 @@ import errno
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
@@ -86,16 +86,17 @@ def kind_of_change(event: str, arguments: tuple, folder: str) -> str | None:
     return "rename" if event in RENAMES else "removal" if event in REMOVALS else None
 
 
-def watch(folder: str, moment: Moment) -> Callable[[], int]:
-    """Disturb this process at `moment`, from now to its end; returns a function that counts the changes so far."""
-    count = 0
+def watch(folder: str, moment: Moment) -> list[str]:
+    """Disturb this process at `moment`, from now to its end; returns the kinds of the changes as they come."""
+    changes: list[str] = []
 
     def hook(event: str, arguments: tuple) -> None:
-        nonlocal count
         kind = kind_of_change(event, arguments, folder)
         if kind is None:
             return
-        count += 1
+        path = Path(arguments[0])
+        changes.append(re.sub(r"\d+", "", f"{kind} in {os.path.relpath(path.parent, folder)}{path.suffix}"))
+        count = len(changes)
         if not moment.change or count < moment.change:
             return
         if moment.action == "kill":
@@ -108,7 +109,7 @@ def watch(folder: str, moment: Moment) -> Callable[[], int]:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), arguments[0])
 
     sys.addaudithook(hook)
-    return lambda: count
+    return changes
 
 
 def _child(name: str, inputs: Path, work: Path, variant: str, moment: Moment, plots: bool, pipe: Any) -> None:
@@ -125,7 +126,7 @@ def _child(name: str, inputs: Path, work: Path, variant: str, moment: Moment, pl
     started = time.perf_counter()
     try:
         JOBS[name].run(inputs, work, variant)
-        pipe.send((changes(), time.perf_counter() - started))
+        pipe.send((list(changes), time.perf_counter() - started))
     except BaseException as error:  # Ctrl-C, too
         pipe.send(f"{type(error).__name__}: {error}")
     # Without the interpreter's long farewell.
@@ -143,7 +144,7 @@ class Killer:
         self.inputs.mkdir(parents=True)
         self.job.prepare(self.inputs)
         self.whole: dict[str, Any] = {}
-        self.changes: dict[str, int] = {}
+        self.changes: dict[str, list[str]] = {}
         self.seconds: dict[str, float] = {}
 
     def start(self, work: Path, variant: str, moment: Moment = NEVER) -> tuple[Any, Any]:
@@ -156,15 +157,15 @@ class Killer:
         assert ours.recv() == "started"
         return process, ours
 
-    def end(self, process: Any, pipe: Any) -> tuple[int, float] | str | None:
-        """Changes and seconds, what it raised, or None if it was killed."""
+    def end(self, process: Any, pipe: Any) -> tuple[list[str], float] | str | None:
+        """The kinds of its changes and the seconds it took, what it raised, or None if it was killed."""
         process.join(TIMEOUT)
         if process.exitcode is None:
             process.kill()
             raise AssertionError(f"{self.name} still ran after {TIMEOUT} s")
         return None if process.exitcode == -signal.SIGKILL else pipe.recv()
 
-    def run(self, work: Path, variant: str, moment: Moment = NEVER) -> tuple[int, float] | str | None:
+    def run(self, work: Path, variant: str, moment: Moment = NEVER) -> tuple[list[str], float] | str | None:
         """Run the program to its end or its kill: as `end`."""
         process, pipe = self.start(work, variant, moment)
         if moment.share is not None:
@@ -172,7 +173,7 @@ class Killer:
             process.kill()
         return self.end(process, pipe)
 
-    def finish(self, work: Path, variant: str) -> tuple[int, float]:
+    def finish(self, work: Path, variant: str) -> tuple[list[str], float]:
         """Run the program to its end.
 
         Raises:
@@ -223,19 +224,26 @@ class Killer:
     def draw(self, times: int, seed: int) -> list[tuple[str, list[Moment]]]:
         """When `times` runs are killed.
 
-        Variants take turns. Half of the kills are at a change, spread over all of them, half after a random share of
-        the time; in every fifth run the resumed run is killed, too.
+        Variants take turns. Half of the kills are at a change, half after a random share of the time; in every fifth
+        run the resumed run is killed, too.
         """
         generator, found = random.Random(f"{self.name} {seed}"), []
         for number in range(times):
             variant = self.job.variants[number // 2 % len(self.job.variants)]
             self.undisturbed(variant)
-            place = (number // 2 + generator.random()) / ((times + 1) // 2)
-            at_change = Moment(change=1 + int(place * self.changes[variant]))
+            at_change = Moment(change=self._draw_change(variant, number // 2, generator))
             at_time = Moment(share=generator.random())
             both = [at_time, at_change] if number % 2 else [at_change, at_time]
             found.append((variant, both if number % 5 == 4 else both[:1]))
         return found
+
+    def _draw_change(self, variant: str, number: int, generator: random.Random) -> int:
+        """One of the changes of a kind, the kinds in turns, rare ones first: most of a run's changes are alike."""
+        kinds: dict[str, list[int]] = {}
+        for change, kind in enumerate(self.changes[variant], 1):
+            kinds.setdefault(kind, []).append(change)
+        rare_first = sorted(kinds.values(), key=len)
+        return generator.choice(rare_first[number % len(rare_first)])
 
     def kill(self, times: int, seed: int = 0) -> Outcome:
         """Kill runs of the program until there have been `times` kills."""

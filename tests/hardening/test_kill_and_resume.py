@@ -31,7 +31,7 @@ def half_written(work):
 def spread(killer, variant, places):
     """Numbers of changes at these shares of all changes of a run."""
     killer.undisturbed(variant)
-    return [1 + int(place * (killer.changes[variant] - 1)) for place in places]
+    return [1 + int(place * (len(killer.changes[variant]) - 1)) for place in places]
 
 
 def test_resuming_a_killed_run_ends_with_the_same_result(killer):

@@ -175,7 +175,10 @@ def load_tokenizer(folder: Path) -> SemTokenFastTokenizer:
             "write it with `AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`"
         )
     # On the left, as generation needs it.
-    return SemTokenFastTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer = SemTokenFastTokenizer.from_pretrained(folder, padding_side="left")
+    # It may name code that stays behind.
+    tokenizer.init_kwargs.pop("auto_map", None)
+    return tokenizer
 
 
 def build_config(plain: PreTrainedConfig, **semtoken_fields: Any) -> PreTrainedConfig:

@@ -53,6 +53,8 @@ def build_encoder(
     encoder.set_input_embeddings(nn.Embedding.from_pretrained(table))
     config = encoder.config
     config.vocab_size, config._name_or_path = vocab_size, ""
+    if hasattr(config, "auto_map"):  # names code that stays behind
+        del config.auto_map
     return config, {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
 
 

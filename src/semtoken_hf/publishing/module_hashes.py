@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- modules: begin -->", "<!-- modules: end -->"
 # As Transformers finds what a module needs.
 RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+)\s*$)", re.MULTILINE)
+CUSTOM_GENERATE = "custom_generate/generate.py"
 # What `auto_map` of a checkpoint names.
 ENTRY_POINTS = ("configuration_semtoken_*.py", "modeling_semtoken_*.py", "tokenization_semtoken_fast.py")
 
@@ -106,11 +107,13 @@ def compare_modules(folder: Path, package: Path = PACKAGE) -> ModuleComparison:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
     ours, theirs = module_hashes(shipped_modules(package)), module_hashes(folder.glob("*.py"))
+    # Transformers runs it instead of `generate` of classes that are not SemToken's.
+    below = [CUSTOM_GENERATE] if (folder / CUSTOM_GENERATE).is_file() else []
     return ModuleComparison(
         same=tuple(name for name in theirs if ours.get(name) == theirs[name]),
         changed=tuple(name for name in theirs if name in ours and ours[name] != theirs[name]),
         missing=tuple(sorted(needed_modules(folder, named_modules(folder) | theirs.keys()) - theirs.keys())),
-        foreign=tuple(name for name in theirs if name not in ours),
+        foreign=(*(name for name in theirs if name not in ours), *below),
     )
 
 
