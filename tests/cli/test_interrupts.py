@@ -132,5 +132,5 @@ def test_a_reader_that_goes_away_ends_it_silently(semtoken):
     child = start_command("push", semtoken, "me/tiny", "--dry_run")
     child.stdout.close()
     err = child.stderr.read()
-    assert child.wait(60) == 141
+    assert child.wait(240) == 141
     assert err == ""
