@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ from safetensors.torch import load_file
 from semtoken_hf import SemTokenLlamaForCausalLM, convert_checkpoint
 from semtoken_hf.conversion import weights
 from semtoken_hf.conversion.pickled_weights import PICKLE, PICKLE_INDEX, read_pickle
-from tests.fixtures.children import ROOT
-from tests.fixtures.scripts import main_of
 
 
 def as_pickle(folder, shards=1, **options):
@@ -177,14 +174,6 @@ def test_an_index_names_files_of_its_folder_alone(make_llama, encoder_folder, tm
     index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="which is no file of that folder"):
         convert(source, encoder_folder, tmp_path / "out")
-
-
-def test_the_script_passes_it_on(make_llama, encoder_folder, tmp_path, monkeypatch):
-    if "argparse" not in Path(ROOT / "scripts" / "convert.py").read_text():
-        pytest.skip("the command line has tests of its own")
-    source = as_pickle(make_llama())
-    main_of("convert.py", monkeypatch)(source, encoder_folder, tmp_path / "out", "--quiet", "--allow_pickle")
-    assert (tmp_path / "out" / "config.json").exists()
 
 
 def test_pickle_of_a_hub_repository_is_fetched_on_request_alone(make_llama, encoder_folder, hub, tmp_path):

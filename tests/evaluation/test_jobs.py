@@ -21,7 +21,7 @@ from semtoken_hf.evaluation.jobs import run_jobs
 
 def run(folder, job):
     (folder / str(os.getpid())).touch()
-    time.sleep(60)
+    time.sleep(600)
 
 if __name__ == "__main__":
     run_jobs(partial(run, Path(sys.argv[1])), [1, 2], workers=2)
@@ -43,7 +43,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     script.write_text(ENDLESS)
     pids.mkdir()
     parent = subprocess.Popen([sys.executable, str(script), str(pids)], env=environment())
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len(list(pids.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     workers = [int(p.name) for p in pids.iterdir()]
@@ -52,6 +52,32 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     parent.wait()
     while any(map(is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
+    assert not any(map(is_running, workers))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
+def test_workers_end_with_an_interrupted_parent_which_does_not_wait_for_the_rest(tmp_path):
+    script, pids = tmp_path / "endless.py", tmp_path / "pids"
+    # Four jobs of a minute each are queued for two workers.
+    script.write_text(ENDLESS.replace("[1, 2]", "[1, 2, 3, 4]"))
+    pids.mkdir()
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(pids)],
+        env=environment(),
+        start_new_session=True,
+        encoding="utf-8",
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 240
+    while len(list(pids.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    # As a terminal does: to the workers, too, which say nothing.
+    os.killpg(parent.pid, signal.SIGINT)
+    err = parent.communicate(timeout=120)[1]
+    assert err.count("Traceback") == 1
+    assert "\nKeyboardInterrupt\n" in err
+    workers = [int(p.name) for p in pids.iterdir()]
+    assert len(workers) == 2
     assert not any(map(is_running, workers))
 
 

@@ -22,22 +22,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..conversion.staging import check_output, remove_stale, staged_folder
 from ..evaluation.files import only_run_in, write_text
+from ..evaluation.named_values import read_fields
 from .adaptation_arguments import LEARNING_RATES, AdaptationArguments, AdaptationTrainingArguments
 from .adaptation_data import ContextCollator, TextBlocks, begin_id, export_dataset, load_blocks
 from .adaptation_trainer import AdaptationTrainer, rotate_checkpoints
 from .distillation import DistillationModel
 from .trainable_parts import choose_trainable
-
-
-def parse_fields(pairs: list[str]) -> dict[str, Any]:
-    """`FIELD=VALUE` pairs; a value that is JSON counts as such, any other as a string."""
-    fields: dict[str, Any] = {}
-    for name, _, value in (pair.partition("=") for pair in pairs):
-        try:
-            fields[name] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[name] = value
-    return fields
 
 
 def load_student(arguments: AdaptationArguments) -> Any:
@@ -46,7 +36,7 @@ def load_student(arguments: AdaptationArguments) -> Any:
     Raises:
         ValueError: the checkpoint carries an adapter already.
     """
-    fields = {"merge_mode": "learned", **parse_fields(arguments.set_fields)}
+    fields = {"merge_mode": "learned", **read_fields(arguments.set_fields, "set_fields")}
     if fields["merge_mode"] != "learned":
         raise ValueError("adaptation trains the learned merger: leave merge_mode out of set_fields, or set merger_base")
     config = AutoConfig.from_pretrained(arguments.checkpoint)

@@ -93,17 +93,6 @@ def tokenize_file(
     return {side: np.load(path, mmap_mode="r") for side, path in paths.items()}
 
 
-def parse_file_weights(pairs: list[str]) -> dict[str, float]:
-    """`FILE=NUMBER` pairs as name -> weight.
-
-    Raises:
-        ValueError: a pair reads otherwise.
-    """
-    if any(not re.fullmatch(r".+=\d+(\.\d+)?", pair) for pair in pairs):
-        raise ValueError(f"weights must read FILE=NUMBER, got {pairs}")
-    return {name: float(weight) for name, weight in (pair.rsplit("=", 1) for pair in pairs)}
-
-
 class BlockSampler:
     """Blocks of `block_length` tokens in a fixed shuffled order; block `i` depends on the seed alone.
 

@@ -29,7 +29,8 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..conversion.staging import remove_stale, staged_folder
-from .corpus import BlockSampler, iter_training_text, list_text_files, parse_file_weights, tokenize_file
+from ..evaluation.named_values import read_numbers
+from .corpus import BlockSampler, iter_training_text, list_text_files, tokenize_file
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
@@ -74,11 +75,11 @@ class ReferenceConfig:
             raise ValueError("sequence_length must divide long_sequence_length, and that tokens_per_micro_batch")
         if self.steps - self.cycle_start < self.decay_steps + self.warmup_steps:
             raise ValueError("steps must cover cycle_start + warmup_steps + decay_steps")
-        parse_file_weights(self.weights)
+        read_numbers(self.weights, "weights")
 
     @property
     def file_weights(self) -> dict[str, float]:
-        return parse_file_weights(self.weights)
+        return read_numbers(self.weights, "weights")
 
 
 def train_tokenizer(files: list[Path], vocab_size: int, held_out_share: float) -> PreTrainedTokenizerFast:
