@@ -44,7 +44,7 @@ tr:first-child i { background: var(--kept); }
 .text { line-height: 1.95; outline-offset: .4rem; min-width: 0; }
 .part { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; padding: 0 3px;
 content-visibility: auto; contain-intrinsic-size: auto 20rem; }
-.slot { margin-right: 1px; padding: 1px 0; }
+.slot { scroll-margin: 6rem 0; margin-right: 1px; padding: 1px 0; }
 .merged { background: color-mix(in srgb, var(--merged) calc(4% + var(--h) * 40%), var(--page)); padding: 1px 2px;
 margin-left: 1px; border-radius: 4px; box-shadow: inset 0 0 0 1px color-mix(in srgb, var(--merged) 70%, var(--page)); }
 .kept { border-bottom: 2px solid color-mix(in srgb, var(--kept) calc(25% + var(--h) * 75%), var(--page)); }
