@@ -17,7 +17,7 @@ RATIOS = (1.5, 2.4, 4.0, 8.0)
 HOSTILE = (
     "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> שלום\u2028日本\t"
 )
-TEXT = PROSE + HOSTILE + "\n\n" + PROSE
+TEXT = PROSE + HOSTILE + "\n\n" + "unbroken" * 60 + "\n" + PROSE
 # The contrast of text and ground of the first element that a selector finds, by WCAG 2; grounds are opaque here.
 CONTRAST = """(selector) => {
   const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
@@ -190,7 +190,7 @@ def test_keys_walk_from_slot_to_slot(tab, page):
     assert tab.run("document.querySelector('.on')") is None
 
 
-def test_a_tap_opens_and_the_plot_leads_to_the_text(tab, page):
+def test_a_tap_opens_and_the_plot_leads_to_the_text(tab, page, plans):
     tab.open(page, 375, 700)
     tab.point(".text .merged", click=True)
     edges = "(r => [r.left, r.right, r.top])(document.querySelector('.tip').getBoundingClientRect())"
@@ -198,9 +198,9 @@ def test_a_tap_opens_and_the_plot_leads_to_the_text(tab, page):
     assert left >= 0
     assert right <= 375
     tab.point("svg", click=True)
-    assert tab.run("document.querySelector('.on').dataset.s") != "0"
-    middle = tab.run("+document.querySelector('.on').dataset.s / document.querySelectorAll('.text .slot').length")
-    assert 0 < middle < 1
+    # In the middle of the plot stands the middle of the prompt.
+    spans = plans[1].span_ids[0]
+    assert abs(int(tab.run("document.querySelector('.on').dataset.s")) - int(spans[len(spans) // 2])) <= 1
     assert tab.run(
         "(r => r.top >= 0 && r.bottom <= innerHeight)(document.querySelector('.on').getBoundingClientRect())"
     )
