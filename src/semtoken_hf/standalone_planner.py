@@ -62,10 +62,12 @@ class SpanPlanner:
             OSError: no such checkpoint, or its weights are damaged.
             ValueError: it holds no encoder, or one that does not fit its configuration.
         """
-        fields = PreTrainedConfig.get_config_dict(name_or_path, **hub)[0]
         try:
+            fields = PreTrainedConfig.get_config_dict(name_or_path, **hub)[0]
             known = SpanPlannerConfig.__dataclass_fields__
             config = SpanPlannerConfig(**{key: value for key, value in fields.items() if key in known})
+        except OSError:
+            raise
         except Exception as error:  # of whatever kind Transformers likes
             raise ValueError(f"config.json of {name_or_path} does not say how to plan: {error}") from error
         weights = read_encoder_weights(name_or_path, **hub)

@@ -81,6 +81,8 @@ def may_pass(call: Call) -> set[str]:
     """Odd options that need not be refused, as they mean something after all."""
     # As in Transformers, whatever is true switches the cache on.
     fine = {"use_cache", "max_new_tokens", "num_beams", "num_return_sequences"}
+    if call.options.get("prefill_chunk_size") == 2**70:
+        fine.add("prefill_chunk_size")
     if call.options.get("position_ids") in ("float", "negative", "huge", "restart", "still"):
         fine.add("position_ids")
     for name in ("attention_mask", "protected_mask", "query_mask", "read_mask"):
