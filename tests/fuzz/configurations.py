@@ -110,6 +110,18 @@ HOSTILE: dict[str, st.SearchStrategy[Any]] = {
     "encoder_config": st.sampled_from(HOSTILE_ENCODERS) | hostile.anything,
     "protected_token_ids": st.lists(hostile.integers, max_size=3) | hostile.anything,
 }
+LIMITS = {
+    "target_ratio": (1, sys.float_info.max),
+    "similarity_threshold": (-1, 1),
+    "entropy_threshold": (0, 1),
+    "recency": (0, 64),
+    "query_weight": (0, 16),
+    "max_span_length": (1, 1024),
+    "encoder_window": (1, 8192),
+    "fingerprint_radius": (0, 256),
+    "merger_rank": (1, 8192),
+    "merger_span_length": (1, 1024),
+}
 NUMERIC = {name for name in FIELDS if not name.endswith(("mode", "config", "dtype", "base", "ids", "for", "folder"))}
 
 
@@ -127,7 +139,9 @@ def cases(draw: Any) -> Case:
     fields = {}
     for name in draw(st.lists(st.sampled_from(FIELDS), unique=True, max_size=8)):
         boundary = hostile.integers | hostile.floats if name in NUMERIC else hostile.texts
-        odd = HOSTILE.get(name, hostile.anything) | boundary
+        low, high = LIMITS.get(name, (0, sys.maxsize))
+        edges = st.sampled_from([low, high, low - 1, high + 1, low - 0.01, high + 0.01])
+        odd = HOSTILE.get(name, hostile.anything) | (edges | boundary if name in NUMERIC else boundary)
         is_odd = draw(st.integers(0, 9)) == 0
         fields[name] = draw(odd if is_odd else SPECIFICATION[name][1])
     length = draw(st.integers(0, 200) | st.integers(0, 40) | st.sampled_from([256, 1000]))

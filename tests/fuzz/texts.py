@@ -123,6 +123,8 @@ def run(case: Case) -> str:
     require("target_ratio" not in case.odd, "accepted `target_ratio`")
     spans = rows_of(encoding["span_ids"])
     require([len(row) for row in spans] == [len(row) for row in ids], "span_ids has another length than input_ids")
+    side = case.options.get("padding_side")
+    check_padding_later(tokenizer, ids, masks, spans, side if side in ("left", "right") else None)
     for number, (row, mask, plan) in enumerate(zip(ids, masks, spans, strict=True)):
         require([s >= 0 for s in plan] == [bool(m) for m in mask], "span_ids is not -1 exactly at padding")
         tokens = [i for i, m in zip(row, mask, strict=True) if m]
@@ -136,6 +138,21 @@ def run(case: Case) -> str:
         )
         require([s for s in plan if s >= 0] == alone.span_ids[0].tolist(), "the plan of a row differs from its own")
     return "planned"
+
+
+def check_padding_later(tokenizer: Any, ids: Any, masks: Any, spans: Any, side: str | None) -> None:
+    """Rows that are padded as a batch hold -1 where their mask is 0, and nothing else has changed."""
+    rows = [
+        dict(zip(("input_ids", "attention_mask", "span_ids"), row, strict=True))
+        for row in zip(ids, masks, spans, strict=True)
+    ]
+    longer = len(ids[0]) + 3
+    padded = tokenizer.pad(rows[:1], padding="max_length", max_length=longer, padding_side=side)
+    (mask,), (plan,) = padded["attention_mask"], padded["span_ids"]
+    require(len(plan) == longer, "padded to another length")
+    kept = [s for s, m in zip(plan, mask, strict=True) if m]
+    require(kept == [s for s, m in zip(spans[0], masks[0], strict=True) if m], "padding has changed the plan")
+    require([s >= 0 for s in plan] == [bool(m) for m in mask], "span_ids is not -1 at what was padded")
 
 
 def names_of(case: Case) -> tuple[str, ...]:
