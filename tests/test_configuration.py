@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 
 from semtoken_hf import SemTokenLlamaConfig, SemTokenLlamaForCausalLM
@@ -151,6 +152,13 @@ COUNT_FIELDS = {
     "encoder_overlap": 0,
     "fingerprint_radius": 0,
 }
+MOST = {
+    "max_span_length": 1024,
+    "merger_span_length": 1024,
+    "merger_rank": 8192,
+    "encoder_window": 8192,
+    "fingerprint_radius": 256,
+}
 NONSENSE = [
     *(("target_ratio", value, RATIO) for value in (0.99, 0, -2, float("nan"), float("inf"), "3", True, [2])),
     *((name, low - 1, f"integer >= {low}") for name, low in COUNT_FIELDS.items()),
@@ -172,18 +180,42 @@ NONSENSE = [
     ("encoder_config", "bert", "dict"),
     ("encoder_config", {}, "model_type"),
     ("encoder_config", {"model_type": "no such model"}, "model_type"),
+    ("encoder_config", {"model_type": []}, "model_type"),
+    *(("encoder_config", {"model_type": "bert", "hidden_size": value}, "hidden_size") for value in (None, "x", 1.5)),
+    *(("encoder_config", {"model_type": "semtoken_static", "hidden_size": v}, "hidden_size") for v in (0, "x", 2**62)),
+    ("encoder_config", {"model_type": "semtoken_static", "dtype": "no such dtype"}, "no such dtype"),
+    ("encoder_config", {"model_type": "bert", "num_hidden_layers": 2**40}, "at most 4096"),
+    ("num_hidden_layers", 2**40, "at most 4096"),
+    # What tokens are counted in, and sizes of which tensors are made.
+    *((name, 2**63, f"integer >= {low} and <= ") for name, low in COUNT_FIELDS.items()),
+    *((name, most + 1, f"<= {most}") for name, most in MOST.items()),
+    ("target_ratio", 10**400, RATIO),
+    ("protected_token_ids", [2**63], "list of token ids"),
+    *((f"{name}_token_id", 2**70, "token id") for name in ("bos", "eos", "pad")),
 ]
 
 
 @pytest.mark.parametrize(("name", "value", "allowed"), NONSENSE)
 def test_nonsense_is_refused_by_name_and_range(name: str, value: Any, allowed: str) -> None:
-    with pytest.raises((ValueError, TypeError)) as error:
+    with pytest.raises((ValueError, TypeError, StrictDataclassError)) as error:
         tiny_config(**{name: value})
     assert name in str(error.value)
     assert allowed in str(error.value)
 
 
+def test_the_checks_of_the_family_hold() -> None:
+    """Transformers runs them for the plain class and not for what inherits from it."""
+    with pytest.raises(StrictDataclassError, match="not a multiple of the number of attention heads"):
+        tiny_config(hidden_size=66)
+
+
 def test_the_edges_of_the_ranges_are_allowed() -> None:
+    tiny_config(
+        **MOST, keep_first=2**63 - 1, keep_last=2**63 - 1, min_prompt_length=2**63 - 1, max_kept_tokens=2**63 - 1
+    )
+    tiny_config(
+        encoder_config={"model_type": "roberta", "max_position_embeddings": 34, "pad_token_id": 1}, encoder_window=32
+    )
     tiny_config(target_ratio=1, similarity_threshold=-1, entropy_threshold=0, max_span_length=1, max_kept_tokens=1)
     tiny_config(similarity_threshold=1.0, entropy_threshold=1, keep_first=0, keep_last=0, min_prompt_length=0)
     tiny_config(encoder_window=1, encoder_overlap=0, fingerprint_radius=0, protected_token_ids=[])

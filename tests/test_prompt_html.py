@@ -81,11 +81,14 @@ def test_pieces_of_byte_fallback_tokens():
     assert pieces == ["<s>", " the", " cat", "s", " ", "", "", "日", "", "", "", "\U0001f600", " the"]
 
 
-@pytest.mark.parametrize("text", ["a\ufffdb\ufffd\ufffd\ufffd\ufffdc", "\ufffd" * 9])
+@pytest.mark.parametrize(
+    "text", ["a\ufffdb\ufffd\ufffd\ufffd\ufffdc", "\ufffd" * 9, "\ufffd日本\ufffdé", "日" * 99, "\ufffd" * 99]
+)
 def test_replacement_characters_that_are_in_the_text(tokenizer, text):
     ids = tokenizer(text)["input_ids"]
     pieces = token_pieces(tokenizer, ids)
     assert (len(pieces), "".join(pieces[1:])) == (len(ids), text)
+    assert max(map(len, pieces)) < 30  # none waits for the end of the text
 
 
 def test_a_text_that_ends_within_a_character(tokenizer):

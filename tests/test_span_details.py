@@ -195,6 +195,9 @@ def test_a_later_turn_protects_no_first_tokens():
     found = names(model.compress(random_ids(1, 96, seed=1)[:, 1:], past_key_values=cache).details)
     assert "first" not in found
     assert "merged" in found
+    model.config.min_prompt_length = 0
+    assert names(model.compress(random_ids(1, 3), past_key_values=cache).details) == ["special", "last", "read"]
+    assert names(model.compress(random_ids(1, 3)).details) == ["special", "first", "read"]
 
 
 def test_the_models_own_forward_records_nothing():

@@ -190,6 +190,21 @@ def test_the_planner_of_a_sharded_checkpoint(checkpoint, model, tokenizer, tmp_p
     assert torch.equal(planner.plan(ids).span_ids, model.compress(ids).span_ids)
 
 
+def test_a_tokenizer_of_another_model(checkpoint) -> None:
+    """Its ids are not the encoder's."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.add_tokens([*(f"<{i}>" for i in range(LLAMA["vocab_size"])), "the cat"])
+    with pytest.raises(ValueError, match=r"`input_ids` must be in .*tokenizer may belong to another model"):
+        tokenizer(LONG, return_span_ids=True)
+    assert "span_ids" in tokenizer("a dog", return_span_ids=True)
+
+
+def test_a_chat_that_is_no_list(tokenizer) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}!"
+    with pytest.raises(ValueError, match="empty conversation"):
+        tokenizer.apply_chat_template({}, protect_template=True)
+
+
 class Collator:
     """Tokenises in the worker."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configuration_semtoken import base_merge_mode
+from .configuration_semtoken import POSITION_MODES, base_merge_mode
 from .learned_merger import LearnedMerger
 from .logging_semtoken import get_logger
 from .prompt_html import prompt_page
@@ -106,9 +106,12 @@ def compress_prompt(
     Raises:
         ValueError: an argument has the wrong shape or values.
     """
-    if position_ids is not None and position_ids.shape[-1] != input_ids.shape[1]:
-        raise ValueError(f"`position_ids` must have {input_ids.shape[1]} columns, got {tuple(position_ids.shape)}")
+    mode = config.position_mode if position_mode is None else position_mode
+    if mode not in POSITION_MODES:
+        raise ValueError(f"`position_mode` must be one of {list(POSITION_MODES)}, got {mode!r}")
     plan = plan_spans(config, encoder, input_ids, **planning)
+    if position_ids is not None:
+        _check_positions(position_ids, *input_ids.shape)
     layout, stream, slot_counts = plan.layout, input_ids.flatten()[plan.layout.token_index], plan.slot_counts
     slots, anchors = merge_spans(
         lambda index: embed_tokens(stream[index][None])[0],
@@ -120,7 +123,6 @@ def compress_prompt(
     )
     row, rank = layout.row[plan.spans.first], plan.span_ids.flatten()[layout.token_index[plan.spans.first]]
     width, is_padded, is_merged = max(slot_counts), min(slot_counts) < max(slot_counts), len(slots) < len(stream)
-    mode = position_mode or config.position_mode
     if is_merged:
         _check_adaptation(config, mode)
         if not plan.all_budgets_met:
@@ -160,6 +162,12 @@ def compress_prompt(
         is_padded=is_padded,
         details=describe_plan(plan, config, input_ids, anchors, position, **planning) if details else None,
     )
+
+
+def _check_positions(position_ids: Any, rows: int, columns: int) -> None:
+    shape = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__
+    if shape not in ((rows, columns), (1, columns)):
+        raise ValueError(f"`position_ids` must have the shape {(rows, columns)} or {(1, columns)}, got {shape}")
 
 
 def _check_adaptation(config: Any, position_mode: str) -> None:

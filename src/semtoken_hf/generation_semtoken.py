@@ -64,8 +64,6 @@ class SemTokenGenerationMixin:
         # A client of a server can set nothing else, and Transformers would keep these from `forward`.
         for name in GENERATION_FIELDS:
             value = getattr(generation_config, name, None)
-            if name == "compression" and not isinstance(value, bool | type(None)):
-                raise ValueError(f"`compression` must be True or False, got {value!r}")
             if value is not None and model_kwargs.get(name) is None:
                 model_kwargs[name] = value
         return generation_config, model_kwargs

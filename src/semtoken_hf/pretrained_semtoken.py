@@ -156,7 +156,7 @@ class SemTokenPreTrainedMixin:
             ValueError: a mask or `span_ids` has the wrong shape or values, or the ratio is below 1.
         """
         model, offset = self.base_model, None
-        mode = position_mode or self.config.position_mode
+        mode = self.config.position_mode if position_mode is None else position_mode
         if tracks_slots(past_key_values) and past_key_values.slot_lengths is not None:
             cache = past_key_values
             offset = cache.compressed_lengths if mode == "compact" else cache.original_lengths

@@ -22,6 +22,8 @@ from .span_details import REASONS, SpanDetails
 
 # What would end the script that holds the data, or a line of it; and halves of surrogate pairs, which no file takes.
 UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
+# Tokens for which a replacement character at the end of the text may still become another one.
+LONGEST_DOUBT = 64
 # Entropies and cosines are written in steps of this.
 STEPS = 32767
 
@@ -72,22 +74,27 @@ def row_of(plan: SpanDetails, name: str, row: int) -> Tensor:
 
 
 def token_pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text that each token adds to the text before it.
+    """The text that each token adds to the text before it; together they are the whole text.
 
     A token that holds a part of a character adds nothing; the one that completes it adds the character.
     """
     pieces: list[str] = []
-    first, done = 0, 0
+    # Text is decoded from `first` on, where a character begins; `told` characters of it were added already.
+    first, whole, told = 0, 0, 0
     for stop in range(1, len(ids) + 1):
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        known, text = tokenizer.decode(ids[first:done], **options), tokenizer.decode(ids[first:stop], **options)
-        # No character has more than four bytes: a replacement character that stays was in the text.
-        if text.endswith("\ufffd") and stop - done < 4 and stop < len(ids):
-            pieces.append("")
-            continue
-        pieces.append(text[len(known) :])
-        first, done = done, stop
+        text = _decode(tokenizer, ids[first:stop])
+        is_whole = not text.endswith("\ufffd") or stop == len(ids) or stop - whole > LONGEST_DOUBT
+        certain = len(text) if is_whole else len(text.rstrip("\ufffd"))
+        pieces.append(text[told:certain])
+        told = max(told, certain)
+        if is_whole:
+            first, whole = whole, stop
+            told = len(_decode(tokenizer, ids[first:whole]))
     return pieces
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _pack_plan(plan: SpanDetails, row: int, pool: dict[str, int]) -> dict[str, Any]:

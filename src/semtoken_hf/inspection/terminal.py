@@ -18,11 +18,11 @@ from .summary import FINE, MERGED, PlanSummary, summarise
 
 # Foreground and background of merged spans by rising entropy; each pair has a contrast above 4.5 on any terminal.
 SHADES = (
-    "black on #e3eefc",
-    "black on #bcd7fa",
-    "black on #8fbaf5",
-    "black on #5c98ea",
-    "white on #2463b8",
+    "#000000 on #e3eefc",
+    "#000000 on #bcd7fa",
+    "#000000 on #8fbaf5",
+    "#000000 on #5c98ea",
+    "#ffffff on #2463b8",
 )
 PROTECTED = "underline"
 # Reasons of tokens that nothing protects.

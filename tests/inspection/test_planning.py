@@ -1,0 +1,138 @@
+"""One prompt at several ratios, from the encoder alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from semtoken_hf import SpanPlanner
+from semtoken_hf.inspection.planning import default_ratios, plan_ratios
+from semtoken_hf.inspection.summary import notes_on, summarise
+from tests.fixtures.tiny import BERT, random_ids, tiny_model
+
+FIELDS = {
+    "greedy": {"segmentation_mode": "greedy", "similarity_threshold": -1.0, "merge_mode": "representative"},
+    "solved": {"segmentation_mode": "greedy", "recency": 2.0, "query_weight": 1.0},
+    "boundary": {"merge_mode": "representative"},
+    "uniform": {"segmentation_mode": "uniform"},
+    "compact": {"position_mode": "compact"},
+    "transformer": {"encoder_config": dict(BERT), "encoder_window": 32, "encoder_overlap": 4},
+}
+
+
+@pytest.mark.parametrize("case", FIELDS)
+def test_the_plans_are_those_of_the_model(tmp_path, case):
+    model, ids = tiny_model(**FIELDS[case]), random_ids(1, 300)
+    model.save_pretrained(tmp_path)
+    marks = {name: torch.zeros_like(ids) for name in ("protected_mask", "query_mask")}
+    marks["protected_mask"][0, 30:33], marks["query_mask"][0, 280:290] = 1, 1
+    plans = plan_ratios(SpanPlanner.from_pretrained(tmp_path), {"input_ids": ids, **marks}, [1.5, None, 4.0])
+    for ratio, plan in zip([1.5, None, 4.0], plans, strict=True):
+        expected = model.compress(ids, target_ratio=ratio, **marks).details
+        assert vars(plan).keys() == vars(expected).keys()
+        for name, value in vars(expected).items():
+            ours = getattr(plan, name)
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(ours, value, equal_nan=True, msg=name)
+            else:
+                assert ours == value, name
+
+
+def test_the_encoder_reads_once(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    planner, calls = SpanPlanner.from_pretrained(tmp_path), []
+    planner.encoder.register_forward_hook(lambda *_: calls.append(1))
+    plan_ratios(planner, {"input_ids": random_ids(1, 96)})
+    assert calls == [1]
+    # The hook that counts is gone again.
+    assert not planner.encoder.encoder._forward_hooks
+
+
+def test_the_weights_of_the_language_model_are_not_read(tmp_path):
+    """A checkpoint in shards of which only those with the encoder are there."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    needed = {file for key, file in index.items() if "semantic_encoder" in key}
+    gone = [path for path in tmp_path.glob("*.safetensors") if path.name not in needed]
+    assert len(gone) > 2
+    for path in gone:
+        path.unlink()
+    (plan,) = plan_ratios(SpanPlanner.from_pretrained(tmp_path), {"input_ids": random_ids(1, 96)}, [3.0])
+    assert torch.equal(plan.span_ids, model.compress(random_ids(1, 96), target_ratio=3.0).span_ids)
+
+
+def test_fields_instead_of_the_checkpoints(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    planner = SpanPlanner.from_pretrained(tmp_path, {"fingerprint_radius": 0, "max_span_length": 3})
+    (plan,) = plan_ratios(planner, {"input_ids": random_ids(1, 96)}, [2.0])
+    changed = AutoModelForCausalLM.from_pretrained(tmp_path, fingerprint_radius=0, max_span_length=3)
+    assert torch.equal(plan.span_ids, changed.compress(random_ids(1, 96), target_ratio=2.0).span_ids)
+    assert not torch.equal(plan.span_ids, model.compress(random_ids(1, 96), target_ratio=2.0).span_ids)
+    for fields, message in (({"max_spam": 3}, r"no fields \['max_spam'\]"), ({"keep_first": -1}, "keep_first")):
+        with pytest.raises(ValueError, match=message):
+            SpanPlanner.from_pretrained(tmp_path, fields)
+
+
+def test_uniform_spans_need_no_encoder(tmp_path):
+    model = tiny_model(segmentation_mode="uniform")
+    weights = {name: value for name, value in model.state_dict().items() if "semantic_encoder" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    planner = SpanPlanner.from_pretrained(tmp_path)
+    assert planner.encoder is None
+    (plan,) = plan_ratios(planner, {"input_ids": random_ids(1, 96)}, [2.0])
+    assert torch.equal(plan.span_ids, model.compress(random_ids(1, 96), target_ratio=2.0).span_ids)
+    with pytest.raises(ValueError, match="no semantic encoder"):
+        SpanPlanner.from_pretrained(tmp_path, {"segmentation_mode": "greedy"})
+
+
+def test_ratios_that_are_worth_comparing():
+    config = tiny_model(target_ratio=5).config
+    assert default_ratios(config) == [1.5, 2.0, 2.4, 3.0, 4.0, 5.0, 6.0, 8.0]
+    config.target_ratio = None
+    assert default_ratios(config) == [None]
+
+
+@pytest.mark.parametrize("ids", [torch.zeros(1, 0, dtype=torch.long), torch.ones(2, 9, dtype=torch.long)])
+def test_one_prompt_at_a_time(ids):
+    with pytest.raises(ValueError, match="one prompt"):
+        plan_ratios(SpanPlanner.from_model(tiny_model()), {"input_ids": ids})
+
+
+def test_figures_of_a_plan():
+    model, ids = tiny_model(), random_ids(1, 96)
+    ids[0, 50] = 2  # EOS
+    plan = model.compress(ids, target_ratio=3.0).details
+    found, spans = summarise(plan), plan.span_ids[0].tolist()
+    lengths = [spans.count(slot) for slot in range(max(spans) + 1)]
+    assert (found.tokens, found.slots, found.longest) == (96, 32, max(lengths))
+    assert found.ratio == 3.0
+    assert found.lengths == {n: lengths.count(n) for n in sorted(set(lengths))}
+    # The first two, the EOS, and the last four, of which one is read.
+    assert found.protected_tokens == 7
+    assert found.merged_tokens == sum(n for n in lengths if n > 1)
+    assert found.merged_tokens + found.fine_tokens + found.protected_tokens == 96
+    assert found.reasons == {"merged": found.merged_tokens, "alone": found.fine_tokens, "read": 1} | {
+        "special": 2,
+        "first": 1,
+        "last": 3,
+    }
+    assert (found.budget, found.budget_met, found.target_ratio) == (32, True, 3.0)
+
+
+def test_notes_say_what_a_reader_may_wonder_about():
+    model = tiny_model(compression=False)
+    plan = model.compress(random_ids(1, 96)).details
+    assert [n.split(" ")[0] for n in notes_on([plan], model.config, False)] == ["compression"]
+    model = tiny_model()
+    tight = [model.compress(random_ids(1, 96), target_ratio=r).details for r in (2.0, 60.0)]
+    assert notes_on(tight, model.config, False) == [
+        "not met: 60; protected tokens or max_span_length (8) forbid it",
+    ]
+    assert "query_weight is 0" in notes_on(tight[:1], model.config, True)[0]
+    short = model.compress(random_ids(1, 9)).details
+    assert "9 tokens are fewer than min_prompt_length (16)" in notes_on([short], model.config, False)[0]
