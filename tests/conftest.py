@@ -11,6 +11,9 @@ from tests.fixtures.tiny import minilm_folder
 from tests.hub.client import use_hub
 from tests.hub.hub_server import OWNER, HubServer
 
+# What Transformers logs reaches `caplog`.
+logging.enable_propagation()
+
 
 @pytest.fixture(autouse=True)
 def fresh_warnings():

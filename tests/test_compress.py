@@ -58,6 +58,7 @@ def test_shapes(ragged, dtype):
         "span_ids": ((5, 96), torch.int64),
         "original_lengths": ((5,), torch.int64),
         "kept_lengths": ((5,), torch.int64),
+        "budgets": ((5,), torch.int64),
         "budget_met": ((5,), torch.bool),
     }
     assert {field.name for field in dataclasses.fields(prompt)} == {*shapes, "is_merged", "is_padded", "slot_counts"}

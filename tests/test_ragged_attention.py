@@ -1,6 +1,7 @@
 """The backend `semtoken_varlen`: each row reads its own slots, whatever kernel does it; nothing is done for padding."""
 
 import copy
+import importlib.util
 import json
 import sys
 import types
@@ -21,13 +22,6 @@ from tests.fixtures.tiny import FAMILIES, plain_twin, ragged_prompts, random_ids
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 # The last row is too short to be compressed.
 LENGTHS, SLOTS, STEPS = (96, 70, 41, 10), [40, 30, 18, 10], 5
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    """The package's own functions: a checkpoint that this process loaded earlier has its copies under their name."""
-    mapping = AttentionInterface._global_mapping
-    monkeypatch.setitem(mapping, VARLEN, attention_semtoken.varlen_attention_forward)
 
 
 def eager(query, keys, values, scaling):
@@ -120,10 +114,7 @@ def test_each_row_reads_its_own_slots(kernel, heads, queries, past):
     for start, length in zip(step.starts, step.lengths, strict=True):
         for states in (keys, values):
             states[start : start + length] = torch.randn(length, heads[1], 8)
-    ours, weights = attention_semtoken.varlen_attention_forward(
-        None, query.transpose(0, 1)[None], keys, values, None, scaling=0.3, ragged_step=step
-    )
-    assert weights is None
+    ours = attention_semtoken.attend_ragged(query.transpose(0, 1)[None], keys, values, step, scaling=0.3)
     assert ours.shape == (1, sum(queries), heads[0], 8)
     end, expected = 0, []
     for count, start, length in zip(queries, step.starts, step.lengths, strict=True):
@@ -233,7 +224,7 @@ def test_no_mask_is_made(monkeypatch, chunk):
     attend, masks = attention_semtoken.varlen_attention_forward, []
 
     def spy(module, query, key, value, attention_mask, **kwargs):
-        masks.append((kwargs["ragged_step"] is not None, attention_mask))
+        masks.append((kwargs["ragged_attention"] is not None, attention_mask))
         return attend(module, query, key, value, attention_mask, **kwargs)
 
     monkeypatch.setitem(type(attention_semtoken.ALL_ATTENTION_FUNCTIONS)._global_mapping, VARLEN, spy)
@@ -242,6 +233,22 @@ def test_no_mask_is_made(monkeypatch, chunk):
     with torch.no_grad():
         model(random_ids(4, 7), past_key_values=cache, logits_to_keep=1)
     assert set(masks) == {(True, None)}
+
+
+def test_another_revision_in_the_same_process_changes_nothing(monkeypatch):
+    """The last one registered serves both, and its kernels may differ."""
+    model, prompts = tiny_model(attn_implementation=VARLEN), ragged_prompts(LENGTHS)
+    expected = generate(model, *prompts)
+    spec = importlib.util.spec_from_file_location("semtoken_hf.other_revision", attention_semtoken.__file__)
+    other = importlib.util.module_from_spec(spec)
+    registered = dict(AttentionInterface._global_mapping)
+    try:
+        spec.loader.exec_module(other)
+        assert AttentionInterface._global_mapping[VARLEN] is other.varlen_attention_forward
+        monkeypatch.setattr(other, "_kernel_for", None)
+        assert torch.equal(generate(model, *prompts).sequences, expected.sequences)
+    finally:
+        AttentionInterface._global_mapping.update(registered)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.utils import cached_file, is_peft_available, logging
+from transformers.utils import cached_file, is_peft_available
 
-logger = logging.get_logger(__name__)
+from .logging_semtoken import get_logger
+
+logger = get_logger(__name__)
 
 ADAPTER_NAME = "semtoken"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")

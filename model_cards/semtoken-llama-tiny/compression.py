@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from .configuration_semtoken import base_merge_mode
 from .learned_merger import LearnedMerger
+from .logging_semtoken import get_logger
 from .semantic_encoder import SemanticEncoder
 from .span_merging import merge_spans
 from .span_planner import plan_spans
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -32,6 +32,7 @@ class CompressedPrompt:
             in column `M - kept_lengths[b] + span_ids[b, t]`.
         original_lengths: int64 [B], tokens of each row.
         kept_lengths: int64 [B], slots of each row.
+        budgets: int64 [B], slots that the ratio and `max_kept_tokens` allow each row.
         budget_met: bool [B], False where protected tokens or the span cap forbade the budget.
         slot_counts: `kept_lengths` on the host.
         is_merged: whether any slot stands for more than one token.
@@ -45,6 +46,7 @@ class CompressedPrompt:
     span_ids: Tensor
     original_lengths: Tensor
     kept_lengths: Tensor
+    budgets: Tensor
     budget_met: Tensor
     slot_counts: list[int]
     is_merged: bool
@@ -126,6 +128,7 @@ def compress_prompt(
         span_ids=plan.span_ids,
         original_lengths=plan.original_lengths,
         kept_lengths=plan.kept_lengths,
+        budgets=plan.budgets,
         budget_met=plan.budget_met,
         slot_counts=slot_counts,
         is_merged=is_merged,

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
-from transformers.utils import logging
 
 from .compression import CompressedPrompt
+from .logging_semtoken import get_logger, log_prefill
 from .paged_semtoken import SlotStep, SlotTable, batch_options, moving_rope_types, reading_slots
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # Of Transformers, overridden here: without one of them prompts cannot be compressed.
 HOOKS = ("_generation_loop_body", "_generation_step", "_run_generation_loop", "add_request", "cancel_request", "warmup")
@@ -106,6 +106,7 @@ class SemTokenContinuousBatchingManager(ContinuousBatchingManager):
             name: None if v is None else torch.as_tensor(v, device=ids.device)[None] for name, v in planning.items()
         }
         prompt = model.compress(ids, target_ratio=target_ratio, **masks)
+        log_prefill(prompt)
         return prompt if prompt.is_merged else None
 
     def _why_not(self) -> str | None:

@@ -12,20 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple
 
 from .adapter_semtoken import adapter_acts_on
 from .attention_semtoken import flash_attention_kwargs
 from .cache_semtoken import SemTokenCache, tracks_slots
 from .compression import CompressedPrompt
 from .learned_merger import LearnedMerger
+from .logging_semtoken import get_logger, log_prefill
 from .paged_semtoken import step_of_call
 from .pretrained_semtoken import SemTokenPreTrainedMixin
 from .ragged_cache_semtoken import ranges
 from .ragged_modeling_semtoken import SemTokenRaggedMixin
 from .semantic_encoder import SemanticEncoder
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -98,6 +99,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 return self._forward_slots(
                     prompt, past_key_values, use_cache, prefill_chunk_size, states_to_keep, **kwargs
                 )
+            log_prefill(prompt)
         adapted: Tensor | bool = False
         if (step := step_of_call(kwargs)) is not None and not step.is_plain:
             assert input_ids is not None
@@ -170,6 +172,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             with adapter_acts_on(gate):
                 turn = "inputs_embeds", columns, mask, positions, past_key_values
                 outputs = self._run_layers(*turn, use_cache, chunk_size, states_to_keep, True, **kwargs)
+        log_prefill(prompt, past_key_values)
         return SemTokenModelOutputWithPast(**outputs, span_ids=prompt.span_ids, compressed_lengths=prompt.kept_lengths)
 
     def _rows_of_adapter(self, cache: Any, prompt: CompressedPrompt | None = None) -> Tensor | None:

@@ -30,7 +30,8 @@ class SpanPlan:
         span_ids: int64 [B, T], slot of every token counted from 0 in its row; -1 for padding.
         original_lengths: int64 [B], tokens of each row without padding.
         kept_lengths: int64 [B], slots of each row.
-        budget_met: bool [B], False where protected tokens or the span cap left more slots than the budget.
+        budgets: int64 [B], slots that the ratio and `max_kept_tokens` allow; all tokens where there is no budget.
+        budget_met: bool [B], False where protected tokens or the span cap left more slots than that.
         slot_counts: `kept_lengths` on the host.
         all_budgets_met: `budget_met` of all rows, on the host.
         most_merged: at least as many as the slots of several tokens, on the host.
@@ -42,6 +43,7 @@ class SpanPlan:
     span_ids: Tensor
     original_lengths: Tensor
     kept_lengths: Tensor
+    budgets: Tensor
     budget_met: Tensor
     slot_counts: list[int]
     all_budgets_met: bool
@@ -232,6 +234,7 @@ def _finish_plan(
     assert counts.rows is not None
     spans = Spans.from_starts(starts, sum(counts.rows))
     before = kept.cumsum(0) - kept
+    budgets = budget_per_row(layout, granularity, len(valid))
     span_ids = torch.full((valid.numel(),), -1, dtype=torch.long, device=valid.device)
     span_ids[layout.token_index] = spans.index - before[layout.row]
     return SpanPlan(
@@ -241,7 +244,8 @@ def _finish_plan(
         span_ids=span_ids.view(valid.shape),
         original_lengths=original,
         kept_lengths=kept,
-        budget_met=kept <= budget_per_row(layout, granularity, len(valid)),
+        budgets=budgets,
+        budget_met=kept <= budgets,
         slot_counts=counts.rows,
         all_budgets_met=counts.budgets_met,
         most_merged=counts.most_merged(granularity),

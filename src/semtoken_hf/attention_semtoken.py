@@ -18,11 +18,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import is_flash_attn_2_available, logging
+from transformers.utils import is_flash_attn_2_available
 
+from .logging_semtoken import get_logger
 from .ragged_cache_semtoken import RaggedStep
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 VARLEN = "semtoken_varlen"
 
@@ -34,33 +35,41 @@ def varlen_attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    ragged_step: RaggedStep | None = None,
+    ragged_attention: Callable[..., Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of every row over its own slots, causal from their end; without a step it is `sdpa`.
+    """`sdpa`, or over ragged rows the `attend_ragged` that the model brings.
 
-    Args:
-        query: [1, H, N, D], the new slots of all rows one behind the other.
-        key, value: [C, H_kv, D], the storage of a ragged layer.
-        ragged_step: which of them belong to which row.
-
-    Returns:
-        [1, N, H, D], and no weights.
+    One process may hold this module twice, of two revisions: both register this name, and the last one serves both.
     """
-    if ragged_step is None:
+    if ragged_attention is None:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if kwargs.get("output_attentions"):
         logger.warning_once(f"`{VARLEN}` returns no attention weights; use the `eager` attention for them.")
+    return ragged_attention(query, key, value, scaling=scaling), None
+
+
+def attend_ragged(query: Tensor, key: Tensor, value: Tensor, step: RaggedStep, scaling: float | None = None) -> Tensor:
+    """Attention of every row over its own slots, causal from their end.
+
+    Args:
+        query: [1, H, N, D], the new slots of all rows one behind the other.
+        key, value: [C, H_kv, D], the storage of a ragged layer.
+        step: which of them belong to which row.
+
+    Returns:
+        [1, N, H, D].
+    """
     packed, groups = query[0].transpose(0, 1), query.shape[1] // key.shape[1]
     attend = _kernel_for(packed)
-    if max(ragged_step.queries) > 1:
-        return attend(packed, key, value, ragged_step, 1, scaling)[None], None
+    if max(step.queries) > 1:
+        return attend(packed, key, value, step, 1, scaling)[None]
     # One query a row: the heads that share keys become queries, which see all of their row. FlashAttention does so by
     # itself, but counts on one query for every row and gap.
     packed = packed.unflatten(1, (-1, groups)).transpose(1, 2).flatten(0, 1)
-    out = attend(packed, key, value, ragged_step, groups, scaling)
-    return out.unflatten(0, (-1, groups)).transpose(1, 2).flatten(1, 2)[None], None
+    out = attend(packed, key, value, step, groups, scaling)
+    return out.unflatten(0, (-1, groups)).transpose(1, 2).flatten(1, 2)[None]
 
 
 def varlen_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -180,4 +189,4 @@ def flash_attention_kwargs(
     }
 
 
-__all__ = ["VARLEN", "flash_attention_kwargs"]
+__all__ = ["VARLEN", "attend_ragged", "flash_attention_kwargs"]

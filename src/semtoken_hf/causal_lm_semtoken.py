@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple
 
 from .cache_semtoken import tracks_slots
 from .configuration_semtoken import check_ratio
 from .generation_semtoken import SemTokenGenerationMixin
+from .logging_semtoken import get_logger
 from .paged_semtoken import SemTokenContinuousMixin, step_of_call
 from .pretrained_semtoken import SemTokenPreTrainedMixin
 from .read_positions import (
@@ -31,7 +32,7 @@ from .read_positions import (
     slot_columns,
 )
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, QuantizedCache
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
-from transformers.utils import logging
 
 from .cache_bytes import is_quantized
 from .cache_semtoken import SemTokenCache, tracks_slots
 from .configuration_semtoken import validate_compression_fields
+from .logging_semtoken import get_logger
 from .paged_semtoken import PROMPT_ARGUMENTS
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # What `forward` takes beyond the plain model.
 OWN_ARGUMENTS = ("compression", "target_ratio", "span_ids", "protected_mask", "query_mask", "prefill_chunk_size")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import logging
 
 from .adapter_semtoken import adapter_acts_on
-from .attention_semtoken import VARLEN
+from .attention_semtoken import VARLEN, attend_ragged
+from .logging_semtoken import get_logger
 from .ragged_cache_semtoken import make_ragged
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class SemTokenRaggedMixin:
@@ -98,7 +99,7 @@ class SemTokenRaggedMixin:
                     position_ids=positions[None, part],
                     past_key_values=cache,
                     use_cache=use_cache,
-                    **{**kwargs, "return_dict": True, "ragged_step": step},
+                    **{**kwargs, "return_dict": True, "ragged_attention": partial(attend_ragged, step=step)},
                 )
             if keeps_all or part.stop > len(packed) - states_to_keep:
                 states.append(outputs.last_hidden_state)

@@ -64,6 +64,7 @@ def test_a_ratio_out_of_reach_is_said(family, caplog):
     (ids, mask) = ROADS["greedy"].batch()
     prompt = model.compress(ids, mask, target_ratio=4.0)
     assert prompt.budget_met.tolist() == [False, False, True]
+    assert prompt.budgets.tolist() == [budget(n, 4.0) for n in mask.sum(1).tolist()[:2]] + [int(mask[2].sum())]
     for _ in range(2):
         out = model.generate(ids, attention_mask=mask, target_ratio=4.0, max_new_tokens=1, return_dict_in_generate=True)
     assert torch.equal(out.past_key_values.compressed_lengths, prompt.kept_lengths)

@@ -1,8 +1,8 @@
 """What every command says, and how it ends.
 
 - With `--json`, standard output is one JSON object and nothing else; bars, logs and errors go to standard error.
-- Exit codes: 0 done, 1 it could not be done (one line says why and what to do), 2 wrong usage, 3 `doctor` found a fault,
-  130 interrupted with Ctrl-C.
+- Exit codes: 0 done, 1 it could not be done (one line says why and what to do), 2 wrong usage, 3 `doctor` found a
+  fault, 130 interrupted with Ctrl-C.
 """
 
 from __future__ import annotations

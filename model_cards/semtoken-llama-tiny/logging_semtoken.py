@@ -1,0 +1,39 @@
+"""What the package logs: loggers that obey `transformers.logging.set_verbosity_*`, and the line after a prefill."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers.utils.logging import get_logger as logger_of_transformers
+
+
+def get_logger(name: str) -> Any:
+    """A logger below Transformers' own: its level and its handler are those that users set."""
+    return logger_of_transformers(f"transformers.{name}")
+
+
+logger = get_logger(__name__)
+
+
+def log_prefill(prompt: Any, cache: Any = None) -> None:
+    """At level info: tokens, slots and bytes, and what the budget could not honour. Else nothing, without a wait.
+
+    Args:
+        prompt: the CompressedPrompt that was read.
+        cache: that holds its slots by now; None: none, or pages that others own.
+    """
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    tokens, slots = int(prompt.original_lengths.sum()), sum(prompt.slot_counts)
+    held = f"; the KV cache takes {cache.memory_bytes():,} bytes" if hasattr(cache, "memory_bytes") else ""
+    logger.info(f"SemToken read {tokens:,} tokens in {slots:,} slots ({tokens / max(slots, 1):.2f} per slot){held}.")
+    for row, (kept, budget) in enumerate(zip(prompt.slot_counts, prompt.budgets.tolist(), strict=True)):
+        if kept > budget:
+            logger.info(
+                f"Row {row} keeps {kept:,} slots of a budget of {budget:,}: its protected tokens and "
+                "`max_span_length` forbid fewer."
+            )
+
+
+__all__ = ["get_logger", "log_prefill"]
