@@ -86,7 +86,9 @@ def main() -> None:
         masks = {name: batch[name] for name in ("input_ids", "attention_mask")}
         plain = model.generate(**masks, compression=False, max_new_tokens=1, return_dict_in_generate=True)
         columns = batch["input_ids"].shape
-        per_token = sum(layer.keys[0, :, :1].nbytes + layer.values[0, :, :1].nbytes for layer in plain.past_key_values.layers)
+        per_token = sum(
+            layer.keys[0, :, :1].nbytes + layer.values[0, :, :1].nbytes for layer in plain.past_key_values.layers
+        )
         print(f"KV cache of the prompts, plain and padded: {columns.numel() * per_token:,} bytes")
         print(f"KV cache of the slots, with the summaries:  {cache.memory_bytes():,} bytes")
 

@@ -30,10 +30,10 @@ options, _ = parser.parse_known_args()  # a notebook has arguments of its own
 tokenizer = AutoTokenizer.from_pretrained(options.checkpoint, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(options.checkpoint, trust_remote_code=True, dtype=torch.float32)
 document = options.document.read_text(encoding="utf-8").strip()
+# Three cases: the question keeps the answer whole; it does not; the answer stays whole anyway, near the end.
 QUESTIONS = [
+    "Where did Sherwood, Linklater and Applegarth dine?=the Junior Carlton",
     "Who wrote 'The Adventures of a Younger Son'?=Trelawny",
-    "Who told Applegarth that he and Sherwood should meet?=Linklater",
-    "Which instrument does Applegarth play?=the violin",
     "How much does the man at St. Neots offer?=four thousand pounds",
 ]
 
@@ -53,26 +53,20 @@ def encode(question: str) -> dict[str, torch.Tensor]:
 
 
 # %% [markdown]
-# ## What stays whole
-# `compress` is the stage alone. A token stayed whole if no other shares its slot.
+# ## What became of the answer
+# `compress` is the stage alone. Tokens between two bars share a slot.
 
 
 # %%
-def whole_tokens(encoding: dict[str, torch.Tensor]) -> torch.Tensor:
-    """bool [T]: tokens of the prompt that have a slot of their own."""
-    prompt = model.compress(**encoding, target_ratio=options.target_ratio)
-    return prompt.slot_lengths[0, prompt.span_ids[0]] == 1
-
-
-def passage_around(answer: str, ids: torch.Tensor, whole: torch.Tensor, width: int = 12) -> str:
-    """The tokens around the answer's first occurrence; what merged is in brackets, a pair for each run of tokens."""
-    pieces = [tokenizer.decode([i]) for i in ids.tolist()]
-    text = "".join(pieces)
-    end, place = 0, text.find(answer)
-    index = next((n for n, piece in enumerate(pieces) if (end := end + len(piece)) > place), 0)
-    shown = range(max(0, index - width), min(len(pieces), index + width))
-    marked = [("" if whole[n] else "\u27e8") + pieces[n] + ("" if whole[n] else "\u27e9") for n in shown]
-    return "".join(marked).replace("\u27e9\u27e8", "").replace("\n", " ")
+def around(answer: str, encoding: dict[str, torch.Tensor], width: int = 14) -> str:
+    """The tokens around the first place of the answer, with a bar between slots."""
+    slots = model.compress(**encoding, target_ratio=options.target_ratio).span_ids[0].tolist()
+    pieces = [tokenizer.decode([token]) for token in encoding["input_ids"][0].tolist()]
+    place, end = "".join(pieces).find(answer), 0
+    middle = next((n for n, piece in enumerate(pieces) if (end := end + len(piece)) > place), 0)
+    shown = range(max(0, middle - width), min(len(pieces), middle + width))
+    joined = "".join(("|" if slots[n] != slots[n - 1] else "") + pieces[n] for n in shown)
+    return joined.replace("\n", " ")
 
 
 # %% [markdown]
@@ -97,7 +91,7 @@ def answer_loss(encoding: dict[str, torch.Tensor], answer: str, **how: Any) -> f
 def written(encoding: dict[str, torch.Tensor], **how: Any) -> str:
     """What the model writes."""
     inputs = {name: encoding[name] for name in ("input_ids", "attention_mask")}
-    tokens = model.generate(**inputs, **how, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    tokens = model.generate(**inputs, **how, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
@@ -118,8 +112,7 @@ for pair in options.questions or QUESTIONS:
         losses.setdefault(name, []).append(loss)
         print(f"  {name:<18} {loss:6.2f} nats per token of the answer; writes: {written(encoding, **how)!r}")
         if name != "plain":
-            ids = encoding["input_ids"][0]
-            print(f"{'':20} ...{passage_around(answer, ids, whole_tokens(encoding))}...")
+            print(f"{'':20} ...{around(answer, encoding)}...")
 
 # %%
 print("\nmean over the questions, nats per token of the gold answer")

@@ -74,12 +74,19 @@ def slots_of_passages(query_weight: float) -> list[tuple[int, int]]:
 
 
 # %%
-print(f"question: {options.question}\n\n{'passage':<14}{'tokens':>8}" + "".join(f"{f'weight {w:g}':>12}" for w in (0, 1, 4)))
+print(
+    f"question: {options.question}\n\n{'passage':<14}{'tokens':>8}"
+    + "".join(f"{f'weight {w:g}':>12}" for w in (0, 1, 4))
+)
 tables = [slots_of_passages(weight) for weight in (0.0, 1.0, 4.0)]
 for number, passage in enumerate(passages):
     title, tokens = passage.splitlines()[0], tables[0][number][0]
     print(f"{title[:13]:<14}{tokens:>8}" + "".join(f"{table[number][1]:>6} slots" for table in tables))
-print(f"{'together':<14}" + f"{sum(t for t, _ in tables[0]):>8}" + "".join(f"{sum(s for _, s in t):>6} slots" for t in tables))
+print(
+    f"{'together':<14}"
+    + f"{sum(t for t, _ in tables[0]):>8}"
+    + "".join(f"{sum(s for _, s in t):>6} slots" for t in tables)
+)
 
 # %% [markdown]
 # ## The answer

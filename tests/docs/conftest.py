@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,14 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = {"max_steps": 2, "per_device_train_batch_size": 1, "bf16": False, "save_steps": 2, "eval_steps": 2}
     windows = {"evaluation_windows": 1, "held_out_share": 0.3, "context_length": 512}
     for arguments, fields in ((AdaptationTrainingArguments, steps), (AdaptationArguments, windows)):
-        for name, value in fields.items():
+        make = functools.partialmethod(_with_defaults, arguments.__init__, fields)
+        monkeypatch.setattr(arguments, "__init__", make)
+        for name, value in fields.items():  # a parser reads them here
             monkeypatch.setattr(arguments.__dataclass_fields__[name], "default", value)
+
+
+def _with_defaults(self: Any, make: Any, fields: dict[str, Any], /, *args: Any, **kwargs: Any) -> None:
+    make(self, *args, **{**fields, **kwargs})
 
 
 @pytest.fixture

@@ -53,7 +53,11 @@ LINES: tuple[tuple[str, str, Callable[[list[str], Any], None]], ...] = (
     (r"vllm serve .*", "vLLM is not installed", check_nothing),
     (r"accelerate launch .*", "starts a process for each device", check_options),
     (r"python scripts/gpu_suite\.py.*", "needs a GPU; tests/gpu_suite runs its parts", check_options),
-    (r"python scripts/train_reference\.py.*", "trains for hours; tests/training runs it on a tiny model", check_options),
+    (
+        r"python scripts/train_reference\.py.*",
+        "trains for hours; tests/training runs it on a tiny model",
+        check_options,
+    ),
     (r"python scripts/(measure|ablate|profile|kvpress)_\w+\.py.*", "measures for minutes or hours", check_options),
     (r"(semtoken|python scripts/)\W?benchmark.* --shapes .*", "hours; tests/benchmarking runs it", check_options),
     (r"(semtoken |python scripts/)evaluate(?!.*--fraction).*", "hours; tests/evaluation runs it whole", check_options),

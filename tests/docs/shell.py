@@ -104,7 +104,10 @@ class Shell:
         assert known is not None, f"no test knows the program {program!r}: run it, or list it in not_run.py"
         with self.patch.context() as patch:
             # As a terminal of its own would have it, and no line may change the next.
-            out, verbosity = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True), logging.get_verbosity()
+            out, verbosity = (
+                io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True),
+                logging.get_verbosity(),
+            )
             patch.setattr(sys, "stdout", out)
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
             patch.setattr(sys, "argv", words)
@@ -129,9 +132,9 @@ class Shell:
         runpy.run_path(arguments[0], run_name="__main__")
         return ""
 
-    def _semtoken(self, arguments: list[str], _: str) -> str:
+    def _semtoken(self, _: list[str], __: str) -> str:
         module, name = PROJECT["scripts"]["semtoken"].split(":")
-        getattr(importlib.import_module(module), name)(arguments)
+        getattr(importlib.import_module(module), name)()  # it reads `sys.argv`
         return ""
 
     def _export(self, arguments: list[str], _: str) -> str:

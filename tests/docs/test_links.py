@@ -35,9 +35,10 @@ def broken_links(document: str, text: str) -> list[str]:
             continue
         path, _, place = link.partition("#")
         target = (ROOT / document).parent / path if path else ROOT / document
-        if not target.exists():
-            broken.append(link)
-        elif place and (target.suffix != ".md" or place not in anchors(target.read_text() if path else text)):
+        is_there = target.exists()
+        if is_there and place:
+            is_there = target.suffix == ".md" and place in anchors(target.read_text() if path else text)
+        if not is_there:
             broken.append(link)
     return broken
 
