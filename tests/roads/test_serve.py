@@ -83,7 +83,8 @@ class Server:
         return self.client.completions.create(prompt=prompt, **self.shared, **arguments)
 
     def warnings(self) -> list[str]:
-        return [line for line in self.log.read_text().splitlines() if line.startswith("SemToken")]
+        lines = [line.removeprefix("[transformers] ") for line in self.log.read_text().splitlines()]
+        return [line for line in lines if line.startswith("SemToken")]
 
 
 def wait_for_address(child: subprocess.Popen, log: Path, seconds: float = 300) -> str:
