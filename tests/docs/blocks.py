@@ -21,12 +21,14 @@ class Block:
         line: 1-based line of its first line of text.
         language: first word behind the fence, or "".
         text: what stands between the fences, without their indent.
+        follows: whether nothing but empty lines parts it from the block before.
     """
 
     document: str
     line: int
     language: str
     text: str
+    follows: bool = True
 
     @property
     def place(self) -> str:
@@ -45,16 +47,18 @@ def read_blocks(document: str, text: str | None = None) -> list[Block]:
         ValueError: a block is not closed.
     """
     lines = ((ROOT / document).read_text(encoding="utf-8") if text is None else text).splitlines()
-    blocks, opened, start, body = [], None, 0, []
+    blocks, opened, start, body, follows = [], None, 0, [], False
     for number, line in enumerate(lines, start=1):
         match = FENCE.match(line)
         if opened is None:
             if match:
                 opened, start, body = match, number + 1, []
+            elif line.strip():
+                follows = False
         elif match and match["fence"].startswith(opened["fence"]) and not match["info"].strip():
             language = (opened["info"].split() or [""])[0]
-            blocks.append(Block(document, start, language, "\n".join(body) + "\n"))
-            opened = None
+            blocks.append(Block(document, start, language, "\n".join(body) + "\n", follows))
+            opened, follows = None, True
         else:
             body.append(line.removeprefix(opened["indent"]))
     if opened is not None:

@@ -140,9 +140,9 @@ class NamedThings:
 
 
 def working_directory(folder: Path) -> Path:
-    """A folder that looks like a clone: links to the repository's own files.
+    """A folder that looks like a clone: links to the repository's own files, and copies of its checkpoints.
 
-    The checkpoint that ships gets a chat template there, which it lacks and which documents about chats need.
+    The checkpoint that ships gets a chat template, which it lacks and which documents about chats need.
     """
     folder.mkdir()
     for path in ROOT.iterdir():
@@ -156,6 +156,7 @@ def working_directory(folder: Path) -> Path:
             continue
         target.mkdir()
         for file in path.iterdir():
-            (target / file.name).symlink_to(file)
+            # No links: a whole checkpoint has none.
+            (shutil.copytree if file.is_dir() else shutil.copy)(file, target / file.name)
         (target / "chat_template.jinja").write_text(TEMPLATE)
     return folder

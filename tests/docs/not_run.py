@@ -5,12 +5,14 @@ Whatever is neither run nor listed here fails `test_code_blocks.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import tomllib
+from transformers import TrainingArguments
 
 from tests.fixtures.children import ROOT
 
@@ -36,6 +38,12 @@ def check_options(words: list[str], run: Callable[[list[str]], str]) -> None:
         assert not name.startswith("--") or name in known, f"{' '.join(head)} has no option {word}"
 
 
+def check_training(words: list[str], run: Callable[[list[str]], str]) -> None:
+    """As `check_options`; the options of `TrainingArguments` are not all in the help."""
+    known = {f"--{field.name}" for field in dataclasses.fields(TrainingArguments)}
+    check_options([word for word in words if word not in known], run)
+
+
 def check_script(words: list[str], run: Any) -> None:
     """A shell script: it is there and parses."""
     subprocess.run(["bash", "-n", ROOT / words[1]], check=True)
@@ -51,7 +59,7 @@ LINES: tuple[tuple[str, str, Callable[[list[str], Any], None]], ...] = (
     (r"git clone .*", "needs the network", check_nothing),
     (r"bash scripts/\S+\.sh.*", "sets up an environment from the package index", check_script),
     (r"vllm serve .*", "vLLM is not installed", check_nothing),
-    (r"accelerate launch .*", "starts a process for each device", check_options),
+    (r"accelerate launch .*", "starts a process for each device", check_training),
     (r"python scripts/gpu_suite\.py.*", "needs a GPU; tests/gpu_suite runs its parts", check_options),
     (
         r"python scripts/train_reference\.py.*",
@@ -61,7 +69,7 @@ LINES: tuple[tuple[str, str, Callable[[list[str], Any], None]], ...] = (
     (r"python scripts/(measure|ablate|profile|kvpress)_\w+\.py.*", "measures for minutes or hours", check_options),
     (r"(semtoken|python scripts/)\W?benchmark.* --shapes .*", "hours; tests/benchmarking runs it", check_options),
     (r"(semtoken |python scripts/)evaluate(?!.*--fraction).*", "hours; tests/evaluation runs it whole", check_options),
-    (r"(semtoken |python scripts/)adapt.* --max_steps [1-9]\d{2,}.*", "minutes; the defaults are run", check_options),
+    (r"(semtoken |python scripts/)adapt.* --max_steps [1-9]\d{2,}.*", "minutes; the defaults are run", check_training),
     (r"(semtoken lm-eval|lm_eval) .*--tasks (?!semtoken).*", "data sets of the Hub; test_lm_eval.py", check_options),
 )
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import string
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from tests.docs.named_things import NamedThings
 from tests.docs.not_run import is_block_left_out
 from tests.docs.servers import InProcessServer, StandInEngine
 from tests.docs.shell import Shell, logical_lines, split_line
+from tests.fixtures.children import ROOT
 from tests.hub.hub_server import HubServer
 
 # Of commands that write to a folder: where its name stands, as an option or as the number of the argument.
@@ -27,6 +30,9 @@ WRITES: tuple[tuple[tuple[str, ...], str | int], ...] = (
     (("scripts/export_prompt_embeds.py",), "--export_plain"),
     (("inspect",), "--html"),
 )
+
+# What `sha256sum --check` reads.
+DIGEST = re.compile(r"[0-9a-f]{64}  \S+")
 
 
 class UnknownBlock(AssertionError):
@@ -71,9 +77,12 @@ class Reader:
             self.output = self.run_python(block)
         elif block.language == "bash":
             self.output = "".join(self.run_line(line) for line in logical_lines(block.text))
-        elif block.language == "text" and self.output is not None:
+        elif block.language == "text" and block.follows and self.output is not None:
             assert_same(block, self.output)
             self.output = None
+        elif block.language == "text" and all(map(DIGEST.fullmatch, block.text.splitlines())):
+            folder = (ROOT / block.document).parent
+            subprocess.run(["sha256sum", "--check", "--quiet"], cwd=folder, input=block.text, text=True, check=True)
         else:
             raise UnknownBlock(f"{block.place}: a block {block.language!r} is neither run nor listed in not_run.py")
 

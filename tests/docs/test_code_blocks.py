@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import subprocess
+
 import pytest
 
 from tests.docs.blocks import Block, documents, read_blocks
 from tests.docs.not_run import why_line_is_not_run
 from tests.docs.reader import UnknownBlock, assert_same
 from tests.docs.shell import logical_lines
+from tests.fixtures.children import ROOT
 
 
 @pytest.mark.parametrize("document", [d for d in documents() if read_blocks(d)])
@@ -28,6 +33,10 @@ def test_a_block_that_nobody_runs_fails(reader):
     for language in ("json", "", "yaml", "text"):
         with pytest.raises(UnknownBlock):
             reader.run(block("{}\n", language))
+    # What a block prints stands right behind it.
+    reader.run(block("print({})\n", "python"))
+    with pytest.raises(UnknownBlock):
+        reader.run(dataclasses.replace(block("{}\n", "text"), follows=False))
     with pytest.raises(AssertionError, match="no test knows the program 'ollama'"):
         reader.run(block("ollama serve\n"))
 
@@ -50,6 +59,13 @@ def test_another_output_fails(reader):
         reader.run(block("one\n3\n", "text"))
 
 
+def test_digests_are_those_of_the_files(reader):
+    digest = hashlib.sha256((ROOT / "docs" / "stages.svg").read_bytes()).hexdigest()
+    reader.run(block(f"{digest}  stages.svg\n", "text"))
+    with pytest.raises(subprocess.CalledProcessError):
+        reader.run(block(f"{digest[::-1]}  stages.svg\n", "text"))
+
+
 def test_blocks_of_a_document_share_their_names(reader):
     reader.run(block("x = 3\n", "python"))
     reader.run(block("assert x == 3\n", "python"))
@@ -59,6 +75,7 @@ def test_a_block_is_found_with_its_line():
     text = "# Title\n\n```python\nx = 1\n```\n\n- item\n\n  ```bash\n  ls \\\n    docs\n  ```\n"
     found = read_blocks("docs/some.md", text)
     assert [(b.language, b.line, b.text) for b in found] == [("python", 4, "x = 1\n"), ("bash", 10, "ls \\\n  docs\n")]
+    assert [b.follows for b in read_blocks("d.md", f"{text}\n```text\n1\n```\n")] == [False, False, True]
     with pytest.raises(ValueError, match="not closed"):
         read_blocks("docs/some.md", "```python\n")
 
