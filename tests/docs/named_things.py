@@ -137,6 +137,9 @@ class NamedThings:
                 hub.repositories[name] = Repository(name, private=False)
                 hub.repositories[name].add_commit("main", "weights", files)
                 hub.objects |= {etag(path, content): content for path, content in files.items() if is_lfs(path)}
+            if name in hub.repositories:  # a commit that somebody has pinned
+                commits = re.findall(r"revision[=\s]+[\"']?([\w.-]+)", words)
+                hub.repositories[name].tags |= dict.fromkeys(commits, hub.repositories[name].resolve("main").sha)
 
 
 def working_directory(folder: Path) -> Path:

@@ -56,7 +56,6 @@ def check_nothing(words: list[str], run: Any) -> None:
 # Pattern of the whole line, the reason, and the check in place of running it; the first that fits counts.
 LINES: tuple[tuple[str, str, Callable[[list[str], Any], None]], ...] = (
     (r"(python -m )?pip install .*", "needs the package index", check_install),
-    (r"git clone .*", "needs the network", check_nothing),
     (r"bash scripts/\S+\.sh.*", "sets up an environment from the package index", check_script),
     (r"vllm serve .*", "vLLM is not installed", check_nothing),
     (r"accelerate launch .*", "starts a process for each device", check_training),

@@ -59,6 +59,13 @@ def test_another_output_fails(reader):
         reader.run(block("one\n3\n", "text"))
 
 
+def test_a_pinned_commit_is_there(reader):
+    load = 'from transformers import AutoConfig\nAutoConfig.from_pretrained("me/llama-3.2-1b-semtoken", {})\n'
+    reader.run(block(load.format(f'revision="{"a" * 40}", trust_remote_code=True'), "python"))
+    with pytest.raises(OSError, match="revision"):
+        reader.run(block(load.format('**{"revision": "b" * 40}'), "python"))
+
+
 def test_digests_are_those_of_the_files(reader):
     digest = hashlib.sha256((ROOT / "docs" / "stages.svg").read_bytes()).hexdigest()
     reader.run(block(f"{digest}  stages.svg\n", "text"))
