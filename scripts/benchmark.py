@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Time and memory of SemToken beside plain Llama over n tokens and over m: see `semtoken_hf.benchmarking.benchmark`."""
+"""Time and memory of reading a prompt beside plain Llama: `semtoken benchmark` without installing the command."""
 
-from semtoken_hf.benchmarking.benchmark import main
+import sys
+
+from semtoken_hf.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main(["benchmark", *sys.argv[1:]])

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""`semtoken evaluate` without installing the command: see `semtoken_hf.evaluation.evaluate`."""
+"""Quality, memory and time of a checkpoint beside its baselines: `semtoken evaluate` without installing the command."""
 
-from semtoken_hf.evaluation.evaluate import main
+import sys
+
+from semtoken_hf.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main(["evaluate", *sys.argv[1:]])

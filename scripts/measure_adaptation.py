@@ -26,9 +26,9 @@ from semtoken_hf.evaluation.compressed_perplexity import (
     perplexity_table,
 )
 from semtoken_hf.evaluation.methods import METHODS
+from semtoken_hf.evaluation.named_values import read_fields, read_pairs
 from semtoken_hf.evaluation.provenance import publish_report
 from semtoken_hf.evaluation.texts import add_text_arguments, load_windows
-from semtoken_hf.training.adaptation import parse_fields
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load(folder: str, pairs: list[str]) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **parse_fields(pairs)).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **read_fields(pairs, "set_fields")).eval()
 
 
 def measure(arguments: argparse.Namespace, windows: dict[str, torch.Tensor]) -> dict[tuple[str, float], list[Any]]:
@@ -56,7 +56,7 @@ def measure(arguments: argparse.Namespace, windows: dict[str, torch.Tensor]) -> 
             for name, method in (("SemToken", "semtoken"), ("uniform spans", "uniform")):
                 way = (f"{name}, untrained", plain, rows, METHODS[method], context, ratio)
                 results[text, ratio].append(evaluate_method(*way))
-    for name, folder in (pair.split("=", 1) for pair in arguments.adapted):
+    for name, folder in read_pairs(arguments.adapted, "adapted").items():
         model = load(folder, arguments.set_fields)
         changed = (model.config.adapted_for or {}).get("trainable") == "full"
         for text, rows in windows.items():

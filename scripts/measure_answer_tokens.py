@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 
 from semtoken_hf import SpanPlanner
 from semtoken_hf.evaluation.answer_tokens import shares_kept
-from semtoken_hf.evaluation.configuration import EvaluationConfig, pairs
+from semtoken_hf.evaluation.configuration import EvaluationConfig
+from semtoken_hf.evaluation.named_values import read_pairs
 from semtoken_hf.evaluation.provenance import publish_report
 from semtoken_hf.evaluation.tasks import TASKS
 
@@ -56,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    folders = pairs(arguments.checkpoints, "checkpoints")
+    folders = read_pairs(arguments.checkpoints, "checkpoints")
     config = EvaluationConfig(checkpoint=next(iter(folders.values())), data_dir=arguments.data_dir)
     tokenizer = AutoTokenizer.from_pretrained(config.checkpoint)
     prompts = TASKS[arguments.task].prompts(tokenizer, config.settings(arguments.task, arguments.limit))

@@ -94,6 +94,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 position_ids,
                 past_key_values=past_key_values,
                 query_mask=query_mask,
+                details=False,
             )
             if prompt.is_merged:
                 return self._forward_slots(

@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from .configuration_semtoken import SemTokenConfigMixin
 from .semantic_encoder import SemanticEncoder
-from .span_planner import SpanPlan, always_protected, plan_spans
+from .span_planner import SpanPlan, always_protected, needs_encoder, plan_spans
 
 ENCODER_PREFIX = "semantic_encoder."
 
@@ -38,11 +38,12 @@ class SpanPlanner:
 
     Args:
         config: a SemToken configuration.
-        encoder: its frozen encoder.
+        encoder: its frozen encoder; None where planning needs none.
     """
 
-    def __init__(self, config: Any, encoder: SemanticEncoder):
-        self.config, self.encoder = config, encoder
+    def __init__(self, config: Any, encoder: SemanticEncoder | None):
+        self.config = config
+        self.encoder: Any = encoder
 
     @classmethod
     def from_model(cls, model: Any) -> SpanPlanner:
@@ -50,22 +51,31 @@ class SpanPlanner:
         return cls(model.config, model.base_model.semantic_encoder)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike, **hub: Any) -> SpanPlanner:
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike, config_fields: dict[str, Any] | None = None, **hub: Any
+    ) -> SpanPlanner:
         """Load configuration and encoder from a checkpoint folder or Hub id.
 
         Args:
             name_or_path: as in `AutoModel.from_pretrained`.
+            config_fields: compression fields instead of the checkpoint's.
             hub: `revision`, `token`, `cache_dir`, `local_files_only`, ... of `cached_file`.
 
         Raises:
             OSError: no such checkpoint.
-            ValueError: it holds no encoder.
+            ValueError: it holds no encoder, or a field is unknown or makes no sense.
         """
         fields, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
         known = SpanPlannerConfig.__dataclass_fields__
+        if unknown := sorted(set(config_fields or ()) - set(known)):
+            raise ValueError(f"the configuration has no fields {unknown}")
+        fields = {**fields, **(config_fields or {})}
         config = SpanPlannerConfig(**{key: value for key, value in fields.items() if key in known})
+        weights = read_encoder_weights(name_or_path, needs_encoder(config), **hub)
+        if not weights:
+            return cls(config, None)
         encoder = SemanticEncoder(config)
-        encoder.load_state_dict(read_encoder_weights(name_or_path, **hub))
+        encoder.load_state_dict(weights)
         return cls(config, encoder)
 
     @property
@@ -78,11 +88,11 @@ class SpanPlanner:
         return plan_spans(self.config, self.encoder, input_ids, attention_mask, **planning)
 
 
-def read_encoder_weights(name_or_path: str | os.PathLike, **hub: Any) -> dict[str, Tensor]:
+def read_encoder_weights(name_or_path: str | os.PathLike, required: bool = True, **hub: Any) -> dict[str, Tensor]:
     """The encoder's tensors, float32, under the names of `SemanticEncoder`.
 
     Raises:
-        ValueError: the checkpoint holds none.
+        ValueError: the checkpoint holds none, and they are `required`.
     """
     index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     files = {SAFE_WEIGHTS_NAME}
@@ -96,7 +106,7 @@ def read_encoder_weights(name_or_path: str | os.PathLike, **hub: Any) -> dict[st
             for key in shard.keys():  # noqa: SIM118 (no mapping)
                 if ENCODER_PREFIX in key:
                     weights[key.split(ENCODER_PREFIX, 1)[1]] = shard.get_tensor(key).to(torch.float32)
-    if not weights:
+    if required and not weights:
         raise ValueError(f"{name_or_path} holds no semantic encoder: convert it with `semtoken_hf.convert_checkpoint`")
     return weights
 

@@ -1,7 +1,9 @@
+import json
+
 import pytest
 
 from semtoken_hf.benchmarking.benchmark import benchmark
-from tests.fixtures.scripts import main_of
+from tests.fixtures.command_line import run_command, run_json
 
 
 @pytest.mark.parametrize(
@@ -20,7 +22,7 @@ from tests.fixtures.scripts import main_of
         ({"encoder_kind": "big"}, "--encoder_kind"),
         ({"overrides": ["nonsense=1"]}, "--overrides does not know"),
         ({"overrides": ["recency"]}, "NAME=VALUE"),
-        ({"overrides": ["segmentation_mode=boundary"]}, "FIELD=JSON"),
+        ({"overrides": ["segmentation_mode=sharp"]}, "segmentation_mode"),
         ({"overrides": ["max_span_length=0"]}, "max_span_length"),
         ({"report": True}, "nothing is measured yet"),
     ],
@@ -36,10 +38,11 @@ def test_a_missing_text(config_of, tmp_path):
         benchmark(config_of(tmp_path, text_file=str(tmp_path / "none.txt")))
 
 
-def test_the_command_line(sources, measured, monkeypatch, capsys):
+def test_the_command_line(measured):
     folder, _ = measured
-    main = main_of("benchmark.py", monkeypatch)
-    main("--report", "--output_dir", folder, "--lengths", 256, 512)
-    assert f"report: {folder / 'benchmark.md'}" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="error: there is no model shape 'x'"):
-        main("--shapes", "x")
+    shown = run_command("benchmark", "--report", "--output_dir", folder, "--lengths", 256, 512).stdout
+    assert shown == f"report: {folder / 'benchmark.md'}\n"
+    record = run_json("benchmark", "--report", "--output_dir", folder)
+    assert record["results"] == json.loads((folder / "benchmark.json").read_text())
+    assert (record["folder"], record["plot"]) == (str(folder), str(folder / "speed.png"))
+    assert "error: there is no model shape 'x'" in run_command("benchmark", "--shapes", "x", code=2).stderr

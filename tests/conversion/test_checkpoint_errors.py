@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from semtoken_hf import convert_checkpoint
@@ -55,13 +54,6 @@ def test_missing_files(make_llama, refused, name):
     source = make_llama()
     (source / name).unlink()
     refused(source, FileNotFoundError, f"holds no {name}")
-
-
-def test_pickle_weights_are_refused(make_llama, refused):
-    source = make_llama()
-    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
-    (source / "model.safetensors").unlink()
-    refused(source, FileNotFoundError, "pickle weights are not read, write them as safetensors")
 
 
 def test_truncated_weights(make_llama, refused):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from semtoken_hf import SemTokenLlamaForCausalLM, convert_checkpoint
-from semtoken_hf.conversion.staging import check_output, remove_stale, staged_folder
+from semtoken_hf.conversion.staging import check_output, remove_stale, staged_file, staged_folder
+from semtoken_hf.evaluation.files import write_text
 from tests.fixtures.children import environment
 
 # Stops for good at the second call of a function, so that the test kills it at a known place.
@@ -134,3 +136,94 @@ def test_output_that_appears_meanwhile_wins(tmp_path):
         stage()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (output / "theirs").exists()
+
+
+def test_half_an_old_checkpoint_never_comes_back(tmp_path, monkeypatch):
+    """A conversion that died while it removed what it had replaced; then somebody deletes the new checkpoint."""
+    output = tmp_path / "out"
+    (output / "weights").mkdir(parents=True)
+    (output / "config.json").touch()
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt), staged_folder(output, overwrite=True) as staged:
+            (staged / "config.json").touch()
+    assert [p.name for p in tmp_path.iterdir() if ".old-" in p.name] == []
+    shutil.rmtree(output)
+    remove_stale(output)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_the_old_checkpoint_stays_if_the_last_rename_fails(tmp_path, monkeypatch, error):
+    output, rename = tmp_path / "out", Path.rename
+    output.mkdir()
+    (output / "config.json").write_text("old")
+
+    def fail(self, target):
+        if target == output and ".tmp-" in self.name:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(type(error)), staged_folder(output, overwrite=True) as staged:
+        (staged / "config.json").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (output / "config.json").read_text() == "old"
+
+
+def test_one_of_two_replacements_at_once_wins_and_the_other_says_so(tmp_path, monkeypatch):
+    output, rename = tmp_path / "out", Path.rename
+    output.mkdir()
+    (output / "config.json").write_text("old")
+
+    def rename_late(self, target):
+        if target == output:
+            output.mkdir()
+            (output / "config.json").write_text("theirs")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_late)
+    with pytest.raises(FileExistsError, match="written by another process"), staged_folder(output, True) as staged:
+        (staged / "config.json").write_text("ours")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (output / "config.json").read_text() == "theirs"
+
+
+def test_two_threads_of_a_process_do_not_share_a_staged_folder(tmp_path):
+    output = tmp_path / "out"
+    with staged_folder(output) as staged:
+        (staged / "config.json").touch()
+        remove_stale(output)
+        with pytest.raises(FileExistsError, match="another thread"), staged_folder(output):
+            pass
+        assert (staged / "config.json").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_files_of_dead_writers_are_removed_by_the_next(tmp_path):
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+    file = tmp_path / "report.md"
+    stale = tmp_path / f"report.md.tmp-{finished.pid}-1234"
+    others = [tmp_path / f"report.md.tmp-{os.getppid()}-1234", tmp_path / f"report.mdx.tmp-{finished.pid}-1"]
+    for path in (stale, *others):
+        path.touch()
+    with staged_file(file) as staged:
+        staged.write_text("whole")
+        remove_stale(file)
+        assert not file.exists()
+    assert file.read_text() == "whole"
+    assert sorted(tmp_path.iterdir()) == sorted([file, *others])
+
+
+def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path):
+    file = tmp_path / "report.md"
+    file.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(file, "half of it \ud800")
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == "old"

@@ -19,6 +19,7 @@ from semtoken_hf.evaluation.jobs import read_records
 from semtoken_hf.evaluation.methods import METHODS
 from semtoken_hf.evaluation.tasks import TASKS
 from tests.fixtures.children import run_script
+from tests.fixtures.command_line import run_command
 from tests.fixtures.evaluation_data import EMBEDDED, needs_lm_eval, write_data
 from tests.fixtures.tiny import BERT
 
@@ -61,11 +62,10 @@ def fields(tmp_path_factory):
 @pytest.fixture(scope="module")
 def evaluated(fields):
     """The configuration, what was printed, and what the report was given."""
-    printed, given = [], []
+    given = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "write_report", lambda metrics, folder: given.append((metrics, folder)))
-        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
-        evaluate.main(arguments_of(**fields))
+        printed = run_command("evaluate", *arguments_of(**fields)).stdout.splitlines()
     return EvaluationConfig(**fields), printed, given
 
 
@@ -174,17 +174,17 @@ def test_speed_is_measured_for_every_way(evaluated):
 
 
 def test_a_second_run_measures_nothing(evaluated, fields, no_measuring, reports):
-    evaluate.main(arguments_of(**fields))
+    run_command("evaluate", *arguments_of(**fields))
     assert comparable(reports[0]) == comparable(evaluated[2][0][0])
 
 
 def test_the_report_alone_measures_nothing(evaluated, fields, no_measuring, reports, monkeypatch):
     monkeypatch.setattr(evaluate, "run_cells", None)
-    evaluate.main([*arguments_of(**fields), "--report"])
+    run_command("evaluate", *arguments_of(**fields), "--report")
     assert comparable(reports[0]) == comparable(evaluated[2][0][0])
     # Of some tasks and methods, a part.
     some = {**fields, "tasks": ["wikitext"], "methods": ["full", "semtoken"], "ablations": ["span"]}
-    evaluate.main([*arguments_of(**some), "--report"])
+    run_command("evaluate", *arguments_of(**some), "--report")
     assert {c["method"] for c in reports[1]["cells"]} == {"full", "semtoken", *ABLATIONS["span"]}
 
 
@@ -200,7 +200,7 @@ def test_other_lengths_and_ratios_are_measured_again(fields, tmp_path, monkeypat
         lambda config: measured.append(config) or [{"length": n, "encoder_share": 0} for n in config.lengths],
     )
     for wanted in (few, {**few, **other}, {**few, **other}):
-        evaluate.main(arguments_of(**wanted))
+        run_command("evaluate", *arguments_of(**wanted))
     assert [(config.lengths, config.ratios) for config in measured] == [
         ([LENGTH], [2.0]),
         (other.get("lengths", [LENGTH]), other.get("ratios", [2.0])),
@@ -217,17 +217,15 @@ def test_long_contexts_are_measured_once(fields, tmp_path, monkeypatch, reports)
     rows = [{"length": n} for n in (2032, 4096)]
     monkeypatch.setattr(evaluate, "measure_long_contexts", lambda config: measured.append(config) or rows)
     for _ in range(2):
-        evaluate.main(arguments_of(**{**few, "lengths": [2048, 4096]}))
+        run_command("evaluate", *arguments_of(**{**few, "lengths": [2048, 4096]}))
     assert len(measured) == 1
 
 
-def test_without_data_there_is_nothing_to_evaluate(fields, tmp_path, capsys):
+def test_without_data_there_is_nothing_to_evaluate(fields, tmp_path):
     nowhere = {"data_dir": str(tmp_path), "output_dir": str(tmp_path), "tasks": ["wikitext", "qmsum"]}
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main(arguments_of(**{**fields, **nowhere}))
-    assert str(stopped.value).startswith("error: nothing to evaluate: no task has data. Pass --data_dir, or --sources")
-    out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if line.startswith("left out")]
+    done = run_command("evaluate", *arguments_of(**{**fields, **nowhere}), code=1)
+    assert "error: nothing to evaluate: no task has data. Pass --data_dir, or --sources" in done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("left out")]
     assert len(lines) == 2
     for task, file in (("wikitext", "wikitext-103/test.txt"), ("qmsum", "qmsum.jsonl.xz")):
         assert any(task in line and f": no data: {file} is not in --data_dir" in line for line in lines)
@@ -235,33 +233,33 @@ def test_without_data_there_is_nothing_to_evaluate(fields, tmp_path, capsys):
 
 def test_without_any_data_there_is_nothing_to_evaluate(fields, tmp_path):
     nowhere = {"data_dir": str(tmp_path), "output_dir": str(tmp_path), "tasks": ["wikitext", "needle"]}
-    with pytest.raises(SystemExit, match="nothing to evaluate"):
-        evaluate.main(arguments_of(**{**fields, **nowhere}))
+    assert "nothing to evaluate" in run_command("evaluate", *arguments_of(**{**fields, **nowhere}), code=1).stderr
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("changed", "code", "message"),
     [
-        ({"sources": ["qmsum=missing.jsonl"]}, "error: there is no file missing.jsonl"),
-        ({"fraction": 2.0}, "error: --fraction must be in"),
+        ({"sources": ["qmsum=missing.jsonl"]}, 1, "error: there is no file missing.jsonl"),
+        ({"fraction": 2.0}, 2, "error: --fraction must be in"),
+        ({"data_dir": "nowhere"}, 2, "error: --data_dir must be a folder, and there is none at nowhere"),
     ],
 )
-def test_mistakes_end_with_one_line(fields, tmp_path, changed, message):
+def test_mistakes_end_with_one_line(fields, tmp_path, changed, code, message):
     few = {"output_dir": str(tmp_path), "tasks": ["qmsum"], "methods": ["full"], "lengths": [8]}
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main(arguments_of(**{**fields, **few, **changed}))
-    assert str(stopped.value).startswith(message)
+    lines = run_command("evaluate", *arguments_of(**{**fields, **few, **changed}), code=code).stderr.splitlines()
+    assert [line for line in lines if line.startswith("error")] == [lines[-1]]
+    assert lines[-1].startswith(message)
 
 
 def test_two_evaluations_of_one_folder_do_not_mix(evaluated, fields, no_measuring, reports):
-    with FileLock(evaluated[0].folder / ".lock"), pytest.raises(SystemExit) as stopped:
-        evaluate.main(arguments_of(**fields))
-    assert str(stopped.value).startswith(f"error: another evaluation is running in {evaluated[0].folder}")
-    evaluate.main(arguments_of(**fields))
+    with FileLock(evaluated[0].folder / ".lock"):
+        done = run_command("evaluate", *arguments_of(**fields), code=1)
+    assert f"error: another evaluation is running in {evaluated[0].folder}" in done.stderr
+    run_command("evaluate", *arguments_of(**fields))
     assert len(reports) == 1
 
 
 def test_the_script_runs_as_a_program():
-    done = run_script("evaluate.py", "--checkpoint", "none", "--tasks", "sudoku", code=1)
+    done = run_script("evaluate.py", "--checkpoint", "none", "--tasks", "sudoku", code=2)
     assert done.stderr.strip().splitlines()[-1].startswith("error: --tasks does not know ['sudoku']; it knows")
     assert "Traceback" not in done.stderr

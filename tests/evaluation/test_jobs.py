@@ -55,6 +55,32 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     assert not any(map(is_running, workers))
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
+def test_workers_end_with_an_interrupted_parent_which_does_not_wait_for_the_rest(tmp_path):
+    script, pids = tmp_path / "endless.py", tmp_path / "pids"
+    # Four jobs of a minute each are queued for two workers.
+    script.write_text(ENDLESS.replace("[1, 2]", "[1, 2, 3, 4]"))
+    pids.mkdir()
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(pids)],
+        env=environment(),
+        start_new_session=True,
+        encoding="utf-8",
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(pids.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    # As a terminal does: to the workers, too, which say nothing.
+    os.killpg(parent.pid, signal.SIGINT)
+    err = parent.communicate(timeout=30)[1]
+    assert err.count("Traceback") == 1
+    assert "\nKeyboardInterrupt\n" in err
+    workers = [int(p.name) for p in pids.iterdir()]
+    assert len(workers) == 2
+    assert not any(map(is_running, workers))
+
+
 def test_lines_with_any_separator_within_survive(tmp_path):
     items = {str(i): f"one\u2028two\x85three\n{i}" for i in range(3)}
     path = tmp_path / "cell.jsonl"
@@ -75,6 +101,15 @@ def test_what_was_read_is_not_read_again(tmp_path):
         complete_records(path, {name: name for name in "abc"}, read, "title")
     assert seen == ["b", "c"]
     assert [record["n"] for record in read_records(path)] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("cut", range(1, 9))
+def test_half_a_character_of_a_killed_run_is_gone(tmp_path, cut):
+    path, line = tmp_path / "cell.jsonl", '{"id": "b", "n": "模型"}\n'.encode()
+    path.with_suffix(".partial").write_bytes(b'{"id": "a", "n": 1}\n' + line[:-cut])
+    complete_records(path, {name: name for name in "ab"}, lambda name: {"id": name, "n": 2}, "title")
+    # A line that lacks nothing but its end is whole.
+    assert [record["n"] for record in read_records(path)] == [1, "模型" if cut == 1 else 2]
 
 
 def test_a_failing_job_is_not_swallowed():

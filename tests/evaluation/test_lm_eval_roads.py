@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import semtoken_hf
-from semtoken_hf.command_line import main
 from tests.fixtures.children import clean_environment, run, run_clean
+from tests.fixtures.command_line import run_command
 from tests.fixtures.tiny import plain_twin, tiny_model, tiny_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
@@ -82,19 +82,15 @@ def test_the_command_line(folders, evaluate, tmp_path):
     assert "|choices|" in child.stdout
 
 
-def test_the_command_explains_itself(capsys):
+def test_the_command_explains_itself():
     for arguments in (["lm-eval"], ["lm-eval", "--help"], ["lm-eval", "-h"]):
-        main(arguments)
-        shown = capsys.readouterr().out
+        shown = run_command(*arguments).stdout
         assert "semtoken lm-eval --model semtoken --model_args pretrained=FOLDER,target_ratio=2.4" in shown
 
 
-def test_the_command_hands_on_to_lm_eval(capsys, monkeypatch):
+def test_the_command_hands_on_to_lm_eval(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["semtoken"])
-    with pytest.raises(SystemExit) as stopped:
-        main(["lm-eval", "run", "--help"])
-    assert stopped.value.code == 0
-    assert "--include_path" in capsys.readouterr().out
+    assert "--include_path" in run_command("lm-eval", "run", "--help").stdout
 
 
 @pytest.mark.parametrize(
@@ -129,4 +125,4 @@ def test_fields_beside_a_loaded_model_are_refused():
 def test_nothing_else_imports_it():
     package = Path(semtoken_hf.__file__).parent
     importers = {path.name for path in package.rglob("*.py") if "lm_eval_model" in path.read_text()}
-    assert importers == {"command_line.py"}
+    assert importers == {"lm_eval.py"}

@@ -20,9 +20,11 @@ def test_the_card_holds_what_was_measured(tmp_path):
     measured = make_metrics()
     source, folder = tmp_path / "measured.json", tmp_path / "tiny"
     source.write_text(json.dumps(measured))
+    tiny_model().save_pretrained(folder)
     write_card(tiny_model(), folder, CardSources(template, log, "train me", source))
     card = (folder / "README.md").read_text()
     assert "$" not in card
+    assert "  modeling_semtoken_llama.py\n" in card
     assert "2 steps, 2.0 M tokens" in card
     assert "train me" in card
     assert "Not adapted" in card

@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from semtoken_hf.publishing.card import render_card
+from semtoken_hf.publishing.module_hashes import BEGIN, END, module_hashes
 from semtoken_hf.publishing.selection import select_files
 
 
@@ -15,16 +16,23 @@ def render(folder, card=None, repo_id="me/online"):
     return render_card(folder, select_files(folder), repo_id)
 
 
+def without_modules(text):
+    """What stands before the list of modules, at the end of a card that had none."""
+    before, _, rest = text.partition(f"\n{BEGIN}")
+    assert rest.endswith(f"{END}\n")
+    return before
+
+
 def test_the_folder_is_named_as_the_repository(make_checkpoint):
     own = "tok.from_pretrained(\"cards/tiny-semtoken\", x=1); m.from_pretrained('tiny-semtoken/')\n"
     other = 'm.from_pretrained("cards/tiny-semtoken-2")\nm.from_pretrained("meta/llama") "tiny-semtoken"\n'
-    text = render(make_checkpoint(), own + other)
+    text = without_modules(render(make_checkpoint(), own + other))
     assert text == "tok.from_pretrained(\"me/online\", x=1); m.from_pretrained('me/online')\n" + other
 
 
 def test_other_text_stays_as_it_is(make_checkpoint):
     text = "---\nlicense: mit\n---\n# 模型 {braces} \\1\n"
-    assert render(make_checkpoint(), text) == text
+    assert without_modules(render(make_checkpoint(), text)) == text
 
 
 @pytest.mark.parametrize(("kind", "needs"), [("single", "`torch`."), ("adapted", "`torch`, and `peft`.")])
@@ -44,3 +52,19 @@ def test_a_folder_without_a_card(make_checkpoint, kind, needs):
 def test_broken_metadata_is_refused(make_checkpoint, header):
     with pytest.raises(ValueError, match=r"metadata of README\.md is not valid"):
         render(make_checkpoint(), f"---\n{header}\n---\n")
+
+
+@pytest.mark.parametrize("own", [None, f"# Mine\n\n{BEGIN}\nof an old push\n{END}\n\n## More\n"])
+def test_the_code_that_goes_along_is_listed(make_checkpoint, own):
+    folder = make_checkpoint()
+    (folder / "left_behind.py").write_text("never = 'sent'")
+    text = render(folder, own)
+    hashes = module_hashes(select_files(folder).files.values())
+    assert len(hashes) > 20
+    listed = [line for line in text.splitlines() if line.endswith(".py")]
+    assert listed == [f"{digest}  {name}" for name, digest in hashes.items()]
+    assert "left_behind" not in text
+    assert "old push" not in text
+    if own is not None:
+        assert text.startswith(f"# Mine\n\n{BEGIN}")
+        assert text.endswith(f"{END}\n\n## More\n")

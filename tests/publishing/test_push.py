@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -72,7 +74,24 @@ def test_a_card_of_the_repository_stays_where_the_folder_has_none(make_checkpoin
     (folder / "README.md").write_text("# from the folder\n")
     with pytest.warns(UserWarning, match="empty or missing yaml"):
         push(prepare(folder, REPO))
-    assert hub.repositories[REPO].files()["README.md"] == b"# from the folder\n"
+    assert hub.repositories[REPO].files()["README.md"].startswith(b"# from the folder\n")
+
+
+def test_a_card_of_the_repository_lists_the_modules_that_are_there_now(make_checkpoint, hub):
+    """The rest of it, written by hand, stays."""
+    folder = make_checkpoint()
+    push(prepare(folder, REPO))
+    first = hub.repositories[REPO].files()["README.md"]
+    HfApi().upload_file(path_or_fileobj=first + b"by hand\n", path_in_repo="README.md", repo_id=REPO)
+    module = folder / "compression.py"
+    module.write_text(module.read_text() + "# changed\n")
+    push(prepare(folder, REPO))
+    card = hub.repositories[REPO].files()["README.md"].decode()
+    digest = hashlib.sha256(module.read_bytes()).hexdigest()
+    assert f"{digest}  compression.py" in card
+    assert "Not those of semtoken-hf" in card
+    assert card.endswith("by hand\n")
+    assert not push(prepare(folder, REPO)).changed
 
 
 def test_a_branch_leaves_main_alone(make_checkpoint, hub):

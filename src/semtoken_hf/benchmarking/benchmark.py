@@ -7,13 +7,9 @@ again. Whatever is in the folder, also of kvpress (scripts/kvpress_benchmark.py)
 from __future__ import annotations
 
 import json
-import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from transformers import HfArgumentParser
 
 from ..evaluation.files import write_text
 from .cells import run_cells
@@ -88,19 +84,4 @@ def write_plan(config: BenchmarkConfig) -> None:
     write_text(config.folder / "plan.json", json.dumps(plan) + "\n")
 
 
-class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Defaults, and the text as it is written."""
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line: the fields of `BenchmarkConfig` as options."""
-    parser = HfArgumentParser(BenchmarkConfig, description=__doc__, formatter_class=_HelpFormatter)  # type: ignore[arg-type]
-    try:
-        (config,) = parser.parse_args_into_dataclasses(arguments)
-        folder = benchmark(config)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    print(f"report: {folder / 'benchmark.md'}")
-
-
-__all__ = ["benchmark", "collect", "main", "write_plan"]
+__all__ = ["benchmark", "collect", "write_plan"]

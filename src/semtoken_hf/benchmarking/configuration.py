@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..evaluation.configuration import pairs
+from ..evaluation.named_values import read_fields
 from .shapes import SHAPES, dtype_of, shape_of
 from .workloads import BATCHES, row_lengths
 
@@ -58,7 +57,7 @@ class BenchmarkConfig:
     )
     encoder_layers: int | None = field(default=None, metadata={"help": "of --encoder, the first ones; all if unset"})
     overrides: list[str] = field(
-        default_factory=list, metadata={"help": "FIELD=JSON: compression fields instead of the checkpoint's"}
+        default_factory=list, metadata={"help": "FIELD=VALUE: compression fields instead of the checkpoint's"}
     )
     dtype: str | None = field(default=None, metadata={"help": "of the weights; the shape's if unset"})
     device: str | None = field(default=None, metadata={"help": "cuda where there is one, if unset"})
@@ -120,14 +119,9 @@ class BenchmarkConfig:
         """The compression fields of `overrides`.
 
         Raises:
-            ValueError: one is not FIELD=JSON.
+            ValueError: one is not FIELD=VALUE.
         """
-        try:
-            return {name: json.loads(value) for name, value in pairs(self.overrides, "overrides").items()}
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"--overrides takes FIELD=JSON, such as segmentation_mode='\"boundary\"': {error}"
-            ) from None
+        return read_fields(self.overrides, "overrides")
 
     def settings(self) -> dict[str, Any]:
         """Results that were measured with other ones are measured again."""

@@ -49,6 +49,7 @@ def convert_checkpoint(
     protect_rare: float = 0.0,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
     progress: bool = True,
@@ -57,7 +58,7 @@ def convert_checkpoint(
     """Write a SemToken checkpoint: weights, encoder, configuration, tokenizer and the code that loads them.
 
     Args:
-        model: folder or Hub id of a plain checkpoint of a registered family in safetensors, with a `tokenizer.json`.
+        model: folder or Hub id of a plain checkpoint of a registered family, with a `tokenizer.json`.
         encoder: folder or Hub id of a transformer encoder with its tokenizer; None only with
             `segmentation_mode="uniform"`, which reads no fingerprints.
         output_dir: the new folder.
@@ -70,6 +71,8 @@ def convert_checkpoint(
         protect_rare: share in [0, 1] of the vocabulary, the rarest, that always stays whole.
         revision: revision of `model` on the Hub.
         trust_remote_code: for the encoder's tokenizer; its layers must be of a type that Transformers knows.
+        allow_pickle: read the model's or the encoder's weights from `pytorch_model.bin`, in one file or several, where
+            they are not there as safetensors. Tensors alone are read (`torch.load(weights_only=True)`), no code runs.
         max_shard_size: largest weight file, such as "5GB", and the memory that writing needs.
         overwrite: replace `output_dir`, at the very end, if it is a checkpoint.
         progress: show bars.
@@ -80,7 +83,7 @@ def convert_checkpoint(
 
     Raises:
         FileExistsError: `output_dir` exists.
-        FileNotFoundError: no such model or encoder, or files of it are missing.
+        FileNotFoundError: no such model or encoder, or files of it are missing, or it has pickle weights alone.
         ValueError: an option or override makes no sense, or the model or encoder is of a kind that cannot be converted.
     """
     _check_options(encoder, encoder_kind, encoder_dtype, config_overrides)
@@ -88,12 +91,12 @@ def convert_checkpoint(
         raise ValueError("`encoder_layers` needs an `encoder` that has them")
     output = Path(output_dir).resolve()
     remove_stale(output)
-    source = resolve_folder(model, revision)
-    encoder_folder = None if encoder is None else resolve_folder(encoder)
+    source = resolve_folder(model, revision, allow_pickle)
+    encoder_folder = None if encoder is None else resolve_folder(encoder, allow_pickle=allow_pickle)
     check_output(output, overwrite, [source] if encoder_folder is None else [source, encoder_folder])
     plain = read_plain_config(source)
     plain_class = causal_lm_class(plain)
-    stored = rename_as_loaded(find_tensors(source), plain_class)
+    stored = rename_as_loaded(find_tensors(source, allow_pickle), plain_class)
     tokenizer = load_tokenizer(source)
     protected = _protected_ids(tokenizer, protect_digits, protect_rare)
     protected |= set(config_overrides.pop("protected_token_ids", None) or [])
@@ -106,6 +109,7 @@ def convert_checkpoint(
         trust_remote_code,
         progress,
         encoder_layers,
+        allow_pickle,
     )
     if isinstance(encoder_config, SemTokenStaticEncoderConfig):
         encoder_dtype = "float32"
@@ -171,7 +175,10 @@ def load_tokenizer(folder: Path) -> SemTokenFastTokenizer:
             "write it with `AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`"
         )
     # On the left, as generation needs it.
-    return SemTokenFastTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer = SemTokenFastTokenizer.from_pretrained(folder, padding_side="left")
+    # It may name code that stays behind.
+    tokenizer.init_kwargs.pop("auto_map", None)
+    return tokenizer
 
 
 def build_config(plain: PreTrainedConfig, **semtoken_fields: Any) -> PreTrainedConfig:

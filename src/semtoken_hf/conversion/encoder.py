@@ -21,9 +21,10 @@ from transformers.utils import logging
 
 from ..configuration_semtoken import SemTokenStaticEncoderConfig
 from .distillation import distill_static_encoder
+from .pickled_weights import PICKLE, PICKLE_FILES, REFUSED, holds_pickle, read_pickle
 from .source import read_model_type
 from .vocabulary import transplant_embeddings
-from .weights import RESAVE, shortened
+from .weights import shortened
 
 
 def build_encoder(
@@ -35,12 +36,13 @@ def build_encoder(
     trust_remote_code: bool,
     progress: bool,
     layers: int | None = None,
+    allow_pickle: bool = False,
 ) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
     """Configuration and float32 tensors of the encoder on the model's vocabulary; a table of zeros without a folder."""
     static = SemTokenStaticEncoderConfig(vocab_size=vocab_size, hidden_size=static_dim, dtype="float32")
     if folder is None:
         return static, {"embeddings.weight": torch.zeros(vocab_size, static_dim)}
-    encoder = load_encoder(folder, layers)
+    encoder = load_encoder(folder, layers, allow_pickle)
     own_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if kind == "static":
         table = distill_static_encoder(tokenizer, encoder, own_tokenizer, static_dim, vocab_size, progress)
@@ -51,25 +53,33 @@ def build_encoder(
     encoder.set_input_embeddings(nn.Embedding.from_pretrained(table))
     config = encoder.config
     config.vocab_size, config._name_or_path = vocab_size, ""
+    if hasattr(config, "auto_map"):  # names code that stays behind
+        del config.auto_map
     return config, {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
 
 
-def load_encoder(folder: Path, layers: int | None = None) -> PreTrainedModel:
-    """The first `layers` of a transformer encoder, None for all, in float32.
+def load_encoder(folder: Path, layers: int | None = None, allow_pickle: bool = False) -> PreTrainedModel:
+    """The first `layers` of a transformer encoder, None for all, in float32; see `find_tensors` for `allow_pickle`.
 
     A pooler that the checkpoint does not hold is zero, since nothing reads it.
     """
     model_type = read_model_type(folder)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"the encoder in {folder} has model_type {model_type!r}, which Transformers does not know")
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"the encoder in {folder} has no safetensors; pickle weights are not read, {RESAVE}")
+    is_safe = any(folder.glob("*.safetensors"))
+    if not is_safe and not (allow_pickle and holds_pickle(folder)):
+        rest = f" and no {PICKLE}" if allow_pickle else f"; {REFUSED}"
+        raise FileNotFoundError(f"the encoder in {folder} has no safetensors{rest}")
+    if not is_safe:
+        # Transformers reads them with `weights_only=True`, too; this says what is wrong with one.
+        for file in folder.glob(PICKLE_FILES[0]):
+            read_pickle(file)
     config = AutoConfig.from_pretrained(folder)
     if layers is not None:
         keep_layers(config, layers)
     with quiet_loading(layers is not None):
         encoder, info = AutoModel.from_pretrained(
-            folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            folder, config=config, dtype=torch.float32, use_safetensors=is_safe, output_loading_info=True
         )
     if encoder.config.is_encoder_decoder:
         raise ValueError(f"the encoder in {folder} is an encoder-decoder; use an encoder such as BERT or MiniLM")

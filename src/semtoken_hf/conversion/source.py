@@ -1,4 +1,4 @@
-"""Where a conversion reads from: a folder, or a snapshot of a Hub repository without pickle weights."""
+"""Where a conversion reads from: a folder, or a snapshot of a Hub repository, without its pickle weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from .pickled_weights import PICKLE_FILES
 from .weights import INDEX
 
 HUB_FILES = (
@@ -16,16 +17,25 @@ HUB_FILES = (
 )
 
 
-def resolve_folder(name: str | os.PathLike, revision: str | None = None) -> Path:
-    """The local folder `name`, or a snapshot of the Hub repository `name` without pickle weights."""
+def resolve_folder(name: str | os.PathLike, revision: str | None = None, allow_pickle: bool = False) -> Path:
+    """The local folder `name`, or a snapshot of the Hub repository `name`.
+
+    Args:
+        allow_pickle: fetch pickle weights, too, where the repository has no safetensors.
+    """
     if Path(name).is_dir():
         return Path(name).absolute()
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(HUB_FILES)))
+        folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=list(HUB_FILES)))
+        if allow_pickle and not any(folder.glob("*.safetensors")):
+            patterns = [*HUB_FILES, *PICKLE_FILES]
+            # Of the same commit, whatever the branch points to by now.
+            folder = Path(snapshot_download(str(name), revision=folder.name, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"'{name}' is neither a folder nor a Hub repository that can be read: {error}"
         ) from error
+    return folder
 
 
 def read_model_type(folder: Path) -> str:

@@ -1,13 +1,22 @@
-"""A folder that appears whole or not at all: written beside its place and renamed at the end."""
+"""Files and folders that appear whole or not at all: written beside their place and renamed at the end.
+
+What a killed process leaves is named `<output>.tmp-<pid>`, or `<output>.old-<pid>` where it died between the two
+renames of a replacement; `remove_stale` knows both. A loss of power is another matter: nothing is flushed to the disk.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# What this process is writing; its threads share the process id.
+_staged: set[Path] = set()
+_lock = threading.Lock()
 
 
 def check_output(output: Path, overwrite: bool, sources: list[Path]) -> None:
@@ -28,17 +37,17 @@ def check_output(output: Path, overwrite: bool, sources: list[Path]) -> None:
 
 
 def remove_stale(output: Path) -> None:
-    """Clear what dead conversions to `output` left; one that died between the two renames gets its old folder back."""
+    """Clear what dead writers of `output` left; one that died between the two renames gets its old folder back."""
     if not output.parent.is_dir():
         return
-    for path in output.parent.iterdir():
-        match = re.fullmatch(re.escape(output.name) + r"\.(tmp|old)-(\d+)", path.name)
-        if match is None or _is_running(int(match[2])):
+    for path in list(output.parent.iterdir()):
+        match = re.fullmatch(re.escape(output.name) + r"\.(tmp|old)-(\d+)(-\d+)?", path.name)
+        if match is None or path in _staged or _is_running(int(match[2])):
             continue
         if match[1] == "old" and not output.exists():
             path.rename(output)
         else:
-            shutil.rmtree(path)
+            _discard(path)
 
 
 def _is_running(pid: int) -> bool:
@@ -56,25 +65,78 @@ def _is_running(pid: int) -> bool:
     return True
 
 
+def _discard(path: Path) -> None:
+    """Remove a file or folder, never leaving half of it under a name that counts as whole."""
+    waste = path.with_name(path.name.replace(".old-", ".tmp-"))
+    if waste != path:
+        try:
+            path.rename(waste)
+        except OSError:  # gone, or in the way: another process clears up, too
+            return
+    if waste.is_dir():
+        shutil.rmtree(waste, ignore_errors=True)
+    else:
+        waste.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Register what this process writes.
+
+    Raises:
+        FileExistsError: another thread is writing it.
+    """
+    with _lock:
+        if path in _staged:
+            raise FileExistsError(f"{path} is being written by another thread of this process")
+        _staged.add(path)
+    try:
+        yield
+    finally:
+        _staged.discard(path)
+
+
 @contextmanager
 def staged_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
     """A new folder `<output>.tmp-<pid>` that becomes `output` if the block ends well and is removed if it raises.
 
     Raises:
-        FileExistsError: `output` has appeared meanwhile and `overwrite` is False.
+        FileExistsError: `output` has appeared meanwhile and `overwrite` is False, or others write it at this moment.
     """
     staged = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     replaced = output.with_name(f"{output.name}.old-{os.getpid()}")
-    staged.mkdir(parents=True)
-    try:
-        yield staged
-        if output.exists():
-            check_output(output, overwrite, [])
-            output.rename(replaced)
-        staged.rename(output)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with _writing(staged):
+        try:
+            staged.mkdir(parents=True)
+            yield staged
+            if output.exists():
+                check_output(output, overwrite, [])
+                output.rename(replaced)
+            try:
+                staged.rename(output)
+            except OSError as error:
+                if output.exists():
+                    raise FileExistsError(f"{output} has been written by another process meanwhile") from error
+                raise
+        finally:
+            if replaced.exists() and not output.exists():
+                replaced.rename(output)
+            _discard(staged)
+            _discard(replaced)
 
 
-__all__ = ["check_output", "remove_stale", "staged_folder"]
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` whose file becomes `path`, in place of an older one, if the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(path)
+    staged = path.with_name(f"{path.name}.tmp-{os.getpid()}-{threading.get_ident()}")
+    with _writing(staged):
+        try:
+            yield staged
+            staged.replace(path)
+        finally:
+            staged.unlink(missing_ok=True)
+
+
+__all__ = ["check_output", "remove_stale", "staged_file", "staged_folder"]

@@ -1,4 +1,4 @@
-"""Tensors of a safetensors checkpoint, found by their headers and copied from file to file, shard by shard."""
+"""Tensors of a checkpoint, found by the headers of its files and copied from file to file, shard by shard."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 
+from .pickled_weights import PICKLE, PICKLE_INDEX, REFUSED, read_pickle
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-RESAVE = "write them as safetensors first: `AutoModel...from_pretrained(folder).save_pretrained(new_folder)`"
 
 
 @dataclass(frozen=True)
@@ -31,36 +32,52 @@ class StoredTensor:
     nbytes: int
 
 
-def find_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a single-file or sharded safetensors checkpoint, by name, in file order.
+def find_tensors(folder: Path, allow_pickle: bool = False) -> dict[str, StoredTensor]:
+    """Every tensor of a single-file or sharded checkpoint, by name, in file order.
+
+    Args:
+        folder: of the checkpoint; safetensors win where it holds pickle files, too.
+        allow_pickle: read `pytorch_model.bin` where there are no safetensors, tensors alone.
 
     Raises:
-        FileNotFoundError: there are no safetensors, or a file of the index is missing.
+        FileNotFoundError: there are no weights that may be read, or a file of the index is missing.
         ValueError: a file is damaged, or lacks a tensor that the index lists.
     """
-    if (folder / WEIGHTS).is_file():
-        return _tensors_of_file(folder / WEIGHTS)
-    if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}; pickle weights are not read, {RESAVE}")
-    weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    for single, index in ((WEIGHTS, INDEX), (PICKLE, PICKLE_INDEX))[: 1 + allow_pickle]:
+        if (folder / single).is_file():
+            return _tensors_of_file(folder / single)
+        if (folder / index).is_file():
+            return _tensors_of_index(folder, index)
+    raise FileNotFoundError(f"{folder} holds no {WEIGHTS}" + (f" and no {PICKLE}" if allow_pickle else f"; {REFUSED}"))
+
+
+def _tensors_of_index(folder: Path, index: str) -> dict[str, StoredTensor]:
+    weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
     found: dict[str, StoredTensor] = {}
     for name in dict.fromkeys(weight_map.values()):
+        if Path(name).name != name:
+            raise ValueError(f"{index} in {folder} names {name!r}, which is no file of that folder")
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} lacks {name}, which {INDEX} lists; download the checkpoint again")
+            raise FileNotFoundError(f"{folder} lacks {name}, which {index} lists; download the checkpoint again")
         found |= {key: t for key, t in _tensors_of_file(folder / name).items() if weight_map.get(key) == name}
     if lost := sorted(weight_map.keys() - found.keys()):
-        raise ValueError(f"{INDEX} in {folder} lists tensors that its files do not hold: {shortened(lost)}")
+        raise ValueError(f"{index} in {folder} lists tensors that its files do not hold: {shortened(lost)}")
     return found
 
 
 def _tensors_of_file(file: Path) -> dict[str, StoredTensor]:
+    # Either way a tensor is a view of the mapped file, so that nothing is read here.
+    if file.suffix == ".bin":
+        return {name: _stored(file, name, tensor) for name, tensor in read_pickle(file).items()}
     try:
         with safe_open(file, "pt") as handle:
-            # `get_tensor` gives a view of the mapped file, so that nothing is read here.
-            tensors = ((name, handle.get_tensor(name)) for name in handle.offset_keys())
-            return {name: StoredTensor(file, name, t.shape, t.dtype, t.nbytes) for name, t in tensors}
+            return {name: _stored(file, name, handle.get_tensor(name)) for name in handle.offset_keys()}
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or incomplete; download it again ({error})") from error
+
+
+def _stored(file: Path, name: str, tensor: Tensor) -> StoredTensor:
+    return StoredTensor(file, name, tensor.shape, tensor.dtype, tensor.nbytes)
 
 
 def rename_as_loaded(stored: dict[str, StoredTensor], model_class: type[PreTrainedModel]) -> dict[str, StoredTensor]:
@@ -111,6 +128,9 @@ def write_weights(
         added: further tensors, in memory.
         max_shard_size: largest file of stored tensors, such as "5GB"; one shard at a time is in memory.
         progress: show a bar over the bytes.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     split = split_state_dict_into_shards_factory(
         {name: t.nbytes for name, t in stored.items()},
@@ -125,7 +145,10 @@ def write_weights(
         for number, names in enumerate(shards, 1):
             tensors = added if added and number == len(shards) else _read_tensors(stored, names)
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk, say
+                raise OSError(f"{folder / file} could not be written: {error}") from error
             weight_map |= dict.fromkeys(tensors, file)
             bar.update(sum(t.nbytes for t in tensors.values()))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -135,6 +158,12 @@ def write_weights(
 def _read_tensors(stored: dict[str, StoredTensor], names: list[str]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in dict.fromkeys(stored[name].file for name in names):
+        if file.suffix == ".bin":
+            held = read_pickle(file)
+            # Copied: tensors of such a file may share memory or lie transposed, which safetensors cannot say.
+            copies = {name: held[stored[name].key] for name in names if stored[name].file == file}
+            tensors |= {name: t.clone(memory_format=torch.contiguous_format) for name, t in copies.items()}
+            continue
         with safe_open(file, "pt") as handle:
             tensors |= {name: handle.get_tensor(stored[name].key) for name in names if stored[name].file == file}
     return tensors

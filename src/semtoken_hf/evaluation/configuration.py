@@ -13,6 +13,7 @@ from typing import Any
 from .ablations import ABLATIONS
 from .files import write_text
 from .methods import METHODS
+from .named_values import read_numbers, read_pairs
 from .tasks import TASKS, TaskSettings
 from .tasks.sources import read_text
 
@@ -82,8 +83,9 @@ class EvaluationConfig:
         ):
             if unknown := [n for n in names if n != "all" and n not in known]:
                 raise ValueError(f"--{option} does not know {unknown}; it knows {list(known)}")
-        self.source_of, self.checkpoint_of = pairs(self.sources, "sources"), pairs(self.checkpoints, "checkpoints")
-        self.fraction_of = {k: float(v) for k, v in pairs(self.task_fractions, "task_fractions").items()}
+        self.source_of = read_pairs(self.sources, "sources")
+        self.checkpoint_of = read_pairs(self.checkpoints, "checkpoints")
+        self.fraction_of = read_numbers(self.task_fractions, "task_fractions")
         if unknown := [n for n in (*self.source_of, *self.fraction_of) if n not in TASKS]:
             raise ValueError(f"there is no task {unknown}; there are {list(TASKS)}")
 
@@ -145,17 +147,6 @@ class EvaluationConfig:
 
     def save(self) -> None:
         write_text(self.folder / "config.json", json.dumps(asdict(self), indent=1) + "\n")
-
-
-def pairs(values: list[str], option: str) -> dict[str, str]:
-    """`["a=b"]` as `{"a": "b"}`.
-
-    Raises:
-        ValueError: one has no `=`.
-    """
-    if wrong := [v for v in values if "=" not in v]:
-        raise ValueError(f"--{option} takes NAME=VALUE, got {wrong}")
-    return dict(v.split("=", 1) for v in values)
 
 
 def checkpoint_stamp(checkpoint: str) -> str:

@@ -1,33 +1,22 @@
 """The whole evaluation of a SemToken checkpoint: quality, memory and time beside its baselines, and the ablations.
 
-    semtoken evaluate --checkpoint model_cards/semtoken-llama-tiny --data_dir data --workers 2
-    semtoken evaluate --checkpoint ... --data_dir data --fraction 0.02 --tasks needle tables   # a smoke run
-    semtoken evaluate --checkpoint ... --data_dir data --report                                # render what is there
-
-A killed run goes on where it was when it is started again. `scripts/kvpress_baselines.sh` with the same options adds
-the presses of kvpress.
+`semtoken evaluate` on the command line. A killed run goes on where it was when it is started again.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-from transformers import HfArgumentParser
-
 from .cells import Cell, list_cells, run_cells, why_not
 from .configuration import EvaluationConfig
-from .files import write_text
+from .files import only_run_in, write_text
 from .long_context import measure_long_contexts
 from .metrics import collect
 from .report import write_report
 from .speed import measure_speed
-from .tasks import TASKS
 
 
 def evaluate(config: EvaluationConfig) -> Path:
@@ -37,12 +26,7 @@ def evaluate(config: EvaluationConfig) -> Path:
         ValueError: nothing can be measured: no task has data; or another run writes into the same folder.
     """
     if not config.report:
-        config.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            held = FileLock(config.folder / ".lock").acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"another evaluation is running in {config.folder}: wait for it, or stop it") from None
-        with held:
+        with only_run_in(config.folder, "evaluation"):
             measure(config)
     elif not list((config.folder / "cells").glob("*/*.jsonl")):
         raise ValueError(f"nothing is measured yet in {config.folder}: run the same command without --report")
@@ -89,25 +73,3 @@ def read_measured(config: EvaluationConfig, name: str) -> dict[str, Any]:
     """`NAME.json` of the folder; no records if there is none."""
     path = config.folder / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"records": []}
-
-
-class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Defaults, and examples as they are written."""
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line: the fields of `EvaluationConfig` as options."""
-    files = [f"  {name:12s} {task.file or '(made here)':30s} {task.hub_id or ''}" for name, task in TASKS.items()]
-    parser = HfArgumentParser(
-        EvaluationConfig,  # type: ignore[arg-type]
-        prog="semtoken evaluate",
-        description=__doc__,
-        epilog="\n".join(["tasks, their files in --data_dir, and where the Hub has them:", *files]),
-        formatter_class=_HelpFormatter,
-    )
-    try:
-        (config,) = parser.parse_args_into_dataclasses(arguments)
-        folder = evaluate(config)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    print(f"report: {folder / 'report.html'}")

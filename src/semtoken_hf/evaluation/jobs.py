@@ -5,11 +5,13 @@ Of the package it imports nothing: the environment of the kvpress baselines, whi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,11 +27,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    # Not `splitlines`, which also cuts at the line separators that an answer may hold.
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    # Of bytes: a killed run may have left half a character. And not `splitlines`, which also cuts at the line
+    # separators that an answer may hold.
+    for line in path.read_bytes().split(b"\n"):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            records.append(json.loads(line.decode("utf-8")))
+        except ValueError:
             break
     return records
 
@@ -48,8 +51,10 @@ def complete_records(path: Path, items: dict[str, T], read: Callable[[T], dict[s
     partial = path.with_suffix(".partial")
     records = read_records(partial)
     done = {record["id"] for record in records}
-    # Rewritten, so that half a last line of a killed run is gone.
-    partial.write_text("".join(map(as_line, records)), encoding="utf-8")
+    # Rewritten beside it, so that half a last line of a killed run is gone, and a second kill loses nothing.
+    rewritten = path.with_suffix(".rewritten")
+    rewritten.write_text("".join(map(as_line, records)), encoding="utf-8")
+    os.replace(rewritten, partial)
     with partial.open("a", encoding="utf-8") as handle:
         for name, item in tqdm(items.items(), desc=title, leave=False, disable=None, mininterval=1):
             if name not in done:
@@ -79,9 +84,32 @@ def run_jobs(run: Callable[[T], None], jobs: list[T], workers: int, done: int = 
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(threads,)) as pool:
-        for future in as_completed([pool.submit(run, job) for job in jobs]):
-            future.result()
-            bar.update()
+        try:
+            with _without_interrupts():
+                futures = [pool.submit(run, job) for job in jobs]
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+        except BaseException:
+            # The end of the block would wait until all jobs are done.
+            processes = list((pool._processes or {}).values())
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
+            raise
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block; children that start in it never see it: their parent ends them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_worker(threads: int) -> None:

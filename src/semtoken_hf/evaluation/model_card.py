@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from ..publishing.module_hashes import module_hashes, with_modules
 from .files import write_text
 from .report.detail_tables import without_folders
 from .report.model_index import updated_card
@@ -83,7 +84,7 @@ def write_card(model: Any, folder: Path, sources: CardSources) -> None:
     """Write `README.md` into `folder`, and beside it the `metrics.json` and the plots that it shows.
 
     Raises:
-        ValueError: the template lacks the markers of the evaluation.
+        ValueError: the template lacks the markers of the evaluation or, in part, of the modules.
     """
     metrics = json.loads(sources.metrics.read_text(encoding="utf-8"))
     metrics["config"] = without_folders(metrics["config"])
@@ -107,6 +108,7 @@ def write_card(model: Any, folder: Path, sources: CardSources) -> None:
         held_out=held_out,
     )
     card = updated_card(card, metrics, markdown_section(metrics, plots), folder.name)
+    card = with_modules(card, module_hashes(folder.glob("*.py")))
     write_text(folder / "metrics.json", json.dumps(metrics, separators=(",", ":"), ensure_ascii=False) + "\n")
     save_plots(linked_plots(plots), folder / "plots", ("png",))
     write_text(folder / "README.md", card)

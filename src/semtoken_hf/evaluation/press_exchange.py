@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from tqdm.auto import tqdm
 from ..adapter_semtoken import ADAPTER_NAME, has_adapter, without_adapter
 from ..conversion.checkpoint import causal_lm_class
 from ..conversion.plain import plain_part
+from ..conversion.staging import remove_stale, staged_file, staged_folder
 from .cells import Cell, end_of_answer, load_model, load_prompts, load_tokenizer, scored_answer
 from .configuration import EvaluationConfig
 from .files import write_text
@@ -94,10 +94,9 @@ def save_plain(model: Any, folder: Path, adapted: bool = False) -> None:
     # The encoder and the merger stay behind.
     plain.load_state_dict(state, strict=False, assign=True)
     plain.tie_weights()
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    plain.save_pretrained(temporary)
-    temporary.rename(folder)
+    remove_stale(folder)
+    with staged_folder(folder) as staged:
+        plain.save_pretrained(staged)
 
 
 def adapted_weights(model: Any) -> dict[str, Tensor]:
@@ -124,14 +123,12 @@ def save_compressed(model: Any, prompts: list[Prompt], ratio: float, file: Path)
         context = prompt.ids[: prompt.length - max(prompt.question_length, 1)]
         slots = math.ceil(len(context) / math.sqrt(ratio) - 1e-9)
         with changed_fields(model, target_ratio=1.0, max_kept_tokens=slots):
-            taken, compressed = timed(lambda ids=context: model.compress(ids[None]))
+            taken, compressed = timed(lambda ids=context: model.compress(ids[None], details=False))
         tensors[f"{prompt.id}.embeds"] = compressed.inputs_embeds[0].float().cpu().contiguous()
         tensors[f"{prompt.id}.positions"] = compressed.position_ids[0].cpu().contiguous()
         seconds[prompt.id] = f"{taken:.5f}"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    save_file(tensors, temporary, metadata=seconds)
-    temporary.replace(file)
+    with staged_file(file) as staged:
+        save_file(tensors, staged, metadata=seconds)
 
 
 def import_press_results(config: EvaluationConfig) -> list[Cell]:

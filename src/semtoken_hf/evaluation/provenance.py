@@ -33,13 +33,22 @@ def provenance() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
-    command = [Path(sys.argv[0]).name, *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])]
     return {
-        "command": "python scripts/" + shlex.join(command),
+        "command": command_line(sys.argv),
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
         "machine": f"{processor_name()}, {torch.get_num_threads()} threads, {device}",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def command_line(argv: list[str]) -> str:
+    """What was run, as one types it: without the folders of this machine."""
+    program = Path(argv[0])
+    start = f"python scripts/{program.name}" if program.suffix == ".py" else program.name
+    if program.name == "__main__.py":
+        start = f"python -m {program.parent.name}"
+    arguments = shlex.join(Path(a).name if Path(a).is_absolute() else a for a in argv[1:])
+    return f"{start} {arguments}".rstrip()
 
 
 def markdown_provenance() -> str:

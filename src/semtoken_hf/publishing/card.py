@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from .module_hashes import module_hashes, with_modules
 from .selection import CARD, Selection
 
 # For a checkpoint without a card: what can be said of any.
@@ -39,10 +40,10 @@ print(pipe(long_prompt, max_new_tokens=48, compression=False)[0]["generated_text
 
 
 def render_card(folder: Path, selection: Selection, repo_id: str) -> str:
-    """The folder's card with the repository's name where it loads the folder, or a plain one.
+    """The folder's card with the repository's name where it loads the folder, or a plain one; with the code's hashes.
 
     Raises:
-        ValueError: the metadata at the top is no valid YAML, or no valid model index.
+        ValueError: the metadata at the top is no valid YAML, or no valid model index; or see `with_modules`.
     """
     if CARD in selection.files:
         text = selection.files[CARD].read_text(encoding="utf-8")
@@ -53,6 +54,7 @@ def render_card(folder: Path, selection: Selection, repo_id: str) -> str:
         facts = {"model_type": config["model_type"], "target_ratio": config["target_ratio"]}
         needs = ", and `peft`" if config.get("adapter_subfolder") else ""
         text = PLAIN_CARD.format(name=repo_id.split("/")[-1], repo_id=repo_id, needs=needs, **facts)
+    text = with_modules(text, module_hashes(selection.files.values()))
     try:
         ModelCard(text)
     except Exception as error:  # the YAML parser's own, or what it found

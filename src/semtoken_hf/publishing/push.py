@@ -11,6 +11,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from .card import render_card
+from .module_hashes import BEGIN, module_hashes, with_modules
 from .selection import CARD, Selection, is_loaded, select_files
 
 
@@ -102,7 +103,8 @@ def push(
     there = {file.rfilename for file in head.siblings or []}
     new: dict[str, Path | bytes] = {**package.selection.files, CARD: package.card.encode()}
     if CARD in there and not package.has_own_card:
-        del new[CARD]
+        kept = _with_these_modules(api, package, head.sha)
+        new = {path: content for path, content in new.items() if path != CARD} | kept
     deleted = sorted(path for path in there - new.keys() if is_loaded(path))
     # `upload_folder` may split a folder into several commits.
     commit = api.create_commit(
@@ -116,6 +118,15 @@ def push(
         parent_commit=head.sha,
     )
     return Publication(repo_id, branch, commit.oid, private, tuple(deleted), commit.oid != head.sha)
+
+
+def _with_these_modules(api: HfApi, package: Package, sha: str | None) -> dict[str, Path | bytes]:
+    """The repository's own card, where it lists the modules of an earlier push; else nothing to change."""
+    file = api.hf_hub_download(package.repo_id, CARD, revision=sha)
+    text = Path(file).read_text(encoding="utf-8")
+    if BEGIN not in text:
+        return {}
+    return {CARD: with_modules(text, module_hashes(package.selection.files.values())).encode()}
 
 
 def _open_repository(api: HfApi, repo_id: str, public: bool) -> bool:

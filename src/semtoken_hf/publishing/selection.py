@@ -14,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..adapter_semtoken import ADAPTER_FILES
 from ..conversion.weights import find_tensors
+from .module_hashes import CUSTOM_GENERATE
 
 CONFIGURATION_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
@@ -75,6 +76,8 @@ def is_loaded(path: str) -> bool:
     pure = PurePosixPath(path)
     if pure.name in ADAPTER_FILES:
         return len(pure.parts) <= 2
+    if path == CUSTOM_GENERATE:
+        return True
     if len(pure.parts) == 2:
         return pure.parts[0] == TEMPLATES and pure.suffix == ".jinja"
     known = (*CONFIGURATION_FILES, *TOKENIZER_FILES, SAFE_WEIGHTS_INDEX_NAME)

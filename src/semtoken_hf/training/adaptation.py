@@ -20,23 +20,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..evaluation.files import write_text
+from ..conversion.staging import check_output, remove_stale, staged_folder
+from ..evaluation.files import only_run_in, write_text
+from ..evaluation.named_values import read_fields
 from .adaptation_arguments import LEARNING_RATES, AdaptationArguments, AdaptationTrainingArguments
 from .adaptation_data import ContextCollator, TextBlocks, begin_id, export_dataset, load_blocks
-from .adaptation_trainer import AdaptationTrainer
+from .adaptation_trainer import AdaptationTrainer, rotate_checkpoints
 from .distillation import DistillationModel
 from .trainable_parts import choose_trainable
-
-
-def parse_fields(pairs: list[str]) -> dict[str, Any]:
-    """`FIELD=VALUE` pairs; a value that is JSON counts as such, any other as a string."""
-    fields: dict[str, Any] = {}
-    for name, _, value in (pair.partition("=") for pair in pairs):
-        try:
-            fields[name] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[name] = value
-    return fields
 
 
 def load_student(arguments: AdaptationArguments) -> Any:
@@ -45,7 +36,7 @@ def load_student(arguments: AdaptationArguments) -> Any:
     Raises:
         ValueError: the checkpoint carries an adapter already.
     """
-    fields = {"merge_mode": "learned", **parse_fields(arguments.set_fields)}
+    fields = {"merge_mode": "learned", **read_fields(arguments.set_fields, "set_fields")}
     if fields["merge_mode"] != "learned":
         raise ValueError("adaptation trains the learned merger: leave merge_mode out of set_fields, or set merger_base")
     config = AutoConfig.from_pretrained(arguments.checkpoint)
@@ -152,14 +143,13 @@ def save_adapted(trainer: AdaptationTrainer, arguments: AdaptationArguments) -> 
     }
     output_dir, tokenizer = trainer.output_dir, trainer.processing_class
     assert tokenizer is not None
-    target, temporary = output_dir / "model", output_dir / "model.tmp"
+    target = output_dir / "model"
     dtype = AutoConfig.from_pretrained(arguments.checkpoint).dtype or torch.float32
-    shutil.rmtree(temporary, ignore_errors=True)
     student.to(dtype)
-    student.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    with staged_folder(target, overwrite=True) as staged:
+        tokenizer.save_pretrained(staged)
+        # Last, and the weights are its last: without them nobody takes what a kill leaves for a checkpoint.
+        student.save_pretrained(staged)
     return target
 
 
@@ -168,8 +158,24 @@ def adapt(arguments: AdaptationArguments, training: AdaptationTrainingArguments)
 
     Raises:
         FileNotFoundError, ValueError, ImportError: as `build_trainer`.
-        ValueError: `output_dir` holds a run with other options.
+        ValueError: `output_dir` holds a run with other options, or another process is adapting there.
+        FileExistsError: `output_dir/model` is no checkpoint.
     """
+    if not training.should_save:  # another process of the same run holds the folder
+        return _adapt(arguments, training)
+    output_dir = Path(training.output_dir or "runs/adapt")
+    with only_run_in(output_dir, "adaptation"):
+        remove_stale(output_dir / "model")
+        check_output(output_dir / "model", True, [])
+        # A killed run may not have come to it.
+        rotate_checkpoints(output_dir, training.save_total_limit)
+        try:
+            return _adapt(arguments, training)
+        finally:  # nothing half-written stays, whatever ends the run
+            shutil.rmtree(output_dir / "writing", ignore_errors=True)
+
+
+def _adapt(arguments: AdaptationArguments, training: AdaptationTrainingArguments) -> Path:
     trainer = build_trainer(arguments, training)
     output_dir = trainer.output_dir
     _check_same_run(output_dir, arguments, training)

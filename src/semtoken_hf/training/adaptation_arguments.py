@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from ..evaluation.named_values import read_fields, read_numbers
 from .adaptation_data import BatchShape
-from .corpus import parse_file_weights
 from .task_schedule import TaskSchedule
 
 TRAINABLE = ("merger", "lora", "full")
@@ -73,9 +73,8 @@ class AdaptationArguments:
             raise ValueError(
                 f"uncompressed_share must be 0 with trainable={self.trainable!r}, which cannot change the model"
             )
-        parse_file_weights(self.weights)
-        if any("=" not in f for f in self.set_fields):
-            raise ValueError(f"set_fields must read FIELD=VALUE, got {self.set_fields}")
+        read_numbers(self.weights, "weights")
+        read_fields(self.set_fields, "set_fields")
         if self.min_context_length < 1 or self.target_length < 1 or self.evaluation_windows < 1:
             raise ValueError("min_context_length, target_length and evaluation_windows must be at least 1")
         self.schedule()
@@ -84,7 +83,7 @@ class AdaptationArguments:
         return TaskSchedule(self.tasks, self.task_weight, self.task_rate, self.task_power, self.switch_at)
 
     def file_weights(self) -> dict[str, float]:
-        return parse_file_weights(self.weights)
+        return read_numbers(self.weights, "weights")
 
     def batch_shape(self, context_length: int, batch_size: int, seed: int) -> BatchShape:
         """The shape of batches for a context of at most `context_length` tokens.

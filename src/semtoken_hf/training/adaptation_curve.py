@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+from ..conversion.staging import staged_file
 from ..evaluation.files import write_text
 
 COLUMNS = ("step", "eval_cost", "eval_kl", "eval_perplexity", "eval_full_perplexity", "eval_uncompressed_drift")
@@ -45,6 +46,5 @@ def _plot(records: list[dict[str, Any]], file: Path) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("perplexity against the teacher, %")
     axes.legend()
-    temporary = file.with_name(file.name + ".tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(file)
+    with staged_file(file) as staged:
+        figure.savefig(staged, dpi=120, format="png")

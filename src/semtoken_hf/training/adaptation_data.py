@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..conversion.staging import staged_file
 from .corpus import BlockSampler, list_text_files, tokenize_file
 
 
@@ -100,15 +101,12 @@ def export_dataset(name: str, config: str | None, split: str, column: str, folde
     target = folder / key / "documents.txt"
     if target.exists():
         return target.parent
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
+    with staged_file(target) as staged, staged.open("w", encoding="utf-8") as handle:
         for document in data.take(limit):
             if column not in document:
                 raise ValueError(f"'{name}' has the columns {sorted(document)}, not '{column}': pass --text_column")
             # Three newlines part documents in `corpus.read_documents`.
             handle.write(re.sub(r"\n{3,}", "\n\n", document[column].strip("\n")) + "\n\n\n")
-    temporary.rename(target)
     return target.parent
 
 

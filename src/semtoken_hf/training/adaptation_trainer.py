@@ -42,6 +42,18 @@ CPU_ATTENTION = {
 }
 
 
+def rotate_checkpoints(folder: Path, limit: int | None) -> None:
+    """Remove `folder/writing`, and all but the last `limit` checkpoints; None: keep them."""
+    waste = folder / "writing"
+    numbered = [p for p in folder.glob("checkpoint-*") if p.name.split("-", 1)[1].isdigit()]
+    checkpoints = sorted(numbered, key=lambda p: int(p.name.split("-")[1]))
+    for old in checkpoints[:-limit] if limit else []:
+        # Moved first: half of it would pass for a checkpoint.
+        waste.mkdir(exist_ok=True)
+        old.rename(waste / f"old-{old.name}")
+    shutil.rmtree(waste, ignore_errors=True)
+
+
 class AdaptationTrainer(Trainer):
     """Trains a `DistillationModel`.
 
@@ -185,15 +197,12 @@ class AdaptationTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
-        for written in (final / "writing").glob("checkpoint-*"):
+        for written in list((final / "writing").glob("checkpoint-*")):
             target = final / written.name
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():
+                target.rename(final / "writing" / "replaced")
             written.rename(target)
-            if self.args.save_total_limit is not None:
-                others = sorted(final.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-                for old in others[: -self.args.save_total_limit]:
-                    shutil.rmtree(old)
-        shutil.rmtree(final / "writing", ignore_errors=True)
+        rotate_checkpoints(final, self.args.save_total_limit)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

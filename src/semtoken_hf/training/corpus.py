@@ -20,6 +20,8 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
+from ..conversion.staging import staged_file
+
 SUFFIXES = (".txt", ".txt.xz", ".md")
 
 
@@ -86,21 +88,9 @@ def tokenize_file(
                 ids = np.array([bos_id, *encoding.ids], dtype=np.uint32)
                 sides["held_out" if is_held_out(document, held_out_share) else "train"].append(ids)
         for side, parts in sides.items():
-            temporary = paths[side].with_suffix(".tmp.npy")
-            np.save(temporary, np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32))
-            temporary.rename(paths[side])
+            with staged_file(paths[side]) as staged, staged.open("wb") as handle:
+                np.save(handle, np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32))
     return {side: np.load(path, mmap_mode="r") for side, path in paths.items()}
-
-
-def parse_file_weights(pairs: list[str]) -> dict[str, float]:
-    """`FILE=NUMBER` pairs as name -> weight.
-
-    Raises:
-        ValueError: a pair reads otherwise.
-    """
-    if any(not re.fullmatch(r".+=\d+(\.\d+)?", pair) for pair in pairs):
-        raise ValueError(f"weights must read FILE=NUMBER, got {pairs}")
-    return {name: float(weight) for name, weight in (pair.rsplit("=", 1) for pair in pairs)}
 
 
 class BlockSampler:

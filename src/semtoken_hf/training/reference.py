@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .corpus import BlockSampler, iter_training_text, list_text_files, parse_file_weights, tokenize_file
+from ..conversion.staging import remove_stale, staged_folder
+from ..evaluation.named_values import read_numbers
+from .corpus import BlockSampler, iter_training_text, list_text_files, tokenize_file
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
@@ -73,11 +75,11 @@ class ReferenceConfig:
             raise ValueError("sequence_length must divide long_sequence_length, and that tokens_per_micro_batch")
         if self.steps - self.cycle_start < self.decay_steps + self.warmup_steps:
             raise ValueError("steps must cover cycle_start + warmup_steps + decay_steps")
-        parse_file_weights(self.weights)
+        read_numbers(self.weights, "weights")
 
     @property
     def file_weights(self) -> dict[str, float]:
-        return parse_file_weights(self.weights)
+        return read_numbers(self.weights, "weights")
 
 
 def train_tokenizer(files: list[Path], vocab_size: int, held_out_share: float) -> PreTrainedTokenizerFast:
@@ -295,12 +297,11 @@ class ReferenceTrainer:
 
     def save_model(self) -> Path:
         """The trained model as a plain bf16 Llama folder with its tokenizer."""
-        folder, temporary = self.output_dir / "model", self.output_dir / "model.tmp"
+        folder = self.output_dir / "model"
         model = self.accelerator.unwrap_model(self.model)
         if self.accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-            model.to(torch.bfloat16).save_pretrained(temporary)
-            self.tokenizer.save_pretrained(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+            remove_stale(folder)
+            with staged_folder(folder, overwrite=True) as staged:
+                self.tokenizer.save_pretrained(staged)
+                model.to(torch.bfloat16).save_pretrained(staged)
         return folder

@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from ...conversion.staging import staged_file
 from ..files import write_text
 from .blocks import Block, Cell, Fold, Listing, Paragraph, Plot, Row, Section, Table
 from .plots import draw_plots
@@ -44,10 +45,8 @@ def save_plots(plots: list[Plot], folder: Path, kinds: tuple[str, ...] = ("svg",
         if "svg" in kinds:
             write_text(folder / f"{plot.name}.svg", plot.svg_file)
         if "png" in kinds:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f"{plot.name}.png.tmp"
-            temporary.write_bytes(plot.png_file)
-            temporary.replace(folder / f"{plot.name}.png")
+            with staged_file(folder / f"{plot.name}.png") as staged:
+                staged.write_bytes(plot.png_file)
 
 
 def html_page(metrics: dict[str, Any], plots: Plots) -> str:

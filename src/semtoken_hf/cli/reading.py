@@ -1,0 +1,170 @@
+"""One prompt through a checkpoint, for `semtoken generate`: what is read, how it went, and what was written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..cache_bytes import cache_bytes
+from ..evaluation.side_by_side import wait_for_device
+
+
+@dataclass
+class Reading:
+    """How a prompt was read and went on.
+
+    Attributes:
+        text: what was written behind the prompt.
+        tokens, slots: of the prompt.
+        budget: slots that the ratio allows; None where nothing was planned.
+        kv_bytes: keys and values behind the prompt.
+        new_tokens: that were written.
+        prefill_seconds: planning and encoder included.
+        decode_seconds: of all tokens after the first.
+    """
+
+    text: str = ""
+    tokens: int = 0
+    slots: int = 0
+    budget: int | None = None
+    kv_bytes: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        return self.tokens / self.slots
+
+    @property
+    def budget_met(self) -> bool | None:
+        """None where nothing was planned."""
+        return None if self.budget is None else self.slots <= self.budget
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        return self.decode_seconds / (self.new_tokens - 1) if self.new_tokens > 1 else None
+
+
+def load(
+    checkpoint: str, fields: dict[str, Any], question: bool, trust_remote_code: bool, device: str | None, **options: Any
+) -> tuple[Any, Any]:
+    """Model and tokenizer of a SemToken checkpoint.
+
+    Args:
+        fields: compression fields instead of the checkpoint's.
+        question: the prompt has a question, which steers what stays whole unless `fields` or the checkpoint say how.
+        device: None: cuda where there is one; "auto": spread over what there is.
+        options: `dtype`, `attn_implementation` of `from_pretrained`; None is left out.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the checkpoint is a plain one, or has no such field; or there is no such device.
+    """
+    if not Path(checkpoint).exists() and (checkpoint[:1] in "/.~" or checkpoint.count("/") > 1):
+        raise FileNotFoundError(f"there is no folder {checkpoint}")
+    if device not in (None, "auto"):
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(f"--device {device} cannot be used here: {error}") from None
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    if not hasattr(config, "segmentation_mode"):
+        raise ValueError(
+            f"{checkpoint} is a plain {config.model_type!r} checkpoint: `semtoken convert` makes a SemToken one of it"
+        )
+    if unknown := [name for name in fields if not hasattr(config, name)]:
+        raise ValueError(f"--set: the configuration has no fields {unknown}")
+    mode = fields.get("segmentation_mode", config.segmentation_mode)
+    if question and mode == "greedy" and not config.query_weight:
+        fields = {"query_weight": 1.0, **fields}
+    options = {name: value for name, value in options.items() if value is not None}
+    if device == "auto":
+        options["device_map"] = "auto"
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, trust_remote_code=trust_remote_code, **{"dtype": "auto", **options}, **fields
+    ).eval()
+    if device != "auto":
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model, AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+
+
+def encode(tokenizer: Any, prompt: str, question: str | None, chat: bool) -> dict[str, Tensor]:
+    """Inputs of one row, int64 [1, T]; the tokens of the question are marked by `query_mask`.
+
+    Raises:
+        ValueError: a chat is asked for and the tokenizer has no template.
+    """
+    text = prompt if question is None else f"{prompt.rstrip()}\n\n{question}"
+    if chat:
+        messages = [{"role": "user", "content": text}]
+        inputs = tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            protect_template=True,
+            return_dict=True,
+            return_tensors="pt",
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    else:
+        inputs = tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
+    offsets = inputs.pop("offset_mapping")
+    if question is not None:
+        start = text.rindex(question.strip())
+        first, last = offsets[..., 0], offsets[..., 1]
+        inputs["query_mask"] = ((last > start) & (first < start + len(question.strip()))).long()
+    return dict(inputs)
+
+
+def read_on(
+    model: Any, inputs: dict[str, Tensor], when_read: Callable[[], None] = lambda: None, **options: Any
+) -> tuple[Reading, Tensor]:
+    """Generate behind one prompt, and note how it went.
+
+    Args:
+        inputs: int64 [1, T] each.
+        when_read: called once the prompt is read.
+        options: of `generate`.
+
+    Returns:
+        the reading, but for its text; the new ids, int64 [N].
+    """
+    tokens = inputs["input_ids"].shape[1]
+    found = Reading(tokens=tokens, slots=tokens)
+    start, base = time.perf_counter(), model.base_model
+    compress = base.compress
+
+    def noting_plan(*args: Any, **kwargs: Any) -> Any:
+        prompt = compress(*args, **kwargs)
+        if not found.kv_bytes:
+            found.slots, found.budget = prompt.slot_counts[0], int(prompt.budgets[0])
+        return prompt
+
+    def noting_prefill(_: Any, __: Any, outputs: Any) -> None:
+        if found.kv_bytes:
+            return
+        wait_for_device()
+        found.prefill_seconds = time.perf_counter() - start
+        found.kv_bytes = cache_bytes(outputs.past_key_values)
+        when_read()
+
+    base.compress = noting_plan
+    handle = model.register_forward_hook(noting_prefill)
+    try:
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        ids = model.generate(**inputs, **options)[0, tokens:]
+        wait_for_device()
+    finally:
+        handle.remove()
+        del base.compress
+    found.decode_seconds = time.perf_counter() - start - found.prefill_seconds
+    found.new_tokens = len(ids)
+    return found, ids

@@ -1,0 +1,18 @@
+import pytest
+
+from semtoken_hf.evaluation.provenance import command_line
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (
+            ["/home/me/scripts/quickstart.py", "--text_file", "/tmp/a b.txt"],
+            "python scripts/quickstart.py --text_file 'a b.txt'",
+        ),
+        (["/usr/bin/semtoken", "evaluate", "--checkpoint", "model"], "semtoken evaluate --checkpoint model"),
+        (["/lib/semtoken_hf/__main__.py", "benchmark"], "python -m semtoken_hf benchmark"),
+    ],
+)
+def test_a_command_is_what_one_types(argv, command):
+    assert command_line(argv) == command

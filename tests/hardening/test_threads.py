@@ -1,0 +1,240 @@
+"""Eight threads that generate at the same time on one model object get what one thread gets."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from semtoken_hf import SpanPlanner
+from semtoken_hf.pretrained_semtoken import SemTokenPreTrainedMixin
+from tests.fixtures.adapted import adapted_model
+from tests.fixtures.tiny import BERT, ragged_prompts, random_ids, tiny_model, tiny_tokenizer
+
+THREADS = 8
+TEXTS = ["the cat sat on the mat and the dog ran to the man " * n for n in (2, 4, 5, 7)]
+
+
+def merging_model(**fields):
+    """A model whose learned merger adds something."""
+    model = tiny_model(merge_mode="learned", merger_rank=4, **fields)
+    with torch.no_grad():
+        model.base_model.learned_merger.out_proj.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+MODELS = {
+    "llama, query": lambda: tiny_model(
+        merge_mode="representative", segmentation_mode="greedy", recency=2.0, query_weight=1.0
+    ),
+    "mistral, eager, transformer encoder": lambda: tiny_model(
+        family="mistral", encoder_config=dict(BERT), encoder_window=32, attn_implementation="eager"
+    ),
+    "qwen3, varlen, learned": lambda: merging_model(family="qwen3", attn_implementation="semtoken_varlen"),
+    "gpt_neox, compact, greedy": lambda: tiny_model(
+        family="gpt_neox", position_mode="compact", segmentation_mode="greedy"
+    ),
+    "adapter": adapted_model,
+    "adapter, varlen": lambda: adapted_model(attn_implementation="semtoken_varlen"),
+    "recompress": lambda: tiny_model(recompress_every=13, min_prompt_length=16, attn_implementation="semtoken_varlen"),
+}
+
+
+class Kept(BaseStreamer):
+    """What a streamer was given."""
+
+    def __init__(self):
+        self.pieces = []
+
+    def put(self, value):
+        self.pieces.append(value.flatten().tolist())
+
+    def end(self):
+        self.pieces.append("end")
+
+
+def generate(model, new_tokens=4, **options):
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "output_scores": True, **options}
+    return model.generate(**options, return_dict_in_generate=True)
+
+
+def calls_of(model):
+    """Functions without arguments, each with a result of its own."""
+    ids, (rows, mask) = random_ids(1, 90), ragged_prompts((80, 47, 20))
+    longer, short = random_ids(1, 120, seed=3), random_ids(1, 12, seed=4)
+    marked = torch.zeros_like(ids)
+    marked[:, 20:40] = 1
+
+    def streamed():
+        streamer = Kept()
+        generate(model, input_ids=ids, streamer=streamer, target_ratio=5.0)
+        return streamer.pieces
+
+    def decoded():
+        found = generate(model, input_ids=longer, new_tokens=28, target_ratio=3.0)
+        return found.sequences, found.past_key_values.get_seq_length(), found.past_key_values.slot_lengths
+
+    def planned():
+        prompt = model.compress(longer, target_ratio=6.0)
+        return prompt.span_ids, prompt.inputs_embeds
+
+    def beams():
+        return result_of(generate(model, input_ids=ids, num_beams=2, target_ratio=4.0))
+
+    def states():
+        with torch.no_grad():
+            return model(rows, attention_mask=mask, logits_to_keep=2, output_hidden_states=True).hidden_states
+
+    return {
+        "plain": lambda: result_of(generate(model, input_ids=ids, compression=False)),
+        "default": lambda: result_of(generate(model, input_ids=ids)),
+        "padded": lambda: result_of(generate(model, input_ids=rows, attention_mask=mask, target_ratio=3.0)),
+        "marked": lambda: result_of(generate(model, input_ids=ids, protected_mask=marked, query_mask=marked)),
+        "drafts": lambda: result_of(generate(model, input_ids=longer, prompt_lookup_num_tokens=3, target_ratio=2.0)),
+        "chunks": lambda: result_of(generate(model, input_ids=longer, prefill_chunk_size=16)),
+        "short": lambda: result_of(generate(model, input_ids=short)),
+        "streamed": streamed,
+        "decoded": decoded,
+        "planned": planned,
+        "beams": beams,
+        "states": states,
+    }
+
+
+def result_of(found):
+    return found.sequences, found.scores, found.past_key_values.get_seq_length()
+
+
+def equal(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+def run_at_once(calls, repetitions=1):
+    """Names of the calls that came out otherwise in any of the threads than in one thread alone."""
+    with ThreadPoolExecutor(1) as alone:  # not this thread, which may have another number of threads within
+        expected = alone.submit(lambda: {name: call() for name, call in calls.items()}).result()
+    barrier, names = threading.Barrier(THREADS), list(calls)
+
+    def work(number):
+        start = number * len(names) // THREADS
+        wrong = []
+        for _ in range(repetitions):
+            barrier.wait(60)
+            for name in names[start:] + names[:start]:
+                if not equal(calls[name](), expected[name]):
+                    wrong.append(name)
+        return wrong
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            return {name for wrong in pool.map(work, range(THREADS)) for name in wrong}
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_threads_do_not_disturb_each_other(name):
+    model = MODELS[name]()
+    assert run_at_once(calls_of(model)) == set()
+
+
+def test_the_calls_differ_and_all_merge_that_should():
+    model = adapted_model()
+    calls = calls_of(model)
+    assert calls["decoded"]()[1] > int((calls["decoded"]()[2] > 0).sum())
+    assert not equal(calls["plain"]()[1], calls["default"]()[1])
+    assert calls["streamed"]()[-1] == "end"
+
+
+@pytest.mark.parametrize("kind", ["ratio", "adapter"])
+def test_state_on_the_model_would_be_caught(monkeypatch, kind):
+    """Two plants: the ratio of a call kept on the model, and the adapter's rows in a variable of the module."""
+    model = adapted_model() if kind == "adapter" else tiny_model()
+    if kind == "ratio":
+        compress = SemTokenPreTrainedMixin.compress
+
+        def remember(self, input_ids, mask=None, span_ids=None, target_ratio=None, *arguments, **options):
+            self._ratio = target_ratio
+            time.sleep(1e-3)  # as a kernel lets others run
+            return compress(self, input_ids, mask, span_ids, self._ratio, *arguments, **options)
+
+        monkeypatch.setattr(SemTokenPreTrainedMixin, "compress", remember)
+    else:
+        from semtoken_hf import adapter_semtoken
+
+        class Shared:
+            value = None
+
+            def get(self):
+                return self.value
+
+            def set(self, value):
+                before, self.value = self.value, value
+                return before
+
+            def reset(self, before):
+                self.value = before
+
+        monkeypatch.setattr(adapter_semtoken, "_ACTS_ON", Shared())
+    calls = calls_of(model)
+    some = {name: calls[name] for name in ("plain", "default", "padded", "marked", "chunks", "short")}
+    found = set()
+    try:
+        for _ in range(5):
+            found |= run_at_once(some)
+            if found:
+                break
+    except RuntimeError:  # rows of another thread's batch
+        return
+    assert found
+
+
+def test_planning_in_the_tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.planner = SpanPlanner.from_model(tiny_model())
+    calls = {
+        f"{number} {ratio}": lambda text=text, ratio=ratio: sorted(
+            tokenizer(text, return_span_ids=True, return_protected_mask=True, target_ratio=ratio).items()
+        )
+        for number, text in enumerate(TEXTS)
+        for ratio in (1.5, 2.4, 6.0)
+    }
+    assert run_at_once(calls, repetitions=2) == set()
+
+
+def test_threads_that_ask_for_the_planner_first(tmp_path, monkeypatch):
+    """Each may load it: a lock would be held for ever in a worker that is forked meanwhile. They plan alike."""
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    tokenizer = type(tiny_tokenizer()).from_pretrained(tmp_path)
+    load = SpanPlanner.from_pretrained
+
+    def load_slowly(*arguments, **options):
+        time.sleep(0.02)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(SpanPlanner, "from_pretrained", load_slowly)
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(lambda _: tokenizer(TEXTS[-1], return_span_ids=True)["span_ids"], range(THREADS)))
+    assert all(plan == tokenizer(TEXTS[-1], return_span_ids=True)["span_ids"] for plan in found)
+
+
+def test_two_models_that_share_a_thread_pool():
+    """What a call sets for its thread is gone when the thread takes the next call."""
+    adapted, plain = adapted_model(), tiny_model()
+    calls = {
+        **{f"adapted {name}": call for name, call in calls_of(adapted).items() if name in ("plain", "default")},
+        **{f"other {name}": call for name, call in calls_of(plain).items() if name in ("plain", "default", "padded")},
+    }
+    assert run_at_once(calls, repetitions=2) == set()

@@ -1,0 +1,147 @@
+"""The code of a checkpoint by its hashes: listed in its card, compared with the package, checked by `sha256sum`."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+
+from semtoken_hf.publishing.module_hashes import (
+    BEGIN,
+    END,
+    PACKAGE,
+    checksum_lines,
+    compare_modules,
+    module_hashes,
+    package_version,
+    shipped_modules,
+    with_modules,
+)
+from tests.fixtures.children import ROOT, run_python
+from tests.fixtures.scripts import load_script, main_of
+
+EMBEDDED = ROOT / "model_cards" / "semtoken-llama-tiny"
+RELEASE = ROOT / "model_cards" / "MODULES.sha256"
+REFRESH = "run `python scripts/make_card.py --hashes_only model_cards/semtoken-llama-tiny`"
+
+
+def listed_in(card):
+    """name -> hash of the lines between the markers."""
+    section = card.split(BEGIN)[1].split(END)[0]
+    lines = section.split("```text\n")[1].split("```")[0].splitlines()
+    return dict(reversed(line.split("  ")) for line in lines)
+
+
+def test_a_saved_folder_carries_the_modules_of_this_package(make_checkpoint):
+    found = compare_modules(make_checkpoint())
+    assert found.is_same
+    assert {"modeling_semtoken_llama.py", "tokenization_semtoken_fast.py", "compression.py"} <= set(found.same)
+    assert found.describe() == ""
+
+
+def test_every_difference_is_named(make_checkpoint):
+    folder = make_checkpoint()
+    module = folder / "compression.py"
+    module.write_bytes(module.read_bytes() + b"\n")
+    (folder / "token_layout.py").unlink()
+    (folder / "evil.py").write_text("from .worse import x")
+    found = compare_modules(folder)
+    assert not found.is_same
+    assert (found.changed, found.missing, found.foreign) == (
+        ("compression.py",),
+        ("token_layout.py", "worse.py"),
+        ("evil.py",),
+    )
+    assert found.describe() == "changed: compression.py; missing: token_layout.py, worse.py; foreign: evil.py"
+
+
+@pytest.mark.parametrize("name", ["modeling_semtoken_llama.py", "tokenization_semtoken_fast.py"])
+def test_what_auto_map_names_is_missed(make_checkpoint, name):
+    folder = make_checkpoint()
+    (folder / name).unlink()
+    assert compare_modules(folder).missing == (name,)
+
+
+def test_a_folder_without_code_is_not_the_same(tmp_path):
+    assert not compare_modules(tmp_path).is_same
+    (tmp_path / "config.json").write_text("{half")
+    assert not compare_modules(tmp_path).is_same
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        compare_modules(tmp_path / "nowhere")
+
+
+def test_what_ships_is_every_flat_module_but_the_package_itself():
+    names = {file.name for file in shipped_modules()}
+    assert {file.name for file in PACKAGE.glob("*.py")} - names <= {"__init__.py", "command_line.py"}
+    assert not {"__init__.py", "command_line.py"} & names
+
+
+def test_a_card_says_whether_the_code_is_the_releases(make_checkpoint):
+    folder = make_checkpoint()
+    card = with_modules("# Mine", module_hashes(folder.glob("*.py")))
+    assert f"They are those of semtoken-hf {package_version()}." in card
+    assert listed_in(card) == module_hashes(folder.glob("*.py"))
+    (folder / "compression.py").write_text("")
+    (folder / "evil.py").write_text("")
+    card = with_modules(card, module_hashes(folder.glob("*.py")))
+    assert card.count(BEGIN) == 1
+    assert f"**Not those of semtoken-hf {package_version()}**" in card
+    assert ": compression.py, evil.py." in card
+
+
+@pytest.mark.parametrize("card", [BEGIN, END, f"{END}{BEGIN}", f"{BEGIN}{BEGIN}{END}"])
+def test_half_a_section_is_refused(card):
+    with pytest.raises(ValueError, match="once each"):
+        with_modules(card, {})
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
+def test_sha256sum_reads_the_list(make_checkpoint):
+    folder = make_checkpoint()
+    (folder / "MODULES.sha256").write_text(checksum_lines(module_hashes(folder.glob("*.py"))))
+    command = ["sha256sum", "--check", "--strict", "--quiet", "MODULES.sha256"]
+    assert subprocess.run(command, cwd=folder, check=False).returncode == 0
+    (folder / "compression.py").write_text("")
+    assert subprocess.run(command, cwd=folder, check=False, stderr=subprocess.DEVNULL).returncode == 1
+
+
+def test_the_list_of_the_release_is_this_code():
+    assert RELEASE.read_text() == checksum_lines(module_hashes(shipped_modules())), REFRESH
+
+
+def test_the_embedded_card_lists_the_modules_beside_it():
+    assert listed_in((EMBEDDED / "README.md").read_text()) == module_hashes(EMBEDDED.glob("*.py")), REFRESH
+
+
+def test_the_list_alone_is_refreshed(make_checkpoint, monkeypatch, capsys, tmp_path):
+    folder = make_checkpoint()
+    module = load_script("make_card.py")
+    monkeypatch.setattr(module, "CARDS", tmp_path)
+    (folder / "README.md").write_text(f"# Mine\n{BEGIN}\nold\n{END}\nthe end\n")
+    monkeypatch.setattr("sys.argv", ["make_card.py", "--hashes_only", str(folder)])
+    module.main()
+    assert capsys.readouterr().out == f"{folder / 'README.md'}\n"
+    card = (folder / "README.md").read_text()
+    assert listed_in(card) == module_hashes(folder.glob("*.py"))
+    assert card.startswith("# Mine\n")
+    assert card.endswith("the end\n")
+    assert (tmp_path / "MODULES.sha256").read_text() == checksum_lines(module_hashes(shipped_modules()))
+
+
+def test_a_card_needs_its_sources(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        main_of("make_card.py", monkeypatch)("--checkpoint", "somewhere")
+    assert "--training_log, --training_command, --metrics" in capsys.readouterr().err
+
+
+def test_the_comparison_needs_the_standard_library_alone():
+    """So that what looks at a folder need not load PyTorch, as long as it imports this file by its path."""
+    code = f"""
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("module_hashes", {str(PACKAGE / "publishing" / "module_hashes.py")!r})
+sys.modules["module_hashes"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print("FACTS" + json.dumps([len(module.shipped_modules()), sorted({{"torch", "transformers"}} & set(sys.modules))]))
+"""
+    assert run_python(code) == [len(shipped_modules()), []]
