@@ -15,16 +15,22 @@ from tests.fixtures.children import ROOT
 
 # Of other programs, where documents name them.
 FOREIGN = {
+    "--ignore_missing": "sha256sum",
     "--model": "lm_eval",
-    "--attn-implementation": "transformers serve",
-    "--chat-template-kwargs": "transformers serve",
+    "--attn_implementation": "transformers serve",
+    "--chat_template_kwargs": "transformers serve",
     "--compile": "transformers serve",
-    "--continuous-batching": "transformers serve",
+    "--continuous_batching": "transformers serve",
     "--dtype": "transformers serve",
-    "--trust-remote-code": "transformers serve",
+    "--trust_remote_code": "transformers serve",
 }
 COMMANDS = ("convert", "adapt", "generate", "inspect", "doctor", "evaluate", "benchmark", "push")
 SCRIPTS = ("export_prompt_embeds.py", "gpu_suite.py", "measure_million_tokens.py")
+
+
+def options_in(text: str) -> set[str]:
+    """Long options in a text, with underscores."""
+    return {f"--{name.replace('-', '_')}" for name in re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)}
 
 
 def prose(document: str) -> str:
@@ -35,17 +41,12 @@ def prose(document: str) -> str:
 def test_every_option_that_is_named_exists(reader):
     known = set(FOREIGN) | {f"--{field.name}" for field in dataclasses.fields(TrainingArguments)}
     for words in [["semtoken", name] for name in COMMANDS] + [["python", f"scripts/{name}"] for name in SCRIPTS]:
-        known |= {name.replace("-", "_") for name in re.findall(r"--[\w-]+", reader.shell.command([*words, "--help"]))}
-    known = {f"--{name.strip('-').strip('_').replace('-', '_')}" for name in known}
+        known |= options_in(reader.shell.command([*words, "--help"]))
     for document in documents():
         # The evaluation's own report names the options of its configuration.
-        if document.startswith("model_cards"):
-            continue
-        named = {
-            name for code in re.findall(r"`([^`]+)`", prose(document)) for name in re.findall(r"--[a-z][\w-]+", code)
-        }
-        unknown = sorted(name for name in named if name.replace("-", "_").replace("__", "--", 1) not in known)
-        assert unknown == [], document
+        if not document.startswith("model_cards"):
+            named = options_in(" ".join(re.findall(r"`([^`]+)`", prose(document))))
+            assert sorted(named - known) == [], document
 
 
 def messages_of_the_package() -> str:
