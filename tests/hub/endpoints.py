@@ -78,6 +78,12 @@ def whoami(call: Call) -> Answer:
     return as_json({"type": "user", "name": call.user, "orgs": []})
 
 
+@route("GET", "/api/agent-harnesses")
+def agent_harnesses(call: Call) -> Answer:
+    # The client asks once a process and does without; an answer it would keep in the user's own cache.
+    raise HubError(404, "no such list")
+
+
 @route("POST", "/api/validate-yaml")
 def validate_yaml(call: Call) -> Answer:
     header = re.match(r"---\n(.*?)\n---\n", call.json["content"], re.DOTALL)

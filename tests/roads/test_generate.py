@@ -290,6 +290,16 @@ def test_quantized_cache(search, backend):
     assert cache.memory_bytes() * 3 < exact.past_key_values.memory_bytes()
 
 
+@pytest.mark.parametrize("backend", ["fp8", "quanto"])
+def test_returns_of_a_quantized_cache(backend):
+    """Quantised rows cannot be repeated: every copy is read."""
+    ids, copies = random_ids(2, 96), {"num_return_sequences": 3, "do_sample": True, "top_k": 1}
+    outputs = generate(tiny_model(), ids, None, **{**quantized(backend), **copies})
+    assert outputs.past_key_values.compressed_lengths.tolist() == [40 + STEPS - 1] * 6
+    once = generate(tiny_model(), ids, None, **quantized(backend))
+    assert torch.equal(outputs.sequences, once.sequences.repeat_interleave(3, 0))
+
+
 def test_quantized_cache_cannot_be_cropped(caplog):
     model = tiny_model(recompress_every=12)
     outputs = generate(model, random_ids(1, 96), max_new_tokens=40, min_new_tokens=40, **quantized("fp8"))

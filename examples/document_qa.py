@@ -1,0 +1,120 @@
+"""Questions about a long document: the question steers which tokens stay whole.
+
+python examples/document_qa.py
+python examples/document_qa.py --checkpoint llama-3.2-1b-semtoken --document report.txt --target_ratio 4
+"""
+
+# %% [markdown]
+# # Questions about a long document
+# The document is read at 2.4 tokens per slot. With `query_weight` above 0, spans that are like the question count more
+# when the budget is spent, so that what it asks for more often keeps slots of its own.
+
+# %%
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--checkpoint", default=str(ROOT / "model_cards" / "semtoken-llama-tiny"))
+parser.add_argument("--document", type=Path, default=ROOT / "scripts" / "quickstart_chapter.txt")
+parser.add_argument("--questions", nargs="+", metavar="QUESTION=ANSWER", help="about your own document")
+parser.add_argument("--target_ratio", type=float, default=2.4, help="tokens per slot (default 2.4)")
+options, _ = parser.parse_known_args()  # a notebook has arguments of its own
+
+tokenizer = AutoTokenizer.from_pretrained(options.checkpoint, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(options.checkpoint, trust_remote_code=True, dtype=torch.float32)
+document = options.document.read_text(encoding="utf-8").strip()
+# Three cases: the question keeps the answer whole; it does not; the answer stays whole anyway, near the end.
+QUESTIONS = [
+    "Where did Sherwood, Linklater and Applegarth dine?=the Junior Carlton",
+    "Who wrote 'The Adventures of a Younger Son'?=Trelawny",
+    "How much does the man at St. Neots offer?=four thousand pounds",
+]
+
+# %% [markdown]
+# ## The prompt
+# `query_mask` says which tokens are the question's. They never merge, and everything else is measured against them.
+# (With a chat template, `apply_chat_template(..., mark_question=True)` makes the mask: see `rag.py`.)
+
+
+# %%
+def encode(question: str) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask and query_mask, all int64 [1, T]."""
+    text = f"{document}\n\nQuestion: {question}\nAnswer:"
+    encoding = tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
+    offsets = encoding.pop("offset_mapping")
+    return {**encoding, "query_mask": (offsets[..., 1] > len(document)).long()}
+
+
+# %% [markdown]
+# ## What became of the answer
+# `compress` is the stage alone. Tokens between two bars share a slot.
+
+
+# %%
+def around(answer: str, encoding: dict[str, torch.Tensor], width: int = 14) -> str:
+    """The tokens around the first place of the answer, with a bar between slots."""
+    slots = model.compress(**encoding, target_ratio=options.target_ratio).span_ids[0].tolist()
+    pieces = [tokenizer.decode([token]) for token in encoding["input_ids"][0].tolist()]
+    place, end = "".join(pieces).find(answer), 0
+    middle = next((n for n, piece in enumerate(pieces) if (end := end + len(piece)) > place), 0)
+    shown = range(max(0, middle - width), min(len(pieces), middle + width))
+    joined = "".join(("|" if slots[n] != slots[n - 1] else "") + pieces[n] for n in shown)
+    return joined.replace("\n", " ")
+
+
+# %% [markdown]
+# ## Is the answer likelier?
+# A small model writes badly whatever it reads, so beside its text look at the likelihood of the gold answer. Labels say
+# what is scored: the answer's tokens alone. They are read whole and the planner never sees them.
+
+
+# %%
+def answer_loss(encoding: dict[str, torch.Tensor], answer: str, **how: Any) -> float:
+    """Nats per token of the gold answer."""
+    ids = encoding["input_ids"]
+    target = tokenizer(" " + answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    inputs = torch.cat([ids, target], dim=1)
+    labels = torch.cat([torch.full_like(ids, -100), target], dim=1)
+    if "query_mask" in how:
+        how["query_mask"] = torch.nn.functional.pad(how["query_mask"], (0, target.shape[1]))
+    with torch.no_grad():
+        return model(input_ids=inputs, labels=labels, **how).loss.item()
+
+
+def written(encoding: dict[str, torch.Tensor], **how: Any) -> str:
+    """What the model writes."""
+    inputs = {name: encoding[name] for name in ("input_ids", "attention_mask")}
+    tokens = model.generate(**inputs, **how, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+# %%
+losses: dict[str, list[float]] = {}
+for pair in options.questions or QUESTIONS:
+    question, answer = pair.rsplit("=", 1)
+    encoding = encode(question)
+    print(f"\n{question}  (gold answer: {answer})")
+    ways = {
+        "plain": (0.0, {"compression": False}),
+        "SemToken": (0.0, {"target_ratio": options.target_ratio}),
+        "query-conditioned": (1.0, {"target_ratio": options.target_ratio, "query_mask": encoding["query_mask"]}),
+    }
+    for name, (query_weight, how) in ways.items():
+        model.config.query_weight = query_weight
+        loss = answer_loss(encoding, answer, **how)
+        losses.setdefault(name, []).append(loss)
+        print(f"  {name:<18} {loss:6.2f} nats per token of the answer; writes: {written(encoding, **how)!r}")
+        if name != "plain":
+            print(f"{'':20} ...{around(answer, encoding)}...")
+
+# %%
+print("\nmean over the questions, nats per token of the gold answer")
+for name, values in losses.items():
+    print(f"  {name:<18} {sum(values) / len(values):6.2f}")

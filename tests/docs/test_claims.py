@@ -1,0 +1,108 @@
+"""What documents say outside their code blocks and that a machine can check: options, messages, the drawing."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+
+import pytest
+from transformers import TrainingArguments
+
+from tests.docs.blocks import documents, read_blocks
+from tests.docs.test_links import FENCED
+from tests.fixtures.children import ROOT
+
+# Of other programs, where documents name them.
+FOREIGN = {
+    "--ignore_missing": "sha256sum",
+    "--model": "lm_eval",
+    "--attn_implementation": "transformers serve",
+    "--chat_template_kwargs": "transformers serve",
+    "--compile": "transformers serve",
+    "--continuous_batching": "transformers serve",
+    "--dtype": "transformers serve",
+    "--trust_remote_code": "transformers serve",
+}
+COMMANDS = ("convert", "adapt", "generate", "inspect", "doctor", "evaluate", "benchmark", "push")
+SCRIPTS = ("export_prompt_embeds.py", "gpu_suite.py", "measure_million_tokens.py")
+
+
+def options_in(text: str) -> set[str]:
+    """Long options in a text, with underscores."""
+    return {f"--{name.replace('-', '_')}" for name in re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)}
+
+
+def prose(document: str) -> str:
+    """A document without its blocks."""
+    return FENCED.sub("", (ROOT / document).read_text(encoding="utf-8"))
+
+
+def test_every_option_that_is_named_exists(reader):
+    known = set(FOREIGN) | {f"--{field.name}" for field in dataclasses.fields(TrainingArguments)}
+    for words in [["semtoken", name] for name in COMMANDS] + [["python", f"scripts/{name}"] for name in SCRIPTS]:
+        known |= options_in(reader.shell.command([*words, "--help"]))
+    for document in documents():
+        # The evaluation's own report names the options of its configuration.
+        if not document.startswith("model_cards"):
+            named = options_in(" ".join(re.findall(r"`([^`]+)`", prose(document))))
+            assert sorted(named - known) == [], document
+
+
+def messages_of_the_package() -> str:
+    """Every string of the package's sources, with a space for what is filled in, without quotes."""
+    texts = []
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else " " for part in node.values]
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return re.sub(r"[`'\"]", "", "\n".join(texts))
+
+
+def quoted_messages(document: str) -> list[str]:
+    """First cells of the tables that are headed `message` or `warning`."""
+    found, inside = [], False
+    for line in prose(document).splitlines():
+        cell = line.split("|")[1].strip() if line.startswith("|") else ""
+        if cell in ("message", "warning"):
+            inside = True
+        elif not cell:
+            inside = False
+        elif inside and not cell.startswith("---"):
+            found += re.findall(r"`([^`]+)`", cell)
+    return found
+
+
+@pytest.mark.parametrize("document", ["docs/converting.md", "docs/adapting.md", "docs/faq.md"])
+def test_every_message_that_is_quoted_is_said(document):
+    said, quoted = messages_of_the_package(), quoted_messages(document)
+    assert len(quoted) > 6
+    for message in quoted:
+        for part in re.split(r"\.\.\.", re.sub(r"['\"]", "", message)):
+            words = part.strip(" ()[];:,")
+            assert words in said, f"{document} quotes {message!r}, but nothing says {words!r}"
+
+
+def test_the_drawing_says_what_the_example_prints():
+    drawing = (ROOT / "docs" / "stages.svg").read_text(encoding="utf-8")
+    printed = "".join(block.text for block in read_blocks("docs/how_it_works.md") if block.language == "text")
+    figures = re.findall(r"H (0\.\d+), worth (0\.\d+)", drawing)
+    assert len(figures) == 3
+    rows = {entropy: float(worth) for entropy, worth in re.findall(r"H (0\.\d+)  worth (0\.\d+)", printed)}
+    assert [f"{rows[entropy]:.3f}" for entropy, _ in figures] == [worth for _, worth in figures]
+    slots = re.findall(r'text-anchor="middle">([^<]+)<', drawing)[-11:]
+    assert slots[0] == "the watermark was invent"
+    assert slots[7] == "on the screen"
+    second = printed.split("46 tokens, ")[2]
+    assert "|".join(slots) in second.replace("| ", "|").replace(" |", "|")
+
+
+def test_the_drawing_has_words_for_those_who_do_not_see_it():
+    drawing = (ROOT / "docs" / "stages.svg").read_text(encoding="utf-8")
+    assert 'role="img"' in drawing
+    assert "<title" in drawing
+    assert "<desc" in drawing
+    assert "prefers-color-scheme: dark" in drawing

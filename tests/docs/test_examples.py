@@ -1,0 +1,102 @@
+"""Every example runs as a program, on the checkpoint that ships and on another, and shows what it says it shows."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+
+import pytest
+from transformers.utils import logging
+
+from tests.fixtures import children
+from tests.fixtures.children import ROOT
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """A function of an example's name and arguments: what it prints."""
+    verbosity = logging.get_verbosity()
+
+    def run(name, *arguments):
+        path = ROOT / "examples" / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out
+
+    yield run
+    logging.set_verbosity(verbosity)
+
+
+def numbers(pattern, text):
+    """The numbers that a pattern's groups find, one tuple for each match."""
+    found = re.findall(pattern, text)
+    return [tuple(float(n.replace(",", "")) for n in (m if isinstance(m, tuple) else (m,))) for m in found]
+
+
+def test_document_qa(run):
+    printed = run("document_qa")
+    losses = numbers(r"(\d+\.\d+) nats per token of the answer", printed)
+    means = numbers(r"(?m)^  (?:plain|SemToken|query-conditioned) +(\d+\.\d+)$", printed)
+    assert len(losses) == 9
+    for way, (mean,) in enumerate(means):
+        assert mean == pytest.approx(sum(loss for (loss,) in losses[way::3]) / 3, abs=0.01)
+    assert len(means) == 3
+    # The first question keeps its answer whole, which makes it likelier; without the question it is merged.
+    merged, whole = re.findall(r"\.\.\.(.+)\.\.\.", printed.split("\n\n")[0])
+    assert "the Jun|ior Carlton" in merged
+    assert "| the| J|un|ior| Car|l|ton|" in whole
+    assert losses[2] < losses[1]
+
+
+def test_chat(run):
+    printed = run("chat")
+    turns = numbers(r"([\d,]+) tokens in ([\d,]+) slots \((\d\.\d+)x\), ([\d,]+) bytes", printed)
+    assert len(turns) == 3
+    assert printed.count("assistant:") == 3
+    per_slot = {size / slots for _, slots, _, size in turns}
+    assert len(per_slot) == 1  # the cache holds slots and nothing else
+    (_, second), (_, third) = [(slots, tokens - slots) for tokens, slots, *_ in turns[1:]]
+    assert second == third  # the last turn is short and stays whole, and nothing before it is read again
+    assert all(ratio > 2 for _, _, ratio, _ in turns)
+
+
+def test_rag(run):
+    printed = run("rag")
+    found = re.findall(r"(?m)^(\w+) +(\d+)" + r" +(\d+) slots" * 3, printed)
+    rows = {title: tuple(map(int, counts)) for title, *counts in found}
+    assert len(rows) == 7
+    # Without the question the last passage keeps most slots; with it, the one that answers.
+    titles = [title for title in rows if title != "together"]
+    assert max(titles, key=lambda title: rows[title][1]) == titles[-1] == "Maps"
+    assert max(titles, key=lambda title: rows[title][3]) == "Lighthouses"
+    assert rows["Lighthouses"][1] < rows["Lighthouses"][2] < rows["Lighthouses"][3]
+    for column, total in enumerate(rows.pop("together")):
+        assert total == sum(row[column] for row in rows.values())
+    assert "answer:" in printed
+
+
+def test_batch_summaries(run):
+    printed = run("batch_summaries")
+    rows = numbers(r"(?m)^ *([\d,]+) tokens in +([\d,]+) slots", printed)
+    assert len(rows) == 4
+    assert all(slots < tokens for tokens, slots in rows)
+    ((plain,),) = numbers(r"plain and padded: ([\d,]+) bytes", printed)
+    ((held,),) = numbers(r"with the summaries: +([\d,]+) bytes", printed)
+    assert held < plain / 3
+
+
+@pytest.mark.parametrize("example", [path.stem for path in EXAMPLES])
+def test_another_checkpoint(example, run, things, hub, folder):
+    things.prepare("my-semtoken", folder, hub, set())
+    assert run(example, "--checkpoint", "my-semtoken")
+
+
+def test_the_planner_of_the_loader_runs_in_workers(things, hub, folder):
+    """Workers are other processes: they import the example again."""
+    things.prepare("my-semtoken", folder, hub, set())
+    options = ["--checkpoint", "my-semtoken", "--workers", "1", "--max_new_tokens", "1"]
+    command = [sys.executable, ROOT / "examples" / "batch_summaries.py", *options]
+    assert children.run(command, children.environment(), cwd=folder).stdout.count(" slots: ") == 4
