@@ -81,6 +81,8 @@ def may_pass(call: Call) -> set[str]:
     """Odd options that need not be refused, as they mean something after all."""
     # As in Transformers, whatever is true switches the cache on.
     fine = {"use_cache", "max_new_tokens", "num_beams", "num_return_sequences"}
+    if "attention_mask" in call.options and call.ids in ("too large", "negative", "huge"):
+        fine.add("ids")  # where the mask hides it
     if call.options.get("prefill_chunk_size") == 2**70:
         fine.add("prefill_chunk_size")
     if call.options.get("position_ids") in ("float", "negative", "huge", "restart", "still"):
@@ -220,7 +222,7 @@ def check_cache(cache: Any, valid: Tensor, new: int, hides_filler: bool) -> None
 def plain_generate(call: Call) -> None:
     arguments = make_arguments(call)
     given = {"max_new_tokens": 2, **arguments.plain(), "do_sample": False}
-    if "prefill_chunk_size" in arguments.given:
+    if "prefill_chunk_size" in arguments.given and call.width:
         given["prefill_chunk_size"] = arguments.given["prefill_chunk_size"]
     call.plain().generate(arguments.ids, **given)
 
