@@ -30,8 +30,9 @@ def _nbytes(value: Any) -> int:
 
 
 def is_quantized(cache: Any) -> bool:
-    """Whether any layer keeps its states in a quantised form."""
-    return any(hasattr(layer, QUANTIZED[0]) for layer in cache.layers)
+    """Whether any layer keeps its states in a quantised form, or will."""
+    # Before 5.21, an empty layer does not have `QUANTIZED` yet.
+    return any(hasattr(layer, "_dequantize") for layer in cache.layers)
 
 
 __all__ = ["cache_bytes", "is_quantized"]

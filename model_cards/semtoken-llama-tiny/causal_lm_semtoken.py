@@ -31,6 +31,7 @@ from .read_positions import (
     read_mask_of,
     slot_columns,
 )
+from .span_planner import check_ids
 
 logger = get_logger(__name__)
 
@@ -106,14 +107,16 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
         if step_of_call(kwargs) is not None:  # its prompts were compressed when they were added
             return super().forward(**plain)
         columns = inputs_embeds if input_ids is None else input_ids
-        length = None if columns is None else columns.shape[1]
+        length = None if columns is None or getattr(columns, "ndim", 0) < 2 else columns.shape[1]
         asks_for_all = labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if asks_for_all or self._is_short(length) or not self._wants_compression(compression, target_ratio):
+        # First, so that nonsense is refused whatever else the call asks for.
+        if not self._wants_compression(compression, target_ratio) or asks_for_all or self._is_short(length):
             return super().forward(**plain)
         if (reason := _why_not(input_ids, attention_mask, position_ids, past_key_values, kwargs)) is not None:
             self._warn_uncompressed(reason)
             return super().forward(**plain)
         assert input_ids is not None
+        check_ids(input_ids)
         read = read_mask_of(input_ids, labels, logits_to_keep)
         if read is None:
             return super().forward(**plain)
@@ -183,6 +186,8 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
     def _wants_compression(self, compression: bool | None, target_ratio: float | None) -> bool:
         if target_ratio is not None:
             check_ratio(target_ratio)
+        if not isinstance(compression, bool | type(None)):
+            raise ValueError(f"`compression` must be True or False, got {compression!r}")
         wanted = self.config.compression if compression is None else compression
         ratio = self.config.target_ratio if target_ratio is None else target_ratio
         return bool(wanted) and not (ratio == 1 and self.config.max_kept_tokens is None)
@@ -214,7 +219,7 @@ def _why_not(
         return f"{type(cache).__name__} cannot hold merged slots; pass a SemTokenCache or leave `past_key_values` out"
     if kwargs.get("shift_labels") is not None:
         return "`shift_labels` is not supported; pass `labels`"
-    if position_ids is not None and attention_mask is None and bool((position_ids.diff(dim=-1) <= 0).any()):
+    if isinstance(position_ids, Tensor) and attention_mask is None and bool((position_ids.diff(dim=-1) <= 0).any()):
         return "`position_ids` that restart mean packed sequences; pass one sequence a row"
     return None
 

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configuration_semtoken import base_merge_mode
+from .configuration_semtoken import POSITION_MODES, base_merge_mode
 from .learned_merger import LearnedMerger
 from .logging_semtoken import get_logger
+from .prompt_html import prompt_page
 from .semantic_encoder import SemanticEncoder
+from .span_details import SpanDetails, describe_plan
 from .span_merging import merge_spans
 from .span_planner import plan_spans
 
 logger = get_logger(__name__)
 
 
-@dataclass
+@dataclass(repr=False)
 class CompressedPrompt:
     """Prompts of B rows and T tokens as M slots; rows are left-padded.
 
@@ -37,6 +39,7 @@ class CompressedPrompt:
         slot_counts: `kept_lengths` on the host.
         is_merged: whether any slot stands for more than one token.
         is_padded: whether any slot is padding.
+        details: why the plan is as it is; None where nobody asked.
     """
 
     inputs_embeds: Tensor
@@ -51,6 +54,26 @@ class CompressedPrompt:
     slot_counts: list[int]
     is_merged: bool
     is_padded: bool
+    details: SpanDetails | None = None
+
+    def __repr__(self) -> str:
+        tokens, met = self.original_lengths.tolist(), self.budget_met.tolist()
+        return f"{type(self).__name__}(tokens={tokens}, slots={self.slot_counts}, budget_met={met})"
+
+    def to_html(self, tokenizer: Any, row: int | None = None) -> str:
+        """A self-contained page that shows what one prompt was merged into: to be written to a file, or for
+        `IPython.display.HTML`.
+
+        Args:
+            tokenizer: of the ids.
+            row: of the batch; may be left out where there is one.
+
+        Raises:
+            ValueError: there is no such row, it has to be named, or there are no details.
+        """
+        if self.details is None:
+            raise ValueError("this prompt was compressed without `details=True`, so that there is nothing to show")
+        return prompt_page([self.details], tokenizer, row)
 
 
 def compress_prompt(
@@ -62,6 +85,7 @@ def compress_prompt(
     position_offset: Tensor | None = None,
     position_mode: str | None = None,
     merger: LearnedMerger | None = None,
+    details: bool = False,
     **planning: Any,
 ) -> CompressedPrompt:
     """Plan, merge and lay out the slots of a batch of prompts.
@@ -75,15 +99,19 @@ def compress_prompt(
         position_offset: int64 [B], added to the positions that are counted here: what the cache already holds.
         position_mode: instead of the configuration's.
         merger: the learned residual, if the checkpoint has one.
+        details: also record why the plan is as it is.
         planning: `attention_mask`, `read_mask`, `protected_mask`, `span_ids`, `target_ratio`, `opens_row`,
             `query_mask` of `plan_spans`.
 
     Raises:
         ValueError: an argument has the wrong shape or values.
     """
-    if position_ids is not None and position_ids.shape[-1] != input_ids.shape[1]:
-        raise ValueError(f"`position_ids` must have {input_ids.shape[1]} columns, got {tuple(position_ids.shape)}")
+    mode = config.position_mode if position_mode is None else position_mode
+    if mode not in POSITION_MODES:
+        raise ValueError(f"`position_mode` must be one of {list(POSITION_MODES)}, got {mode!r}")
     plan = plan_spans(config, encoder, input_ids, **planning)
+    if position_ids is not None:
+        _check_positions(position_ids, *input_ids.shape)
     layout, stream, slot_counts = plan.layout, input_ids.flatten()[plan.layout.token_index], plan.slot_counts
     slots, anchors = merge_spans(
         lambda index: embed_tokens(stream[index][None])[0],
@@ -95,7 +123,6 @@ def compress_prompt(
     )
     row, rank = layout.row[plan.spans.first], plan.span_ids.flatten()[layout.token_index[plan.spans.first]]
     width, is_padded, is_merged = max(slot_counts), min(slot_counts) < max(slot_counts), len(slots) < len(stream)
-    mode = position_mode or config.position_mode
     if is_merged:
         _check_adaptation(config, mode)
         if not plan.all_budgets_met:
@@ -133,7 +160,14 @@ def compress_prompt(
         slot_counts=slot_counts,
         is_merged=is_merged,
         is_padded=is_padded,
+        details=describe_plan(plan, config, input_ids, anchors, position, **planning) if details else None,
     )
+
+
+def _check_positions(position_ids: Any, rows: int, columns: int) -> None:
+    shape = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__
+    if shape not in ((rows, columns), (1, columns)):
+        raise ValueError(f"`position_ids` must have the shape {(rows, columns)} or {(1, columns)}, got {shape}")
 
 
 def _check_adaptation(config: Any, position_mode: str) -> None:

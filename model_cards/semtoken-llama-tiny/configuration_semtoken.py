@@ -5,7 +5,6 @@ A family's configuration is `class SemTokenXConfig(SemTokenConfigMixin, XConfig)
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ SEGMENTATION_MODES = ("greedy", "boundary", "uniform")
 MERGE_MODES = ("mean", "representative", "learned")
 MERGER_BASES = ("mean", "representative")
 ENCODER_DTYPES = ("float32", "bfloat16")
+MOST, MOST_LAYERS = 2**63 - 1, 4096  # an int64's
 # Encoders whose first position is `pad_token_id + 1`.
 POSITIONS_BEHIND_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
 # Where `transformers serve` loads models.
@@ -31,6 +31,12 @@ class SemTokenStaticEncoderConfig(PreTrainedConfig):
     vocab_size: int = 32000
     hidden_size: int = 64
 
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for name, value in (("vocab_size", self.vocab_size), ("hidden_size", self.hidden_size)):
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise ValueError(f"`{name}` must be an integer >= 1 and < 2**31, got {value!r}")
+
 
 def build_encoder_config(value: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
     """A typed encoder configuration from what `config.json` holds; None is the static encoder."""
@@ -42,14 +48,17 @@ def build_encoder_config(value: dict[str, Any] | PreTrainedConfig | None) -> Pre
         raise TypeError(f"`encoder_config` must be a dict, a PreTrainedConfig or None, got {type(value).__name__}")
     fields = dict(value)
     model_type = fields.pop("model_type", None)
-    if model_type == SemTokenStaticEncoderConfig.model_type:
-        return SemTokenStaticEncoderConfig(**fields)
-    if model_type not in CONFIG_MAPPING:
+    check_layers(fields, "`encoder_config`: ")
+    is_static = model_type == SemTokenStaticEncoderConfig.model_type
+    if not is_static and (not isinstance(model_type, str) or model_type not in CONFIG_MAPPING):
         raise ValueError(
             f"`encoder_config['model_type']` must be '{SemTokenStaticEncoderConfig.model_type}' or a model type that "
             f"Transformers knows (such as 'bert'), got {model_type!r}"
         )
-    return CONFIG_MAPPING[model_type](**fields)
+    try:
+        return (SemTokenStaticEncoderConfig if is_static else CONFIG_MAPPING[model_type])(**fields)
+    except Exception as error:  # of whatever kind that model's configuration likes
+        raise ValueError(f"`encoder_config` is no configuration of '{model_type}': {error}") from error
 
 
 @dataclass(kw_only=True, repr=False)
@@ -71,7 +80,7 @@ class SemTokenConfigMixin:
         query_weight: how much more a span counts that is like the question: times exp(this * z), z its cosine with the
             question in standard deviations of the prompt's spans. The question is `query_mask` of the call, or the
             last `keep_last` tokens. In [0, 16]; 0: no conditioning. Greedy mode only.
-        max_span_length: L of the paper: no slot holds more tokens.
+        max_span_length: L of the paper: no slot holds more tokens. At most 1,024.
         keep_first: tokens at the start of a row that stay whole.
         keep_last: tokens before every position that is read that stay whole.
         min_prompt_length: shorter stretches are left alone.
@@ -84,15 +93,15 @@ class SemTokenConfigMixin:
         merge_mode: "mean" of the span's embeddings, its "representative" token, or "learned": one of the two with a
             trained residual (see `learned_merger.py`).
         merger_base: what the residual is added to, "mean" or "representative".
-        merger_rank: width of the residual's hidden layer.
+        merger_rank: width of the residual's hidden layer, at most 8,192.
         merger_span_length: longest span that the residual knows; None: `max_span_length`.
         adapter_subfolder: folder inside the checkpoint with a PEFT adapter that acts on compressed rows alone.
         adapted_for: what `semtoken_hf.training.adaptation` trained the checkpoint for (`position_mode` and more).
         encoder_config: configuration of the frozen encoder, on the model's own vocabulary. None: a static encoder.
         encoder_dtype: "float32" or "bfloat16", of the encoder's layers, whatever the model's (kind `transformer`).
-        encoder_window: tokens per encoder window (kind `transformer`).
+        encoder_window: tokens per encoder window (kind `transformer`), at most 8,192.
         encoder_overlap: tokens shared by neighbouring windows, in [0, encoder_window).
-        fingerprint_radius: k of the paper: a fingerprint is the mean of the states within +-k tokens.
+        fingerprint_radius: k of the paper: a fingerprint is the mean of the states within +-k tokens, k <= 256.
         protected_token_ids: ids that always keep a slot of their own, beside BOS, EOS and padding.
 
     Raises:
@@ -130,10 +139,13 @@ class SemTokenConfigMixin:
     protected_token_ids: list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        check_layers(vars(self))
         self.encoder_config = build_encoder_config(self.encoder_config)
         if self.merger_span_length is None:
             self.merger_span_length = self.max_span_length
         super().__post_init__(**kwargs)
+        # Transformers runs the family's own checks for the class that is marked `@strict` alone.
+        self.validate()
         # Checked here and not only by `@strict`, so that the message always names the field and its range.
         validate_compression_fields(self)
 
@@ -163,9 +175,10 @@ def _name_for_server(config: Any) -> None:
 def encoder_positions(encoder_config: PreTrainedConfig) -> int | None:
     """Longest window that an encoder reads; None where nothing limits it."""
     positions = getattr(encoder_config, "max_position_embeddings", None)
-    if positions is not None and encoder_config.model_type in POSITIONS_BEHIND_PADDING:
-        positions -= encoder_config.pad_token_id + 1
-    return positions
+    if not isinstance(positions, int):
+        return None
+    behind = encoder_config.model_type in POSITIONS_BEHIND_PADDING
+    return positions - (encoder_config.pad_token_id or 0) - 1 if behind else positions
 
 
 def base_merge_mode(config: Any) -> str:
@@ -173,9 +186,16 @@ def base_merge_mode(config: Any) -> str:
     return config.merger_base if config.merge_mode == "learned" else config.merge_mode
 
 
+def check_layers(fields: dict[str, Any], where: str = "") -> None:
+    """Raise ValueError where a model is said to be so deep that making its layers would never end."""
+    for name, value in fields.items():
+        if str(name).endswith("layers") and isinstance(value, int) and value > MOST_LAYERS:
+            raise ValueError(f"{where}`{name}` must be at most {MOST_LAYERS}, got {value}")
+
+
 def check_ratio(value: Any, name: str = "target_ratio") -> None:
     """Raise ValueError unless `value` is a finite number >= 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= sys.float_info.max:
         raise ValueError(f"`{name}` must be a finite number >= 1, got {value!r}")
 
 
@@ -190,24 +210,25 @@ def _check_single_fields(config: Any) -> None:
         raise ValueError(f"`compression` must be True or False, got {config.compression!r}")
     if config.target_ratio is not None:
         check_ratio(config.target_ratio)
-    for name, low, optional in (
-        ("max_kept_tokens", 1, True),
-        ("recompress_every", 1, True),
-        ("max_span_length", 1, False),
-        ("keep_first", 0, False),
-        ("keep_last", 0, False),
-        ("min_prompt_length", 0, False),
-        ("encoder_window", 1, False),
-        ("encoder_overlap", 0, False),
-        ("fingerprint_radius", 0, False),
-        ("merger_rank", 1, False),
-        ("merger_span_length", 1, False),
+    for name, low, high, optional in (
+        ("max_kept_tokens", 1, MOST, True),
+        ("recompress_every", 1, MOST, True),
+        ("max_span_length", 1, 1024, False),
+        ("keep_first", 0, MOST, False),
+        ("keep_last", 0, MOST, False),
+        ("min_prompt_length", 0, MOST, False),
+        ("encoder_window", 1, 8192, False),
+        ("encoder_overlap", 0, MOST, False),
+        ("fingerprint_radius", 0, 256, False),
+        ("merger_rank", 1, 8192, False),
+        ("merger_span_length", 1, 1024, False),
     ):
         value = getattr(config, name)
         if value is None and optional:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"`{name}` must be an integer >= {low}{' or None' * optional}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            upper = f" and <= {high}" * (isinstance(value, int) and value > high)
+            raise ValueError(f"`{name}` must be an integer >= {low}{upper}{' or None' * optional}, got {value!r}")
     for name, lowest in (("similarity_threshold", -1.0), ("entropy_threshold", 0.0)):
         value = getattr(config, name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -231,10 +252,15 @@ def _check_single_fields(config: Any) -> None:
     name = config.adapter_subfolder
     if name is not None and (not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum()):
         raise ValueError(f"`adapter_subfolder` must be the plain name of a folder or None, got {name!r}")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        if not all(isinstance(i, int) and abs(i) <= MOST for i in ids):
+            raise ValueError(f"`{name}` must be a token id, a list of token ids or None, got {value!r}")
     ids = config.protected_token_ids
     is_list = isinstance(ids, (list, tuple))
     if ids is not None and not (
-        is_list and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
+        is_list and all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MOST for i in ids)
     ):
         raise ValueError("`protected_token_ids` must be a list of token ids >= 0 or None")
 

@@ -105,7 +105,7 @@ class SemTokenContinuousBatchingManager(ContinuousBatchingManager):
         masks = {
             name: None if v is None else torch.as_tensor(v, device=ids.device)[None] for name, v in planning.items()
         }
-        prompt = model.compress(ids, target_ratio=target_ratio, **masks)
+        prompt = model.compress(ids, target_ratio=target_ratio, details=False, **masks)
         log_prefill(prompt)
         return prompt if prompt.is_merged else None
 

@@ -55,13 +55,15 @@ class SemTokenGenerationMixin:
     _is_short: Any
     __call__: Any
 
+    def adjust_generation_fn(self, *args: Any, trust_remote_code: Any = None, **kwargs: Any) -> None:
+        """As in Transformers, but a checkpoint's `custom_generate/generate.py` never replaces `generate` unasked."""
+        super().adjust_generation_fn(*args, trust_remote_code=False, **kwargs)
+
     def _prepare_generation_config(self, generation_config, **kwargs: Any):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         # A client of a server can set nothing else, and Transformers would keep these from `forward`.
         for name in GENERATION_FIELDS:
             value = getattr(generation_config, name, None)
-            if name == "compression" and not isinstance(value, bool | type(None)):
-                raise ValueError(f"`compression` must be True or False, got {value!r}")
             if value is not None and model_kwargs.get(name) is None:
                 model_kwargs[name] = value
         return generation_config, model_kwargs

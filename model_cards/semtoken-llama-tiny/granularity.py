@@ -111,6 +111,21 @@ def find_span_starts(
     Returns:
         bool [N], True at the first token of every slot.
     """
+    starts = candidate_starts(fingerprints, layout, granularity)
+    if granularity.segmentation_mode != "greedy":
+        return starts
+    assert fingerprints is not None
+    if not granularity.has_budget:
+        return _keep_above_entropy(starts, fingerprints, granularity.entropy_threshold)
+    budget = stretch_budgets(layout.lengths, granularity)
+    return spend_budget(starts, fingerprints, layout, budget, granularity, query, most_spans)
+
+
+def candidate_starts(fingerprints: Tensor | None, layout: TokenLayout, granularity: Granularity) -> Tensor:
+    """Where the spans begin whose entropies the greedy mode compares; in the other modes, where the slots do.
+
+    Args and returns: as `find_span_starts`.
+    """
     joinable, mode, cap = layout.joinable, granularity.segmentation_mode, granularity.max_span_length
     budget = stretch_budgets(layout.lengths, granularity)
     if mode == "uniform":
@@ -121,13 +136,11 @@ def find_span_starts(
         before[1:] = shifted_similarities(fingerprints, 1)[0, :-1]
         return boundary_spans(before, joinable, layout.stretch, budget, cap)
     if granularity.merges_all:
-        return spend_budget(capped_spans(joinable, cap), fingerprints, layout, budget, granularity, query, most_spans)
+        return capped_spans(joinable, cap)
     tau, similarities = granularity.similarity_threshold, shifted_similarities(fingerprints, cap - 1)
     if not granularity.has_budget:
-        starts = greedy_spans(similarities, similarities.new_full((len(joinable),), float(tau or 0.0)), joinable)
-        return _keep_above_entropy(starts, fingerprints, granularity.entropy_threshold)
-    starts = solve_threshold(similarities, layout, budget, 1.0 if tau is None else tau)
-    return spend_budget(starts, fingerprints, layout, budget, granularity, query, most_spans)
+        return greedy_spans(similarities, similarities.new_full((len(joinable),), float(tau or 0.0)), joinable)
+    return solve_threshold(similarities, layout, budget, 1.0 if tau is None else tau)
 
 
 def solve_threshold(similarities: Tensor, layout: TokenLayout, budget: Tensor, highest: float) -> Tensor:
@@ -210,4 +223,11 @@ def _keep_above_entropy(starts: Tensor, fingerprints: Tensor, threshold: float |
     return starts | fine[spans.index]
 
 
-__all__ = ["Granularity", "find_span_starts", "slots_of_stretches", "span_entropy", "stretch_budgets"]
+__all__ = [
+    "Granularity",
+    "candidate_starts",
+    "find_span_starts",
+    "slots_of_stretches",
+    "span_entropy",
+    "stretch_budgets",
+]

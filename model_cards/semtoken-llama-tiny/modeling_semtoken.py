@@ -81,7 +81,12 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         Returns:
             `last_hidden_state` [B, T, H] and no `span_ids` where nothing merged; else [B, M, H] over the slots. With
             `states_to_keep` and chunks, only the last columns of that.
+
+        Raises:
+            ValueError: an argument has the wrong shape or values.
         """
+        if prefill_chunk_size is not None and (type(prefill_chunk_size) is not int or prefill_chunk_size < 1):
+            raise ValueError(f"`prefill_chunk_size` must be an integer >= 1 or None, got {prefill_chunk_size!r}")
         _heed_mask_of_past(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
         if compression and input_ids is not None:
             prompt = self.compress(
@@ -94,6 +99,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 position_ids,
                 past_key_values=past_key_values,
                 query_mask=query_mask,
+                details=False,
             )
             if prompt.is_merged:
                 return self._forward_slots(
@@ -109,6 +115,8 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         name, columns = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
         if columns is None:
             raise ValueError("pass `input_ids` or `inputs_embeds`")
+        if getattr(columns, "ndim", 0) < 2:
+            raise ValueError(f"`{name}` must be a tensor [batch, tokens, ...], got {type(columns).__name__}")
         if tracks_slots(past_key_values):
             tokens, is_masked = columns[..., 0] if input_ids is None else columns, attention_mask is not None
             attention_mask, position_ids = _append_plain(
@@ -201,11 +209,12 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         chunk_size = chunk_size if chunk_size and tracks_slots(past_key_values) else length
         before = past_key_values.physical_length() if tracks_slots(past_key_values) else 0
         states = []
-        for start in range(0, length, chunk_size):
+        for start in range(0, max(length, 1), max(chunk_size, 1)):
             end = min(start + chunk_size, length)
-            mask = attention_mask
-            if length > chunk_size and mask is not None:
-                mask = mask[:, : before + end]
+            mask, positions = attention_mask, position_ids
+            if length > chunk_size:
+                mask = None if mask is None else mask[:, : before + end]
+                positions = None if positions is None else positions[:, start:end]
             if has_gaps:
                 kwargs |= flash_attention_kwargs(
                     self.config._attn_implementation, len(columns), end - start, before + end, columns.device
@@ -213,7 +222,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             outputs = super().forward(
                 **{name: columns[:, start:end]},
                 attention_mask=mask,
-                position_ids=None if position_ids is None else position_ids[:, start:end],
+                position_ids=positions,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 **{**kwargs, "return_dict": True},

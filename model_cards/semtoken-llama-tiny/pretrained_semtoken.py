@@ -135,6 +135,7 @@ class SemTokenPreTrainedMixin:
         position_mode: str | None = None,
         past_key_values: Any = None,
         query_mask: Tensor | None = None,
+        details: bool = True,
     ) -> CompressedPrompt:
         """The compression stage alone.
 
@@ -149,12 +150,13 @@ class SemTokenPreTrainedMixin:
             position_mode: "original" or "compact", instead of the configuration's.
             past_key_values: a SemTokenCache that the slots will be appended to.
             query_mask: [B, T], non-zero for the tokens of the question, which stay whole (see `query_weight`).
+            details: also record why the plan is as it is, which `to_html` shows; the model's own forward does not.
 
         Raises:
             ValueError: a mask or `span_ids` has the wrong shape or values, or the ratio is below 1.
         """
         model, offset = self.base_model, None
-        mode = position_mode or self.config.position_mode
+        mode = self.config.position_mode if position_mode is None else position_mode
         if tracks_slots(past_key_values) and past_key_values.slot_lengths is not None:
             cache = past_key_values
             offset = cache.compressed_lengths if mode == "compact" else cache.original_lengths
@@ -167,6 +169,7 @@ class SemTokenPreTrainedMixin:
             position_offset=offset,
             position_mode=mode,
             merger=model.learned_merger,
+            details=details,
             attention_mask=attention_mask,
             read_mask=read_mask,
             protected_mask=protected_mask,

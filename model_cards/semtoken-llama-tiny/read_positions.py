@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,9 @@ def read_mask_of(input_ids: Tensor, labels: Tensor | None, logits_to_keep: int |
         logits_to_keep: the last k positions, an index tensor [n] or [B, n], or a bool mask [B, T]; 0 asks for all.
 
     Raises:
-        ValueError: labels of another shape than `input_ids`.
+        ValueError: labels of another shape than `input_ids`, or `logits_to_keep` is none of that.
     """
+    _check_logits_to_keep(logits_to_keep, tuple(input_ids.shape))
     read = torch.zeros_like(input_ids, dtype=torch.bool)
     if isinstance(logits_to_keep, Tensor):
         if logits_to_keep.dtype == torch.bool:
@@ -32,12 +35,26 @@ def read_mask_of(input_ids: Tensor, labels: Tensor | None, logits_to_keep: int |
         return read
     if labels is None:
         return None
-    if labels.shape != input_ids.shape:
-        raise ValueError(
-            f"`labels` must have the shape {tuple(input_ids.shape)} of input_ids, got {tuple(labels.shape)}"
-        )
+    if not isinstance(labels, Tensor) or labels.shape != input_ids.shape:
+        shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"`labels` must have the shape {tuple(input_ids.shape)} of input_ids, got {shape}")
     read[:, :-1] = labels[:, 1:] != IGNORED_LABEL
     return None if bool(read[:, :-1].all()) else read
+
+
+def _check_logits_to_keep(value: Any, shape: tuple[int, ...]) -> None:
+    is_tensor = isinstance(value, Tensor)
+    if is_tensor and value.dtype == torch.bool:
+        is_fine = value.shape == shape
+    elif is_tensor:
+        is_fine = value.dtype in (torch.int64, torch.int32) and (value.ndim == 1 or value.shape[:-1] == shape[:-1])
+    else:
+        is_fine = isinstance(value, int)
+    if not is_fine:
+        found = f"{value.dtype} {tuple(value.shape)}" if is_tensor else repr(value)
+        raise ValueError(
+            f"`logits_to_keep` must be an integer, indices [n] or [{shape[0]}, n] or a bool mask {shape}, got {found}"
+        )
 
 
 def slot_columns(span_ids: Tensor, compressed_lengths: Tensor, width: int) -> Tensor:

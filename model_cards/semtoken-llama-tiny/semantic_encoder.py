@@ -86,10 +86,11 @@ class SemanticEncoder(nn.Module):
         self.radius = config.fingerprint_radius
         self.is_static = encoder_config.model_type == SemTokenStaticEncoderConfig.model_type
         self.dtype = torch.float32 if self.is_static else getattr(torch, config.encoder_dtype)
-        if self.is_static:
-            self.encoder: Any = StaticEncoder(encoder_config)
-        else:
-            self.encoder = build_transformer(encoder_config, self.dtype)
+        try:
+            static = StaticEncoder(encoder_config) if self.is_static else None
+            self.encoder: Any = static or build_transformer(encoder_config, self.dtype)
+        except Exception as error:  # of whatever kind its sizes lead to
+            raise ValueError(f"`encoder_config` makes no encoder: {type(error).__name__}: {error}") from error
         self.freeze()
 
     def freeze(self) -> SemanticEncoder:

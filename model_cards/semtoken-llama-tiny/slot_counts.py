@@ -27,6 +27,7 @@ class SlotCounts:
         rows: slots of each row; None where only the fingerprints will tell.
         budgets_met: False where protected tokens or the span cap leave a row more slots than its budget.
         is_valid: whether a ready plan is one.
+        ids_known: whether every token is of the vocabulary.
     """
 
     tokens: int
@@ -36,6 +37,7 @@ class SlotCounts:
     rows: list[int] | None
     budgets_met: bool
     is_valid: bool
+    ids_known: bool
 
     def most_spans(self, granularity: Granularity) -> int | None:
         """No fewer than the greedy spans before the budget is spent; None where only the fingerprints will tell."""
@@ -71,6 +73,7 @@ def count_slots(
     windows: Tensor,
     starts: Tensor | None = None,
     is_valid: Tensor | None = None,
+    is_known: Tensor | None = None,
 ) -> SlotCounts:
     """The counts of a layout that is not trimmed yet.
 
@@ -81,6 +84,7 @@ def count_slots(
         windows: int64 scalar, from `SemanticEncoder.count_windows`.
         starts: bool [N], where slots begin, if that is known already.
         is_valid: bool scalar, whether these starts are those of a valid plan.
+        is_known: bool scalar, whether every token is of the vocabulary.
     """
     kept, fewest = slots_of_stretches(layout, granularity)
     if starts is None:
@@ -91,13 +95,14 @@ def count_slots(
     # A ready plan may merge in more places than the longest spans would.
     spans = fewest if starts is None else rows
     sizes = [layout.lengths.sum(), (layout.lengths > 0).sum(), windows.to(kept.device), spans.sum()]
-    flags = [met.long(), torch.ones_like(sizes[0]) if is_valid is None else is_valid.long()]
+    yes = torch.ones_like(sizes[0])
+    flags = [met.long(), *(yes if flag is None else flag.long() for flag in (is_valid, is_known))]
     # Here the host waits.
     known = torch.cat([rows, torch.stack([*sizes, *flags])]).tolist()
-    tokens, stretches, read, most, is_met, is_plan = known[batch_size:]
+    tokens, stretches, read, most, *answers = known[batch_size:]
     rows_known = starts is not None or granularity.has_budget
     slots = known[:batch_size] if rows_known else None
-    return SlotCounts(tokens, stretches, read, most, slots, bool(is_met), bool(is_plan))
+    return SlotCounts(tokens, stretches, read, most, slots, *map(bool, answers))
 
 
 __all__ = ["SlotCounts", "count_slots", "kept_per_row"]

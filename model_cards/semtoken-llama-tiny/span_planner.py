@@ -84,6 +84,14 @@ def always_protected(config: Any) -> list[int]:
     return sorted(ids)
 
 
+def check_ids(input_ids: Tensor) -> None:
+    """Raise ValueError unless `input_ids` are int [B, T] with rows."""
+    is_ids = isinstance(input_ids, Tensor) and input_ids.dtype in (torch.int64, torch.int32)
+    if not is_ids or input_ids.ndim != 2 or not len(input_ids):
+        found = f"{input_ids.dtype} {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids)
+        raise ValueError(f"`input_ids` must be an int64 or int32 tensor [batch, tokens] of at least 1 row, got {found}")
+
+
 def check_mask(mask: Tensor, input_ids: Tensor, name: str) -> Tensor:
     """`mask` as bool on the device of `input_ids`.
 
@@ -127,8 +135,9 @@ def plan_spans(
             tokens before what is read. Read where `query_weight` is not 0.
 
     Raises:
-        ValueError: a mask or `span_ids` has the wrong shape or values, or the ratio is below 1.
+        ValueError: ids, a mask or `span_ids` have the wrong shape or values, or the ratio is below 1.
     """
+    check_ids(input_ids)
     valid = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None:
         valid = check_mask(attention_mask, input_ids, "attention_mask")
@@ -143,7 +152,14 @@ def plan_spans(
         raise ValueError("planning needs the encoder: pass it, or use segmentation_mode='uniform'")
     starts, is_valid = _starts_without_encoder(layout, granularity, span_ids, valid)
     windows = layout.lengths.new_zeros(()) if encoder is None else encoder.count_windows(layout)
-    counts = count_slots(layout, granularity, len(input_ids), windows, starts, is_valid)
+    # Asked with the counts, where the host waits anyway: a GPU that looks such an id up is lost for the process.
+    is_known = (((input_ids >= 0) & (input_ids < config.vocab_size)) | ~valid).all()
+    counts = count_slots(layout, granularity, len(input_ids), windows, starts, is_valid, is_known)
+    if not counts.ids_known:
+        raise ValueError(
+            f"`input_ids` must be in [0, {config.vocab_size}), the vocabulary, got {int(input_ids.min())} to "
+            f"{int(input_ids.max())}: the tokenizer may belong to another model"
+        )
     if not counts.is_valid:
         raise ValueError("`span_ids` must be -1 exactly at padding and count 0, 1, 2, ... without gaps along each row")
     layout = layout.trim(counts.tokens, counts.stretches)

@@ -90,7 +90,8 @@ class SemTokenFastTokenizer(PreTrainedTokenizerFast):
         )
         offsets = encoding["offset_mapping"] if asked.get("return_offsets_mapping") else encoding.pop("offset_mapping")
         # A batch is a list of chats, and a chat may be an object with `messages`.
-        is_batched = not isinstance(conversation[0], dict)
+        first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
+        is_batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
         chats = [getattr(chat, "messages", chat) for chat in conversation] if is_batched else [conversation]
         rows = offsets if is_batched else [offsets]
         masks = [chat_masks(row, content_spans(render, chat), chat) for chat, row in zip(chats, rows, strict=True)]

@@ -34,7 +34,9 @@ def test_the_card_holds_what_was_measured(tmp_path):
     assert card.count(measured["provenance"]["command"]) == 1
 
     copied = json.loads((folder / "metrics.json").read_text())
-    assert copied["cells"] == [{k: v for k, v in c.items() if k != "groups"} for c in measured["cells"]]
+    cells = [{k: v for k, v in c.items() if k != "groups"} for c in measured["cells"]]
+    assert copied["cells"] == rounded(cells)
+    assert copied["cells"][0]["cost"] == pytest.approx(cells[0]["cost"], rel=1e-5)
     assert copied["config"]["data_dir"] == "data"
     shown = {part.split(")")[0] for part in card.split("](plots/")[1:]}
     assert shown == {file.name for file in (folder / "plots").iterdir()}

@@ -109,6 +109,16 @@ def write_card(model: Any, folder: Path, sources: CardSources) -> None:
     )
     card = updated_card(card, metrics, markdown_section(metrics, plots), folder.name)
     card = with_modules(card, module_hashes(folder.glob("*.py")))
-    write_text(folder / "metrics.json", json.dumps(metrics, separators=(",", ":"), ensure_ascii=False) + "\n")
+    short = json.dumps(rounded(metrics), separators=(",", ":"), ensure_ascii=False)
+    write_text(folder / "metrics.json", short + "\n")
     save_plots(linked_plots(plots), folder / "plots", ("png",))
     write_text(folder / "README.md", card)
+
+
+def rounded(metrics: Any) -> Any:
+    """`metrics` with six digits of every figure: the card's copy is shipped with the checkpoint."""
+    if isinstance(metrics, float):
+        return float(f"{metrics:.6g}")
+    if isinstance(metrics, dict):
+        return {name: rounded(value) for name, value in metrics.items()}
+    return [rounded(value) for value in metrics] if isinstance(metrics, list) else metrics
