@@ -248,10 +248,11 @@ for (const root of document.querySelectorAll("main.semtoken:not([data-ready])"))
 
   const go = (s, block) => { slots[s].scrollIntoView({ block }); tell(s); };
   const point = (event) => {
-    const slot = event.target.closest(".slot");
-    if (event.type === "click" || event.pointerType === "mouse") tell(slot ? +slot.dataset.s : null);
+    const slot = event.target.closest(".slot"), s = slot ? +slot.dataset.s : null;
+    if (s !== at && (event.type === "click" || event.pointerType === "mouse")) tell(s);
   };
-  for (const name of ["pointerover", "pointerleave", "click"]) text.addEventListener(name, point);
+  // Not `pointerover`, which scrolling causes, too.
+  for (const name of ["pointermove", "pointerleave", "click"]) text.addEventListener(name, point);
   text.addEventListener("blur", () => tell(null));
   text.addEventListener("keydown", (event) => {
     const end = slots.length - 1, from = at ?? -1;

@@ -1,9 +1,10 @@
 import json
 from pathlib import Path
 
+import pytest
 from huggingface_hub import ModelCard
 
-from semtoken_hf.evaluation.model_card import CardSources, describe_adaptation, write_card
+from semtoken_hf.evaluation.model_card import CardSources, describe_adaptation, rounded, write_card
 from tests.fixtures.metrics import make_metrics
 from tests.fixtures.tiny import tiny_model
 
