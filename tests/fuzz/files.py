@@ -310,4 +310,4 @@ def names_of(case: Case) -> tuple[str, ...]:
     return tuple(dict.fromkeys(map(str, names)))
 
 
-FILES = Family(cases(), run, names_of, run_plain, ("ignore_mismatched_sizes",), weight=2.5, megabytes=512)
+FILES = Family(cases(), run, names_of, run_plain, ("ignore_mismatched_sizes",), weight=2.5, megabytes=1024)
