@@ -60,6 +60,7 @@ class Child:
     def __init__(self, folder: Path):
         self.folder, self.batches = folder, 0
         self.process: subprocess.Popen[str] | None = None
+        self.is_closed = False
 
     def start(self) -> subprocess.Popen[str]:
         path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
@@ -96,6 +97,8 @@ class Child:
                 answer = self.process.stdout.readline()
             except BrokenPipeError:
                 answer = ""
+            if self.is_closed:
+                raise InterruptedError("the campaign was stopped")
             if answer:
                 self.batches += 1
                 result = json.loads(answer)
@@ -159,7 +162,9 @@ def run_batches(batches: list[dict[str, Any]], arguments: argparse.Namespace, st
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in children:
-                child.stop()
+                child.is_closed = True
+                if child.process is not None:
+                    child.process.kill()
 
 
 def read_state(state: Path, code: str | None) -> list[dict[str, Any]]:
@@ -239,6 +244,8 @@ def main() -> int:
     provenance = importlib.import_module("semtoken_hf.evaluation.provenance")
     families = importlib.import_module("tests.fuzz.families").FAMILIES
     arguments, code = parse_arguments(), fingerprint()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has started it in the background
+        signal.signal(number, signal.default_int_handler)
     state = arguments.output.with_suffix(".state.jsonl")
     state.parent.mkdir(parents=True, exist_ok=True)
     batches = plan(arguments, families)

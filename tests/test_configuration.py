@@ -184,8 +184,9 @@ NONSENSE = [
     *(("encoder_config", {"model_type": "bert", "hidden_size": value}, "hidden_size") for value in (None, "x", 1.5)),
     *(("encoder_config", {"model_type": "semtoken_static", "hidden_size": v}, "hidden_size") for v in (0, "x", 2**62)),
     ("encoder_config", {"model_type": "semtoken_static", "dtype": "no such dtype"}, "no such dtype"),
-    ("encoder_config", {"model_type": "bert", "num_hidden_layers": 2**40}, "at most 4096"),
-    ("num_hidden_layers", 2**40, "at most 4096"),
+    ("encoder_config", {"model_type": "semtoken_static", "dtype": "mean"}, "`dtype` is none: 'mean'"),
+    ("encoder_config", {"model_type": "bert", "num_hidden_layers": 2**40}, "at most 512"),
+    ("num_hidden_layers", 2**40, "at most 512"),
     # What tokens are counted in, and sizes of which tensors are made.
     *((name, 2**63, f"integer >= {low} and <= ") for name, low in COUNT_FIELDS.items()),
     *((name, most + 1, f"<= {most}") for name, most in MOST.items()),

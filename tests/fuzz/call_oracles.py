@@ -81,6 +81,8 @@ def may_pass(call: Call) -> set[str]:
     """Odd options that need not be refused, as they mean something after all."""
     # As in Transformers, whatever is true switches the cache on.
     fine = {"use_cache", "max_new_tokens", "num_beams", "num_return_sequences"}
+    if call.op == "generate":
+        fine.add("attention_mask")  # one of ones is gone before anybody could look at it
     if "attention_mask" in call.options and call.ids in ("too large", "negative", "huge"):
         fine.add("ids")  # where the mask hides it
     if call.options.get("prefill_chunk_size") == 2**70:

@@ -124,7 +124,9 @@ def judge(family: Family, case: Any) -> Verdict:
             verdict = Verdict("result", family.run(case))
     except (Wrong, Hang) as error:
         verdict = Verdict("failure", f"{type(error).__name__}: {error}", trace=traceback.format_exc())
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of Rust is no Exception
         verdict = _judge_exception(family, case, error)
     verdict.seconds, verdict.megabytes = time.perf_counter() - start, resident()[1] - before
     if verdict.megabytes > family.megabytes and verdict.kind != "failure":
@@ -133,7 +135,7 @@ def judge(family: Family, case: Any) -> Verdict:
     return verdict
 
 
-def _judge_exception(family: Family, case: Any, error: Exception) -> Verdict:
+def _judge_exception(family: Family, case: Any, error: BaseException) -> Verdict:
     trace, kind = traceback.format_exc(), type(error).__name__
     names, message = family.names(case), str(error)
     if isinstance(error, DOCUMENTED) and any(name in message for name in names) and is_on_purpose(error):
@@ -144,7 +146,7 @@ def _judge_exception(family: Family, case: Any, error: Exception) -> Verdict:
         try:
             with watchdog(SECONDS):
                 family.plain(case)
-        except (Exception, Hang) as theirs:
+        except BaseException as theirs:
             if type(theirs) is type(error):
                 return Verdict("as in Transformers", kind)
             trace += f"\nplain Transformers: {type(theirs).__name__}: {theirs}"
