@@ -16,11 +16,10 @@ SEGMENTATION_MODES = ("greedy", "boundary", "uniform")
 MERGE_MODES = ("mean", "representative", "learned")
 MERGER_BASES = ("mean", "representative")
 ENCODER_DTYPES = ("float32", "bfloat16")
-MOST, MOST_LAYERS = 2**63 - 1, 4096  # an int64's
+MOST, MOST_LAYERS = 2**63 - 1, 512  # an int64's
 # Encoders whose first position is `pad_token_id + 1`.
 POSITIONS_BEHIND_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
-# Where `transformers serve` loads models.
-SERVER_MODULE = "transformers.cli.serving.model_manager"
+SERVER_MODULE = "transformers.cli.serving.model_manager"  # where `transformers serve` loads models
 
 
 class SemTokenStaticEncoderConfig(PreTrainedConfig):
@@ -56,7 +55,10 @@ def build_encoder_config(value: dict[str, Any] | PreTrainedConfig | None) -> Pre
             f"Transformers knows (such as 'bert'), got {model_type!r}"
         )
     try:
-        return (SemTokenStaticEncoderConfig if is_static else CONFIG_MAPPING[model_type])(**fields)
+        config = (SemTokenStaticEncoderConfig if is_static else CONFIG_MAPPING[model_type])(**fields)
+        if callable(config.dtype):  # Transformers looks the name up in torch, whatever it means there
+            raise ValueError(f"`dtype` is none: {fields['dtype']!r}")
+        return config
     except Exception as error:  # of whatever kind that model's configuration likes
         raise ValueError(f"`encoder_config` is no configuration of '{model_type}': {error}") from error
 
@@ -144,8 +146,7 @@ class SemTokenConfigMixin:
         if self.merger_span_length is None:
             self.merger_span_length = self.max_span_length
         super().__post_init__(**kwargs)
-        # Transformers runs the family's own checks for the class that is marked `@strict` alone.
-        self.validate()
+        self.validate()  # the family's own checks: Transformers runs them for a class marked `@strict` alone
         # Checked here and not only by `@strict`, so that the message always names the field and its range.
         validate_compression_fields(self)
 
