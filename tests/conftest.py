@@ -1,3 +1,4 @@
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,16 @@ from tests.hub.hub_server import OWNER, HubServer
 
 # What Transformers logs reaches `caplog`.
 logging.enable_propagation()
+# A shell gives what it runs in the background a SIGINT that is ignored, and children inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def fresh_warnings():
-    """`warning_once` remembers for the process; each test sees its own warnings."""
+    """`warning_once` remembers for the process, and scripts change the verbosity; each test sees its own warnings."""
     logging.get_logger("semtoken_hf").warning_once.cache_clear()
+    logging.set_verbosity_warning()
     torch.manual_seed(0)
 
 
