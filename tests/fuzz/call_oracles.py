@@ -224,7 +224,7 @@ def check_cache(cache: Any, valid: Tensor, new: int, hides_filler: bool) -> None
 def plain_generate(call: Call) -> None:
     arguments = make_arguments(call)
     given = {"max_new_tokens": 2, **arguments.plain(), "do_sample": False}
-    if "prefill_chunk_size" in arguments.given and call.width:
+    if "prefill_chunk_size" in arguments.given:
         given["prefill_chunk_size"] = arguments.given["prefill_chunk_size"]
     call.plain().generate(arguments.ids, **given)
 
