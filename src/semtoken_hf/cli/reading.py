@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..cache_bytes import cache_bytes
 from ..evaluation.side_by_side import wait_for_device
+from .texts import FIELDS
 
 
 @dataclass
@@ -80,8 +81,8 @@ def load(
         raise ValueError(
             f"{checkpoint} is a plain {config.model_type!r} checkpoint: `semtoken convert` makes a SemToken one of it"
         )
-    if unknown := [name for name in fields if not hasattr(config, name)]:
-        raise ValueError(f"--set: the configuration has no fields {unknown}")
+    if unknown := sorted(fields.keys() - set(FIELDS)):
+        raise ValueError(f"--set: {unknown} are no compression fields; known are {sorted(FIELDS)}")
     mode = fields.get("segmentation_mode", config.segmentation_mode)
     if question and mode == "greedy" and not config.query_weight:
         fields = {"query_weight": 1.0, **fields}
