@@ -95,7 +95,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not str(config.get("model_type")).startswith("semtoken_") or "AutoModelForCausalLM" not in auto_map:
         raise ValueError(
             f"{folder} is no converted checkpoint (model_type {config.get('model_type')!r}, auto_map {auto_map}): "
-            "convert one with scripts/convert.py"
+            "convert one with `semtoken convert`"
         )
     return config
 
