@@ -107,9 +107,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, JSONDecodeError):
         return f"a JSON file is damaged ({text}): write or download it again"
     if isinstance(error, SafetensorError):
-        return (
-            f"a safetensors file is damaged ({text}): `semtoken doctor FOLDER` says which"
-        )
+        return f"a safetensors file is damaged ({text}): `semtoken doctor FOLDER` says which"
     if isinstance(error, OutOfMemoryError):
         return f"{text} Use a higher --target_ratio, a shorter prompt or a smaller batch."
     if isinstance(error, HTTPError) and not isinstance(error, OSError):
