@@ -86,7 +86,10 @@ def is_loaded(path: str) -> bool:
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     _check_file(folder, name)
-    return json.loads((folder / name).read_text(encoding="utf-8"))
+    content = json.loads((folder / name).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} in {folder} is no JSON object: convert or save the checkpoint again")
+    return content
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
