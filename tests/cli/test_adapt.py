@@ -71,6 +71,11 @@ def test_mistakes_end_with_one_line(arguments, changed, code, message):
     assert [line for line in lines if "error: " in line] == lines[-1:]
 
 
+def test_a_plain_checkpoint_is_refused(arguments, make_llama):
+    done = run_command(*arguments, "--checkpoint", make_llama(), code=1)
+    assert "`semtoken convert` makes" in done.stderr.splitlines()[-1]
+
+
 def test_another_run_in_the_same_folder_is_refused(arguments):
     run_command(*arguments, "--quiet")
     assert "holds a run with other ['seed']" in run_command(*arguments, "--seed", "1", code=1).stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from semtoken_hf.cli.diagnosis import attention, checkpoint, installation
@@ -165,6 +166,26 @@ def test_tensors_that_nothing_reads_are_a_warning(make_checkpoint):
     folder = make_checkpoint()
     other_tensor(lambda tensors: tensors.update({"stray": torch.zeros(1)}))(folder)
     assert diagnosed(folder)["weights"]["status"] == "warning"
+
+
+def test_a_tokenizer_with_far_fewer_tokens_is_a_warning(make_checkpoint):
+    folder = make_checkpoint()
+    smaller = Tokenizer(models.WordLevel({"<s>": 1, "</s>": 2, "<pad>": 0, "cat": 3}, "<pad>"))
+    smaller.save(str(folder / "tokenizer.json"))
+    tokenizer = diagnosed(folder)["tokenizer"]
+    assert tokenizer["status"] == "warning"
+    assert "may belong to another model" in tokenizer["advice"]
+
+
+def test_a_plain_checkpoint_is_told_what_to_do(make_checkpoint):
+    folder = make_checkpoint()
+    other_config(model_type="llama", auto_map={})(folder)
+    edit(folder / "tokenizer_config.json", auto_map=None)
+    for file in folder.glob("*.py"):
+        file.unlink()
+    checks = diagnosed(folder, code=3)
+    assert "`semtoken convert`" in checks["files"]["found"]
+    assert checks["modules"]["found"] == "0 as in this version; no others"
 
 
 def test_uniform_spans_need_no_encoder(make_checkpoint):

@@ -56,6 +56,12 @@ def test_people_get_the_report_and_bars_on_standard_error(record, options):
     assert "cells" not in run_command("evaluate", *options, "--quiet").stderr
 
 
+def test_a_plain_checkpoint_is_refused(options, make_llama):
+    done = run_command("evaluate", *options, "--checkpoint", make_llama(), code=1)
+    assert "error: " in done.stderr.splitlines()[-1]
+    assert "`semtoken convert` makes" in done.stderr
+
+
 def test_figures_go_into_the_card(record, options, semtoken, tmp_path):
     folder = shutil.copytree(semtoken, tmp_path / "mine")
     refused = run_command("evaluate", *options, "--report", "--update_card", folder, code=1).stderr

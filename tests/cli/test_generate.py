@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -155,8 +158,10 @@ def test_sampling_depends_on_the_seed_alone(semtoken, text_file):
         (["x", "--max_new_tokens", "0"], 2, "max_new_tokens"),
         (["x", "--dtype", "float12"], 2, "bfloat16"),
         ([" "], 1, "error: the prompt is empty"),
+        (["x", "--question", " "], 1, "error: the question is empty"),
         (["--file", "/nowhere/text.txt"], 1, "No such file"),
-        (["x", "--set", "ratio=4"], 1, "error: --set: the configuration has no fields ['ratio']"),
+        (["x", "--set", "ratio=4"], 1, "error: --set: ['ratio'] are no compression fields"),
+        (["x", "--set", "hidden_size=32"], 1, "error: --set: ['hidden_size'] are no compression fields"),
         (["x", "--set", "keep_last=-1"], 1, "`keep_last` must be"),
         (["x", "--set", "keep_last"], 2, "--set takes NAME=VALUE"),
         (["x", "--device", "nonsense"], 1, "error: --device nonsense cannot be used here"),
@@ -174,6 +179,23 @@ def test_what_is_no_semtoken_checkpoint(tmp_path, make_llama):
     assert "`semtoken convert` makes" in run_command("generate", make_llama(), "x", code=1).stderr
     nowhere = run_command("generate", tmp_path / "none", "x", code=1).stderr
     assert nowhere == f"error: there is no folder {tmp_path / 'none'}\n"
+
+
+@pytest.mark.parametrize("content", ["{}", "{", '{"version": "1.0"}'])
+def test_a_damaged_tokenizer_is_one_line(semtoken, tmp_path, text_file, content):
+    folder = shutil.copytree(semtoken, tmp_path / "damaged")
+    (folder / "tokenizer.json").write_text(content)
+    for command in (["generate", folder, "x"], ["inspect", folder, text_file]):
+        (line,) = run_command(*command, "--quiet", code=1).stderr.splitlines()
+        assert line.startswith(f"error: the tokenizer of {folder} cannot be read: ")
+
+
+def test_a_configuration_of_the_wrong_kind_is_one_line(semtoken, tmp_path):
+    folder = shutil.copytree(semtoken, tmp_path / "damaged")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "encoder_config": 3}))
+    (line,) = run_command("generate", folder, "x", "--quiet", code=1).stderr.splitlines()
+    assert line.startswith("error: `encoder_config` must be a dict")
 
 
 def test_text_that_is_none(semtoken, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -266,4 +267,12 @@ def test_without_an_encoder(tab, planner, tokenizer, tmp_path, monkeypatch):
     assert "entropy" not in facts(tab, ".tip")
     assert tab.run("document.querySelector('.caption').textContent").startswith("No encoder ran.")
     assert tab.run("document.querySelectorAll('.chips small').length") == 0
+    assert_alone(tab, path)
+
+
+def test_where_no_span_has_an_entropy(tab, plans, tokenizer, tmp_path):
+    path = tmp_path / "zero.html"
+    path.write_text(prompt_page([replace(plans[1], entropy=plans[1].entropy * 0)], tokenizer), encoding="utf-8")
+    tab.open(path)
+    assert tab.run("document.querySelector('.caption').textContent").startswith("It is 0 everywhere.")
     assert_alone(tab, path)

@@ -136,3 +136,5 @@ def test_notes_say_what_a_reader_may_wonder_about():
     assert "query_weight is 0" in notes_on(tight[:1], model.config, True)[0]
     short = model.compress(random_ids(1, 9)).details
     assert "9 tokens are fewer than min_prompt_length (16)" in notes_on([short], model.config, False)[0]
+    shorter = model.compress(random_ids(1, 2)).details
+    assert "2 tokens are fewer than min_prompt_length (16)" in notes_on([shorter], model.config, False)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from rich.color import Color
@@ -12,9 +13,18 @@ from rich.style import Style
 
 from semtoken_hf.inspection.planning import plan_ratios
 from semtoken_hf.inspection.summary import summarise
-from semtoken_hf.inspection.terminal import SHADES, length_histogram, plan_text, ratio_table, show_plans, visible
+from semtoken_hf.inspection.terminal import (
+    SHADES,
+    along_the_prompt,
+    length_histogram,
+    plan_text,
+    ratio_table,
+    show_plans,
+    visible,
+)
 from semtoken_hf.prompt_html import token_pieces
 from tests.fixtures.text import PROSE
+from tests.fixtures.tiny import random_ids, tiny_model
 
 RATIOS = [1.5, 2.4, 8.0]
 
@@ -132,13 +142,17 @@ def test_the_table_says_what_is_not_met(planner, tokenizer):
 
 
 def test_long_slots_share_a_bar():
-    from dataclasses import replace
-
-    from tests.fixtures.tiny import random_ids, tiny_model
-
     found = summarise(tiny_model().compress(random_ids(1, 96)).details)
     found = replace(found, lengths={1: 10, 33: 2, 64: 40}, longest=64)
     lines = length_histogram(found).plain.splitlines()
     assert [line.split()[0] for line in lines] == ["1-4", "33-36", "61-64"]
     assert [line.split()[-1] for line in lines] == ["10", "2", "40"]
     assert lines[2].count("█") == 40
+
+
+def test_an_entropy_that_nobody_measured_is_not_zero():
+    plan = tiny_model(segmentation_mode="uniform").compress(random_ids(1, 96)).details
+    text = along_the_prompt(plan).plain
+    assert "entropy unknown" in text
+    assert re.search("kept [ ░▒▓█]{64}", text)
+    assert not re.search(r"up to \d", text)

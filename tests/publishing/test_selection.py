@@ -193,3 +193,11 @@ def test_what_counts_as_loaded():
         "x/model.safetensors",
     )
     assert not any(is_loaded(path) for path in others)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_json_of_another_kind_is_refused(make_checkpoint, name):
+    folder = make_checkpoint()
+    (folder / name).write_text("[]")
+    with pytest.raises(ValueError, match=f"{name} in .* is no JSON object"):
+        select_files(folder)

@@ -36,10 +36,9 @@ def takes_fields(of: type, panels: dict[str, tuple[str, ...]] | None = None) -> 
         ]
         hints = get_type_hints(of)
         options = [_parameter(field, hints[field.name], panel_of.get(field.name)) for field in fields(of) if field.init]
-        wrapped = _calling(command)
-        wrapped.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in [*options, *own]}
-        return wrapped
+        command.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*options, *own]}
+        return command
 
     return decorate
 
@@ -54,15 +53,6 @@ def build(of: type[T], given: dict[str, Any]) -> T:
         return of(**{field.name: given[field.name] for field in fields(of) if given.get(field.name) is not None})  # type: ignore[arg-type]
     except ValueError as error:
         fail(str(error), USAGE)
-
-
-def _calling(command: Callable) -> Callable:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return command(*args, **kwargs)
-
-    call.__name__, call.__doc__ = command.__name__, command.__doc__
-    call.__module__ = command.__module__
-    return call
 
 
 def _parameter(field: Field, hint: Any, panel: str | None) -> inspect.Parameter:

@@ -32,7 +32,7 @@ Predictions, `metrics.json`, plots, `report.html` (one self-contained page) and 
 **Examples**
 
     semtoken evaluate --checkpoint model_cards/semtoken-llama-tiny --data_dir data --workers 2
-    semtoken evaluate --checkpoint my-semtoken --data_dir data --fraction 0.02 --tasks needle tables
+    semtoken evaluate --checkpoint my-semtoken --data_dir data --fraction 0.02 --lengths 0 --ablations none
     semtoken evaluate --checkpoint my-semtoken --data_dir data --report --update_card my-semtoken
 
 **Tasks**, their files in `--data_dir`, and where the Hub has them:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ..evaluation.files import write_text
@@ -20,7 +19,7 @@ from .generate import read_prompt
 from .main import CONTEXT
 from .options import NUMBER, Fields, Json, Quiet, SpreadingCommand, fields_of
 from .output import USAGE, bars, console, ending_well, fail, only_json
-from .reading import encode
+from .reading import encode, load_tokenizer
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
@@ -107,4 +106,4 @@ def load(checkpoint: str, fields: dict[str, Any], question: bool, trust_remote_c
     config = planner.config
     if question and "query_weight" not in fields and config.segmentation_mode == "greedy":
         config.query_weight = config.query_weight or 1.0
-    return planner, AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    return planner, load_tokenizer(checkpoint, trust_remote_code)

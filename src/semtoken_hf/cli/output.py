@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import contextlib
-import dis
 import functools
 import json
 import os
@@ -29,12 +28,9 @@ from torch import OutOfMemoryError
 from tqdm.std import tqdm
 
 FAILED, USAGE, FAULT_FOUND, INTERRUPTED, PIPE_CLOSED, TERMINATED = 1, 2, 3, 130, 141, 143
-# Raised for missing and damaged files, a full disk, a Hub that cannot be reached.
-EXPECTED = (OSError, ImportError, HTTPError, SafetensorError, OutOfMemoryError, StrictDataclassError, JSONDecodeError)
-# What bad input raises, and bugs, too: `is_expected` tells them apart.
-AMBIGUOUS = (ValueError, TypeError, RuntimeError)
-# These, and the standard library, check the arguments of programs, not those of users.
-FOR_PROGRAMS = {"torch", "numpy", *sys.stdlib_module_names}
+# Raised for wrong input, damaged files, a full disk, a Hub that cannot be reached, too little memory; whatever else is
+# raised is a bug and keeps its traceback.
+EXPECTED = (ValueError, RuntimeError, OSError, ImportError, HTTPError, SafetensorError, StrictDataclassError)
 # Set to anything: expected errors keep their traceback, too.
 TRACEBACK = "SEMTOKEN_TRACEBACK"
 
@@ -82,7 +78,7 @@ def console(stderr: bool = False) -> Console:
 
 @contextlib.contextmanager
 def ending_well(resuming: str = "nothing half-written is left") -> Iterator[None]:
-    """Errors of bad input become one line; Ctrl-C and SIGTERM end with 130 and 143, after clearing up.
+    """Expected errors become one line; Ctrl-C and SIGTERM end with 130 and 143, after clearing up.
 
     Args:
         resuming: said when interrupted: what is left, and how to go on.
@@ -97,32 +93,12 @@ def ending_well(resuming: str = "nothing half-written is left") -> Iterator[None
         _last_word(f"interrupted; {resuming}", INTERRUPTED)
     except (typer.Exit, typer.Abort):
         raise
-    except Exception as error:
+    except EXPECTED as error:
         if isinstance(error, BrokenPipeError) and _drop_closed_streams():
             sys.exit(PIPE_CLOSED)
-        if not is_expected(error):
-            raise
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         fail(explain(error))
-
-
-def is_expected(error: BaseException) -> bool:
-    """Whether an error is the input's fault, or the machine's: a bug keeps its traceback.
-
-    A ValueError, TypeError or RuntimeError is if a `raise` of this package or of a library for models wrote its
-    message, and not if Python, PyTorch or the standard library found something wrong with how they were called.
-    """
-    if isinstance(error, EXPECTED):
-        return True
-    trace = error.__traceback__
-    if not isinstance(error, AMBIGUOUS) or trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    is_raise = trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    module = trace.tb_frame.f_globals.get("__name__", "")
-    return is_raise and module.split(".")[0] not in FOR_PROGRAMS
 
 
 def explain(error: BaseException) -> str:
@@ -130,6 +106,8 @@ def explain(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     if isinstance(error, JSONDecodeError):
         return f"a JSON file is damaged ({text}): write or download it again"
+    if isinstance(error, SafetensorError):
+        return f"a safetensors file is damaged ({text}): `semtoken doctor FOLDER` says which"
     if isinstance(error, OutOfMemoryError):
         return f"{text} Use a higher --target_ratio, a shorter prompt or a smaller batch."
     if isinstance(error, HTTPError) and not isinstance(error, OSError):

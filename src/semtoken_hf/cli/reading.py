@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..cache_bytes import cache_bytes
+from ..conversion.source import check_semtoken
 from ..evaluation.side_by_side import wait_for_device
+from .texts import FIELDS
 
 
 @dataclass
@@ -76,12 +78,9 @@ def load(
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(f"--device {device} cannot be used here: {error}") from None
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    if not hasattr(config, "segmentation_mode"):
-        raise ValueError(
-            f"{checkpoint} is a plain {config.model_type!r} checkpoint: `semtoken convert` makes a SemToken one of it"
-        )
-    if unknown := [name for name in fields if not hasattr(config, name)]:
-        raise ValueError(f"--set: the configuration has no fields {unknown}")
+    check_semtoken(config, checkpoint)
+    if unknown := sorted(fields.keys() - set(FIELDS)):
+        raise ValueError(f"--set: {unknown} are no compression fields; known are {sorted(FIELDS)}")
     mode = fields.get("segmentation_mode", config.segmentation_mode)
     if question and mode == "greedy" and not config.query_weight:
         fields = {"query_weight": 1.0, **fields}
@@ -93,15 +92,32 @@ def load(
     ).eval()
     if device != "auto":
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model, AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    return model, load_tokenizer(checkpoint, trust_remote_code)
+
+
+def load_tokenizer(checkpoint: str, trust_remote_code: bool) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        OSError: there is none.
+        ValueError: its files are damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    except OSError:
+        raise
+    except Exception as error:  # of whatever kind a damaged file leads to
+        raise ValueError(f"the tokenizer of {checkpoint} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def encode(tokenizer: Any, prompt: str, question: str | None, chat: bool) -> dict[str, Tensor]:
     """Inputs of one row, int64 [1, T]; the tokens of the question are marked by `query_mask`.
 
     Raises:
-        ValueError: a chat is asked for and the tokenizer has no template.
+        ValueError: the question is empty, or a chat is asked for and the tokenizer has no template.
     """
+    if question is not None and not question.strip():
+        raise ValueError("the question is empty: leave --question out")
     text = prompt if question is None else f"{prompt.rstrip()}\n\n{question}"
     if chat:
         messages = [{"role": "user", "content": text}]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
@@ -36,6 +37,14 @@ def resolve_folder(name: str | os.PathLike, revision: str | None = None, allow_p
             f"'{name}' is neither a folder nor a Hub repository that can be read: {error}"
         ) from error
     return folder
+
+
+def check_semtoken(config: Any, checkpoint: str | os.PathLike) -> None:
+    """Raise ValueError for the configuration of a plain checkpoint."""
+    if not hasattr(config, "segmentation_mode"):
+        raise ValueError(
+            f"{checkpoint} is a plain {config.model_type!r} checkpoint: `semtoken convert` makes a SemToken one of it"
+        )
 
 
 def read_model_type(folder: Path) -> str:

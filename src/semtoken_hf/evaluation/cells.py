@@ -15,6 +15,7 @@ import semtoken_hf  # noqa: F401 (registers the classes)
 
 from ..cache_bytes import cache_bytes
 from ..configuration_semtoken import encoder_positions
+from ..conversion.source import check_semtoken
 from .ablations import ABLATIONS, NEEDS_TRANSFORMER
 from .configuration import EvaluationConfig, chosen
 from .continuation import decode_greedily, score_target
@@ -102,6 +103,7 @@ def load_model(checkpoint: str) -> Any:
     """A checkpoint in float32 on the CPU, or in its own dtype on a GPU."""
     gpu = torch.cuda.is_available()
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto" if gpu else torch.float32)
+    check_semtoken(model.config, checkpoint)
     # Short prompts are compressed like long ones: methods are compared at equal bytes.
     model.config.min_prompt_length = 0
     return model.to("cuda" if gpu else "cpu").eval()

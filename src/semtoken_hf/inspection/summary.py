@@ -72,7 +72,7 @@ def notes_on(plans: list[SpanDetails], config: Any, has_question: bool) -> list[
     found, summary = [], summarise(plans[0])
     if not config.compression:
         found.append("compression is off in this configuration: the model merges nothing unless it is switched on")
-    if summary.reasons.get("short"):
+    if summary.tokens < config.min_prompt_length:
         found.append(
             f"{summary.tokens} tokens are fewer than min_prompt_length ({config.min_prompt_length}): nothing merges; "
             "--set min_prompt_length=0 shows what would"

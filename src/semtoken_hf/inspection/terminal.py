@@ -132,17 +132,19 @@ def length_histogram(summary: PlanSummary) -> Text:
 
 def along_the_prompt(plan: SpanDetails) -> Text:
     """Mean entropy of the candidate spans in columns of the prompt, and below it the share of tokens kept."""
-    entropy, spans = row_of(plan, "entropy", 0).nan_to_num(), row_of(plan, "span_ids", 0)
+    entropy, spans = row_of(plan, "entropy", 0), row_of(plan, "span_ids", 0)
     kept = (spans.bincount()[spans] == 1).float()
     columns = min(PLOT_WIDTH, len(spans))
     edges = [len(spans) * column // columns for column in range(columns + 1)]
     pairs = list(itertools.pairwise(edges))
-    means = [float(entropy[a:b].mean()) for a, b in pairs]
     shares = [float(kept[a:b].mean()) for a, b in pairs]
-    highest = max(means) or 1.0
-    bars = "".join(BARS[round(mean / highest * (len(BARS) - 1))] for mean in means)
     density = "".join(DENSITIES[round(share * (len(DENSITIES) - 1))] for share in shares)
-    return Text(f"entropy {bars} up to {highest if max(means) else 0:.3f}\n   kept {density}")
+    if entropy.isnan().any():
+        return Text(f"entropy unknown: this mode asks no encoder\n   kept {density}")
+    means = [float(entropy[a:b].mean()) for a, b in pairs]
+    highest = max(means)
+    bars = "".join(BARS[round(mean / (highest or 1.0) * (len(BARS) - 1))] for mean in means)
+    return Text(f"entropy {bars} up to {highest:.3f}\n   kept {density}")
 
 
 def show_plans(

@@ -86,7 +86,10 @@ def is_loaded(path: str) -> bool:
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     _check_file(folder, name)
-    return json.loads((folder / name).read_text(encoding="utf-8"))
+    content = json.loads((folder / name).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} in {folder} is no JSON object: convert or save the checkpoint again")
+    return content
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -95,7 +98,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not str(config.get("model_type")).startswith("semtoken_") or "AutoModelForCausalLM" not in auto_map:
         raise ValueError(
             f"{folder} is no converted checkpoint (model_type {config.get('model_type')!r}, auto_map {auto_map}): "
-            "convert one with scripts/convert.py"
+            "convert one with `semtoken convert`"
         )
     return config
 

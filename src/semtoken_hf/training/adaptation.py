@@ -20,6 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..conversion.source import check_semtoken
 from ..conversion.staging import check_output, remove_stale, staged_folder
 from ..evaluation.files import only_run_in, write_text
 from ..evaluation.named_values import read_fields
@@ -34,12 +35,13 @@ def load_student(arguments: AdaptationArguments) -> Any:
     """The checkpoint with a learned merger, zero where it had none.
 
     Raises:
-        ValueError: the checkpoint carries an adapter already.
+        ValueError: the checkpoint is a plain one, or carries an adapter already.
     """
     fields = {"merge_mode": "learned", **read_fields(arguments.set_fields, "set_fields")}
     if fields["merge_mode"] != "learned":
         raise ValueError("adaptation trains the learned merger: leave merge_mode out of set_fields, or set merger_base")
     config = AutoConfig.from_pretrained(arguments.checkpoint)
+    check_semtoken(config, arguments.checkpoint)
     if config.adapter_subfolder is not None:
         raise ValueError(f"{arguments.checkpoint} carries an adapter already: adapt the folder it came from")
     if unknown := [name for name in fields if not hasattr(config, name)]:

@@ -23,6 +23,8 @@ from .checks import Check
 from .installation import installed_version
 
 GROUP = "Checkpoint"
+# Embeddings are often padded to a round number, by less than this share of them.
+PADDING = 0.1
 AGAIN = "convert or save the checkpoint again, or download it again"
 
 
@@ -121,7 +123,11 @@ def _check_tokenizer(folder: Path, config: Any) -> Check:
     if outside := [i for i in config.protected_token_ids or [] if i >= config.vocab_size]:
         return Check(GROUP, "tokenizer", "fault", f"protected_token_ids {outside[:3]} are no tokens", AGAIN)
     template = "" if tokenizer.chat_template else ", no chat template"
-    return Check(GROUP, "tokenizer", "ok", f"{len(tokenizer):,} of {config.vocab_size:,} embeddings{template}")
+    found = f"{len(tokenizer):,} of {config.vocab_size:,} embeddings{template}"
+    if highest + 1 < (1 - PADDING) * config.vocab_size:
+        advice = "so many embeddings without a token: the tokenizer may belong to another model"
+        return Check(GROUP, "tokenizer", "warning", found, advice)
+    return Check(GROUP, "tokenizer", "ok", found)
 
 
 def _check_adapter(folder: Path, config: Any) -> Check:
@@ -138,7 +144,7 @@ def _check_modules(folder: Path) -> Check:
     compared = compare_modules(folder)
     if compared.is_same:
         return Check(GROUP, "modules", "ok", f"{len(compared.same)}, those of this version")
-    found = f"{len(compared.same)} as in this version; {compared.describe()}"
+    found = f"{len(compared.same)} as in this version; {compared.describe() or 'no others'}"
     if compared.missing or not (compared.same or compared.changed):
         return Check(GROUP, "modules", "fault", found, AGAIN)
     advice = "of another version, or changed by hand: read them before trust_remote_code, or save the checkpoint again"
