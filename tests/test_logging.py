@@ -63,6 +63,15 @@ def test_what_the_budget_could_not_honour_is_named_by_row(lines):
     assert row.startswith(f"Row 1 keeps {kept[1]} slots of a budget of 40: its protected tokens")
 
 
+def test_a_prompt_in_which_nothing_may_merge_has_its_line_too(lines):
+    model, ids = tiny_model(), random_ids(1, 96)
+    cache = model(ids, protected_mask=torch.ones_like(ids), logits_to_keep=1).past_key_values
+    line, row = lines()
+    assert line.startswith("SemToken read 96 tokens in 96 slots (1.00 per slot); the KV cache takes 49,152 bytes.")
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == 49152
+    assert row.startswith("Row 0 keeps 96 slots of a budget of 40")
+
+
 def test_each_turn_and_each_request_has_its_line(lines):
     model = tiny_model()
     cache = model(random_ids(1, 96), logits_to_keep=1).past_key_values

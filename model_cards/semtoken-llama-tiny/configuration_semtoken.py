@@ -44,7 +44,7 @@ def build_encoder_config(value: dict[str, Any] | PreTrainedConfig | None) -> Pre
     if value is None:
         return SemTokenStaticEncoderConfig()
     if not isinstance(value, dict):
-        raise TypeError(f"`encoder_config` must be a dict, a PreTrainedConfig or None, got {type(value).__name__}")
+        raise ValueError(f"`encoder_config` must be a dict, a PreTrainedConfig or None, got {type(value).__name__}")
     fields = dict(value)
     model_type = fields.pop("model_type", None)
     check_layers(fields, "`encoder_config`: ")

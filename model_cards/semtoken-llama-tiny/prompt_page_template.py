@@ -211,8 +211,9 @@ for (const root of document.querySelectorAll("main.semtoken:not([data-ready])"))
       draw("rect", { x, y: 86, width: 1, height: 14, "fill-opacity": sum / of[x] })));
     plot.setAttribute("viewBox", `0 0 ${bins} 100`);
     find(".ends").lastChild.textContent = `token ${whole(count - 1)}`;
-    const place = whole(Math.ceil(means.indexOf(highest) * count / bins));
-    const top = view.entropy ? `Highest: ${highest.toFixed(3)}, around token ${place}.` : "No encoder ran.";
+    const peak = means.indexOf(highest), place = whole(Math.ceil(peak * count / bins));
+    const top = !view.entropy ? "No encoder ran." : peak < 0 ? "It is 0 everywhere." :
+      `Highest: ${highest.toFixed(3)}, around token ${place}.`;
     find(".caption").textContent = `${top} Below: the share of tokens with a slot of their own.`;
     plot.setAttribute("aria-label", find(".caption").textContent);
   };

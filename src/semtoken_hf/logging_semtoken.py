@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers.utils.logging import get_logger as logger_of_transformers
 
+from .cache_bytes import cache_bytes
+
 
 def get_logger(name: str) -> Any:
     """A logger below Transformers' own: its level and its handler are those that users set."""
@@ -26,7 +28,7 @@ def log_prefill(prompt: Any, cache: Any = None) -> None:
     if not logger.isEnabledFor(logging.INFO):
         return
     tokens, slots = int(prompt.original_lengths.sum()), sum(prompt.slot_counts)
-    held = f"; the KV cache takes {cache.memory_bytes():,} bytes" if hasattr(cache, "memory_bytes") else ""
+    held = f"; the KV cache takes {cache_bytes(cache):,} bytes" if hasattr(cache, "layers") else ""
     logger.info(f"SemToken read {tokens:,} tokens in {slots:,} slots ({tokens / max(slots, 1):.2f} per slot){held}.")
     for row, (kept, budget) in enumerate(zip(prompt.slot_counts, prompt.budgets.tolist(), strict=True)):
         if kept > budget:

@@ -17,6 +17,7 @@ from transformers.utils import can_return_tuple
 from .adapter_semtoken import adapter_acts_on
 from .attention_semtoken import flash_attention_kwargs
 from .cache_semtoken import SemTokenCache, tracks_slots
+from .cached_turn import append_plain, counts_of_turn, heed_mask_of_past, mask_of_turn
 from .compression import CompressedPrompt
 from .learned_merger import LearnedMerger
 from .logging_semtoken import get_logger, log_prefill
@@ -87,11 +88,12 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         """
         if prefill_chunk_size is not None and (type(prefill_chunk_size) is not int or prefill_chunk_size < 1):
             raise ValueError(f"`prefill_chunk_size` must be an integer >= 1 or None, got {prefill_chunk_size!r}")
-        _heed_mask_of_past(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
+        heed_mask_of_past(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
+        prompt = None
         if compression and input_ids is not None:
             prompt = self.compress(
                 input_ids,
-                _mask_of_call(attention_mask, input_ids, past_key_values),
+                mask_of_turn(attention_mask, input_ids, past_key_values),
                 span_ids,
                 target_ratio,
                 protected_mask,
@@ -105,7 +107,34 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 return self._forward_slots(
                     prompt, past_key_values, use_cache, prefill_chunk_size, states_to_keep, **kwargs
                 )
-            log_prefill(prompt)
+        outputs = self._forward_tokens(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            prefill_chunk_size,
+            states_to_keep,
+            **kwargs,
+        )
+        if prompt is not None:
+            log_prefill(prompt, outputs.past_key_values)
+        return outputs
+
+    def _forward_tokens(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Any,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        chunk_size: int | None,
+        states_to_keep: int,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The family's forward over every token, behind slots where the cache holds some."""
         adapted: Tensor | bool = False
         if (step := step_of_call(kwargs)) is not None and not step.is_plain:
             assert input_ids is not None
@@ -119,15 +148,15 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             raise ValueError(f"`{name}` must be a tensor [batch, tokens, ...], got {type(columns).__name__}")
         if tracks_slots(past_key_values):
             tokens, is_masked = columns[..., 0] if input_ids is None else columns, attention_mask is not None
-            attention_mask, position_ids = _append_plain(
+            attention_mask, position_ids = append_plain(
                 past_key_values, tokens, attention_mask, position_ids, self.config.position_mode
             )
             if getattr(past_key_values, "ragged_rows", None) is not None:
                 assert position_ids is not None
-                counts, index = _counts_of_turn(past_key_values, tokens, is_masked)
+                counts, index = counts_of_turn(past_key_values, tokens, is_masked)
                 gate = self._rows_of_adapter(past_key_values)
                 turn = name, columns, position_ids, past_key_values, counts, index
-                return self._run_ragged(*turn, use_cache, prefill_chunk_size, states_to_keep, gate, **kwargs)
+                return self._run_ragged(*turn, use_cache, chunk_size, states_to_keep, gate, **kwargs)
         has_gaps = tracks_slots(past_key_values) and past_key_values.is_compressed
         with adapter_acts_on(self._rows_of_adapter(past_key_values) if has_gaps else adapted):
             return self._run_layers(
@@ -137,7 +166,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 position_ids,
                 past_key_values,
                 use_cache,
-                prefill_chunk_size,
+                chunk_size,
                 states_to_keep,
                 has_gaps,
                 **kwargs,
@@ -232,71 +261,6 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         if len(states) > 1:
             outputs.last_hidden_state = torch.cat(states, dim=1)
         return outputs
-
-
-def _mask_of_call(mask: Tensor | None, input_ids: Tensor, cache: Any) -> Tensor | None:
-    """The part of a mask over all tokens so far that belongs to `input_ids`.
-
-    Raises:
-        ValueError: the mask covers neither these tokens nor all tokens so far.
-    """
-    if mask is None:
-        return None
-    tokens, held = input_ids.shape[1], 0 if cache is None else cache.get_seq_length()
-    if mask.shape[1] not in (tokens, held + tokens):
-        expected = (len(input_ids), held + tokens)
-        raise ValueError(f"`attention_mask` must have the shape {expected}, got {tuple(mask.shape)}")
-    return mask[:, -tokens:]
-
-
-def _heed_mask_of_past(mask: Tensor | None, columns: Tensor | None, cache: Any) -> None:
-    """Let a cache leave out what the mask of a new turn hides of earlier ones; single steps of decoding have no say."""
-    if mask is None or columns is None or not tracks_slots(cache):
-        return
-    if getattr(mask, "ndim", 0) != 2 or columns.shape[1] == 1:
-        return
-    held = cache.get_seq_length()
-    if held and mask.shape[1] == held + columns.shape[1]:
-        cache.leave_out(mask[:, :held])
-
-
-def _counts_of_turn(cache: Any, tokens: Tensor, is_masked: bool) -> tuple[list[int], Tensor | None]:
-    """Columns of each row that are no padding, and where they lie; waits for the device if a turn has a mask."""
-    rows, width = tokens.shape
-    if not is_masked or width == 1:
-        return [width] * rows, None
-    real = cache.slot_lengths[:, -width:] > 0
-    return real.sum(1).tolist(), real.flatten().nonzero().squeeze(1)
-
-
-def _append_plain(
-    cache: Any, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, position_mode: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """Record tokens that are appended one slot each; returns the mask and positions that the layers need.
-
-    As long as the cache holds nothing merged, both are what the caller gave, so that the family's own path is exact.
-
-    Raises:
-        ValueError: a prepared mask, over the original sequence, and a cache with merged slots.
-    """
-    is_prepared = attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2
-    if is_prepared and cache.is_compressed:
-        raise ValueError(
-            "a prepared attention mask does not fit a cache with merged slots; pass a 2D mask over all tokens"
-        )
-    new = None if attention_mask is None or is_prepared else attention_mask[:, -tokens.shape[1] :]
-    if tokens.shape[1] == 1 and getattr(cache, "ragged_rows", None) is not None:
-        # The host has to know how long rows are: what a mask hides of single steps goes with the next turn.
-        new = None
-    slots = torch.ones(tokens.shape, dtype=torch.long, device=tokens.device) if new is None else (new != 0).long()
-    if cache.is_compressed and (position_mode == "compact" or position_ids is None):
-        held = cache.compressed_lengths if position_mode == "compact" else cache.original_lengths
-        position_ids = (held[:, None] + slots.cumsum(1) - 1).clamp(min=0)
-    elif position_ids is None:
-        # The family would count them from the cache, which knows of these tokens before its layers do.
-        position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None] + cache.get_seq_length()
-    cache.record(slots, tokens.shape[1], compressed=False, padded=new is not None)
-    return (cache.attention_mask if cache.is_compressed else attention_mask), position_ids
 
 
 __all__ = ["SemTokenModelMixin", "SemTokenModelOutputWithPast"]

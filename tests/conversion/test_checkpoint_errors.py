@@ -141,3 +141,7 @@ def test_encoder_without_a_pooler_gets_zeros(make_llama, encoder_folder, tmp_pat
 )
 def test_options_that_make_no_sense(make_llama, refused, options, match):
     refused(make_llama(), ValueError, match, **options)
+
+
+def test_a_field_out_of_range_is_refused_before_anything_is_read(refused, tmp_path):
+    refused(tmp_path / "nowhere", ValueError, "`target_ratio` must be", encoder=tmp_path / "nowhere", target_ratio=0.5)

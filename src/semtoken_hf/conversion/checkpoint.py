@@ -24,6 +24,7 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration_semtoken import ENCODER_DTYPES, SemTokenConfigMixin, SemTokenStaticEncoderConfig
+from ..standalone_planner import SpanPlannerConfig
 from ..tokenization_semtoken_fast import SemTokenFastTokenizer
 from .encoder import build_encoder, in_dtype
 from .source import read_model_type, resolve_folder
@@ -141,6 +142,7 @@ def _check_options(encoder: Any, encoder_kind: str, encoder_dtype: str, override
     known = {field.name for field in fields(SemTokenConfigMixin)} - {"encoder_config"}
     if unknown := sorted(set(overrides) - known):
         raise ValueError(f"unknown configuration fields {unknown}; known are {sorted(known)}")
+    SpanPlannerConfig(**overrides)  # wrong values are refused before anything is read
     if encoder is None and overrides.get("segmentation_mode") != "uniform":
         raise ValueError(
             "an `encoder` is needed, such as 'sentence-transformers/all-MiniLM-L6-v2'; "

@@ -1,0 +1,78 @@
+"""A new turn behind a cache: its part of the mask, its place in the record, what it hides of earlier turns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache_semtoken import tracks_slots
+
+
+def mask_of_turn(mask: Tensor | None, input_ids: Tensor, cache: Any) -> Tensor | None:
+    """The part of a mask over all tokens so far that belongs to `input_ids`.
+
+    Raises:
+        ValueError: the mask covers neither these tokens nor all tokens so far.
+    """
+    if mask is None:
+        return None
+    tokens, held = input_ids.shape[1], 0 if cache is None else cache.get_seq_length()
+    if mask.shape[1] not in (tokens, held + tokens):
+        expected = (len(input_ids), held + tokens)
+        raise ValueError(f"`attention_mask` must have the shape {expected}, got {tuple(mask.shape)}")
+    return mask[:, -tokens:]
+
+
+def heed_mask_of_past(mask: Tensor | None, columns: Tensor | None, cache: Any) -> None:
+    """Let a cache leave out what the mask of a new turn hides of earlier ones; single steps of decoding have no say."""
+    if mask is None or columns is None or not tracks_slots(cache):
+        return
+    if getattr(mask, "ndim", 0) != 2 or columns.shape[1] == 1:
+        return
+    held = cache.get_seq_length()
+    if held and mask.shape[1] == held + columns.shape[1]:
+        cache.leave_out(mask[:, :held])
+
+
+def counts_of_turn(cache: Any, tokens: Tensor, is_masked: bool) -> tuple[list[int], Tensor | None]:
+    """Columns of each row that are no padding, and where they lie; waits for the device if a turn has a mask."""
+    rows, width = tokens.shape
+    if not is_masked or width == 1:
+        return [width] * rows, None
+    real = cache.slot_lengths[:, -width:] > 0
+    return real.sum(1).tolist(), real.flatten().nonzero().squeeze(1)
+
+
+def append_plain(
+    cache: Any, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, position_mode: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Record tokens that are appended one slot each; returns the mask and positions that the layers need.
+
+    As long as the cache holds nothing merged, both are what the caller gave, so that the family's own path is exact.
+
+    Raises:
+        ValueError: a prepared mask, over the original sequence, and a cache with merged slots.
+    """
+    is_prepared = attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2
+    if is_prepared and cache.is_compressed:
+        raise ValueError(
+            "a prepared attention mask does not fit a cache with merged slots; pass a 2D mask over all tokens"
+        )
+    new = None if attention_mask is None or is_prepared else attention_mask[:, -tokens.shape[1] :]
+    if tokens.shape[1] == 1 and getattr(cache, "ragged_rows", None) is not None:
+        # The host has to know how long rows are: what a mask hides of single steps goes with the next turn.
+        new = None
+    slots = torch.ones(tokens.shape, dtype=torch.long, device=tokens.device) if new is None else (new != 0).long()
+    if cache.is_compressed and (position_mode == "compact" or position_ids is None):
+        held = cache.compressed_lengths if position_mode == "compact" else cache.original_lengths
+        position_ids = (held[:, None] + slots.cumsum(1) - 1).clamp(min=0)
+    elif position_ids is None:
+        # The family would count them from the cache, which knows of these tokens before its layers do.
+        position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None] + cache.get_seq_length()
+    cache.record(slots, tokens.shape[1], compressed=False, padded=new is not None)
+    return (cache.attention_mask if cache.is_compressed else attention_mask), position_ids
+
+
+__all__ = ["append_plain", "counts_of_turn", "heed_mask_of_past", "mask_of_turn"]
