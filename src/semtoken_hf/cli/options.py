@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ..evaluation.named_values import read_fields
+from ..evaluation.named_values import is_number, read_fields
 from .output import USAGE, fail
 
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, everything else on stderr")]
@@ -76,16 +76,8 @@ def _spread(args: list[str], params: list[Any]) -> Iterator[str]:
 
 def _belongs(arg: str, metavar: str) -> bool:
     """Whether an argument behind the first value of a list is another one."""
-    if _is_number(arg):
+    if is_number(arg):
         return True
     if metavar == NUMBER or arg.startswith("-"):
         return False
     return "=" in arg if "=" in metavar else True
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

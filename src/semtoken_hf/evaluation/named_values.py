@@ -1,4 +1,4 @@
-"""NAME=VALUE, as options of the command line and of scripts have them."""
+"""NAME=VALUE and numbers, as options of the command line and of scripts have them."""
 
 from __future__ import annotations
 
@@ -49,4 +49,13 @@ def read_fields(values: list[str], option: str) -> dict[str, Any]:
     return fields
 
 
-__all__ = ["read_fields", "read_numbers", "read_pairs"]
+def is_number(text: str) -> bool:
+    """Whether a text reads as a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+__all__ = ["is_number", "read_fields", "read_numbers", "read_pairs"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..named_values import is_number
 from .blocks import Plot
 from .detail_tables import ablation_groups
 from .figures import Figures, finite
@@ -40,7 +41,7 @@ def _draw_group(title: str, cells: list[Figures], looks: dict[str | None, dict[s
         x = [settings.index(setting_of(c)) + STEP * (i - (len(checkpoints) - 1) / 2) for c in own]
         look = {**looks[checkpoint], "markersize": 5, "linewidth": 1.2}
         # Names have no order to draw a line along.
-        look["linestyle"] = "-" if all(map(_is_number, settings)) else ""
+        look["linestyle"] = "-" if all(map(is_number, settings)) else ""
         spreads = [100 * (finite(c.get("spread")) or 0.0) for c in own]
         label = checkpoint or "the checkpoint"
         axes[0].errorbar(x, [100 * c["cost"] for c in own], spreads, capsize=3, elinewidth=1.2, label=label, **look)
@@ -66,11 +67,3 @@ def setting_of(cell: Figures) -> str:
     """The value alone: `tau_0.85_budget` is 0.85."""
     parts = cell["method"].split("_")
     return parts[1] if len(parts) > 1 else parts[0]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
