@@ -295,6 +295,8 @@ def test_the_server_of_transformers_finds_the_architecture(tmp_path, monkeypatch
     tiny_config(architectures=["LlamaForCausalLM", "SemTokenLlamaModel", name]).save_pretrained(tmp_path)
     own = types.SimpleNamespace(AutoModelForCausalLM=AutoModelForCausalLM)
     monkeypatch.setitem(sys.modules, SERVER_MODULE, types.SimpleNamespace(transformers=own))
+    # A server that ran in this process has named it.
+    monkeypatch.delattr(transformers, name, raising=False)
     SemTokenLlamaConfig.from_pretrained(tmp_path)
     assert vars(own) == {"AutoModelForCausalLM": AutoModelForCausalLM, name: AutoModelForCausalLM}
     assert not hasattr(transformers, name)
