@@ -1,4 +1,4 @@
-"""A new turn behind a cache: its part of the mask, its place in the record, what it hides of earlier turns."""
+"""A new turn behind a cache: its chunks, its part of the mask, its record, what it hides of earlier turns."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 from .cache_semtoken import tracks_slots
+
+
+def check_chunk_size(value: Any) -> None:
+    """Raise ValueError unless `prefill_chunk_size` is None or a number of columns."""
+    if value is not None and (type(value) is not int or not 1 <= value < 2**63):
+        raise ValueError(f"`prefill_chunk_size` must be an integer >= 1 (and < 2**63) or None, got {value!r}")
 
 
 def mask_of_turn(mask: Tensor | None, input_ids: Tensor, cache: Any) -> Tensor | None:
@@ -75,4 +81,4 @@ def append_plain(
     return (cache.attention_mask if cache.is_compressed else attention_mask), position_ids
 
 
-__all__ = ["append_plain", "counts_of_turn", "heed_mask_of_past", "mask_of_turn"]
+__all__ = ["append_plain", "check_chunk_size", "counts_of_turn", "heed_mask_of_past", "mask_of_turn"]

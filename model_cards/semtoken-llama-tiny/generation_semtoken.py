@@ -20,6 +20,7 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 
 from .cache_bytes import is_quantized
 from .cache_semtoken import SemTokenCache, tracks_slots
+from .cached_turn import check_chunk_size
 from .configuration_semtoken import validate_compression_fields
 from .logging_semtoken import get_logger
 from .paged_semtoken import PROMPT_ARGUMENTS
@@ -61,6 +62,7 @@ class SemTokenGenerationMixin:
 
     def _prepare_generation_config(self, generation_config, **kwargs: Any):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        check_chunk_size(generation_config.prefill_chunk_size)
         # A client of a server can set nothing else, and Transformers would keep these from `forward`.
         for name in GENERATION_FIELDS:
             value = getattr(generation_config, name, None)

@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 from .adapter_semtoken import adapter_acts_on
 from .attention_semtoken import flash_attention_kwargs
 from .cache_semtoken import SemTokenCache, tracks_slots
-from .cached_turn import append_plain, counts_of_turn, heed_mask_of_past, mask_of_turn
+from .cached_turn import append_plain, check_chunk_size, counts_of_turn, heed_mask_of_past, mask_of_turn
 from .compression import CompressedPrompt
 from .learned_merger import LearnedMerger
 from .logging_semtoken import get_logger, log_prefill
@@ -86,8 +86,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         Raises:
             ValueError: an argument has the wrong shape or values.
         """
-        if prefill_chunk_size is not None and (type(prefill_chunk_size) is not int or prefill_chunk_size < 1):
-            raise ValueError(f"`prefill_chunk_size` must be an integer >= 1 or None, got {prefill_chunk_size!r}")
+        check_chunk_size(prefill_chunk_size)
         heed_mask_of_past(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
         prompt = None
         if compression and input_ids is not None:

@@ -85,8 +85,6 @@ def may_pass(call: Call) -> set[str]:
         fine.add("attention_mask")  # one of ones is gone before anybody could look at it
     if "attention_mask" in call.options and call.ids in ("too large", "negative", "huge"):
         fine.add("ids")  # where the mask hides it
-    if call.options.get("prefill_chunk_size") == 2**70:
-        fine.add("prefill_chunk_size")
     if call.options.get("position_ids") in ("float", "negative", "huge", "restart", "still"):
         fine.add("position_ids")
     for name in ("attention_mask", "protected_mask", "query_mask", "read_mask"):

@@ -13,7 +13,7 @@ OPTIONS = {
     "compression number": ({"compression": 1}, "`compression` must be True or False"),
     **{
         f"chunks {value!r}": ({"prefill_chunk_size": value}, "`prefill_chunk_size` must be an integer >= 1")
-        for value in (0, -1, 2.5, "3", True, -(2**70))
+        for value in (0, -1, 2.5, "3", True, -(2**70), 2**70)
     },
     **{
         f"logits {value!r}": ({"logits_to_keep": value}, "`logits_to_keep` must be")
@@ -47,6 +47,14 @@ def test_options_of_forward(attention, case):
     arguments, message = OPTIONS[case]
     with pytest.raises(ValueError, match=message), torch.no_grad():
         tiny_model(attn_implementation=attention)(IDS, **{"logits_to_keep": 1, **arguments})
+
+
+@pytest.mark.parametrize("compression", [True, False])
+@pytest.mark.parametrize("value", [0, 2.5, 2**70])
+def test_chunks_of_generate(value, compression):
+    """Before an empty prompt or a split could fail over them."""
+    with pytest.raises(ValueError, match="`prefill_chunk_size` must be an integer >= 1"):
+        tiny_model().generate(IDS[:, :0], prefill_chunk_size=value, compression=compression, max_new_tokens=1)
 
 
 @pytest.mark.parametrize("merge_mode", ["mean", "representative"])
