@@ -25,7 +25,7 @@ FOREIGN = {
     "--trust_remote_code": "transformers serve",
 }
 COMMANDS = ("convert", "adapt", "generate", "inspect", "doctor", "evaluate", "benchmark", "push")
-SCRIPTS = ("export_prompt_embeds.py", "gpu_suite.py", "measure_million_tokens.py")
+SCRIPTS = ("export_prompt_embeds.py", "fuzz.py", "gpu_suite.py", "measure_million_tokens.py")
 
 
 def options_in(text: str) -> set[str]:
