@@ -19,7 +19,7 @@ from .generate import read_prompt
 from .main import CONTEXT
 from .options import NUMBER, Fields, Json, Quiet, SpreadingCommand, fields_of
 from .output import USAGE, bars, console, ending_well, fail, only_json
-from .reading import encode, load_tokenizer
+from .reading import encode, lets_question_steer, load_tokenizer
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
@@ -103,7 +103,6 @@ def load(checkpoint: str, fields: dict[str, Any], question: bool, trust_remote_c
         ValueError: the checkpoint holds no encoder, or has no such field.
     """
     planner = SpanPlanner.from_pretrained(checkpoint, fields)
-    config = planner.config
-    if question and "query_weight" not in fields and config.segmentation_mode == "greedy":
-        config.query_weight = config.query_weight or 1.0
+    if question and lets_question_steer(planner.config, fields):
+        planner.config.query_weight = 1.0
     return planner, load_tokenizer(checkpoint, trust_remote_code)

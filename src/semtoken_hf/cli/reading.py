@@ -81,9 +81,8 @@ def load(
     check_semtoken(config, checkpoint)
     if unknown := sorted(fields.keys() - set(FIELDS)):
         raise ValueError(f"--set: {unknown} are no compression fields; known are {sorted(FIELDS)}")
-    mode = fields.get("segmentation_mode", config.segmentation_mode)
-    if question and mode == "greedy" and not config.query_weight:
-        fields = {"query_weight": 1.0, **fields}
+    if question and lets_question_steer(config, fields):
+        fields = {**fields, "query_weight": 1.0}
     options = {name: value for name, value in options.items() if value is not None}
     if device == "auto":
         options["device_map"] = "auto"
@@ -93,6 +92,12 @@ def load(
     if device != "auto":
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model, load_tokenizer(checkpoint, trust_remote_code)
+
+
+def lets_question_steer(config: Any, fields: dict[str, Any]) -> bool:
+    """Whether a question may steer what stays whole, and neither the checkpoint nor `fields` say how much."""
+    mode = fields.get("segmentation_mode", config.segmentation_mode)
+    return mode == "greedy" and "query_weight" not in fields and not config.query_weight
 
 
 def load_tokenizer(checkpoint: str, trust_remote_code: bool) -> Any:

@@ -8,15 +8,15 @@ from typing import Any
 from ..configuration_semtoken import SemTokenConfigMixin
 
 FIELDS = tuple(field.name for field in fields(SemTokenConfigMixin) if field.name != "encoder_config")
+UNITS = ("B", "KB", "MB", "GB")
 
 
 def size_text(nbytes: float) -> str:
     """Bytes in units of 1,000, as disks are sold."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
-            return f"{nbytes:,.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    raise AssertionError
+    power = 0
+    while nbytes >= 1000 and power < len(UNITS) - 1:
+        nbytes, power = nbytes / 1000, power + 1
+    return f"{nbytes:,.0f} {UNITS[power]}" if power == 0 or nbytes >= 100 else f"{nbytes:.1f} {UNITS[power]}"
 
 
 def compression_fields(config: dict[str, Any]) -> dict[str, Any]:

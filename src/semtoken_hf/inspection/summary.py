@@ -69,15 +69,15 @@ def summarise(plan: SpanDetails, row: int = 0) -> PlanSummary:
 
 def notes_on(plans: list[SpanDetails], config: Any, has_question: bool) -> list[str]:
     """What a reader may wonder about."""
-    found, summary = [], summarise(plans[0])
+    found, summaries = [], [summarise(plan) for plan in plans]
     if not config.compression:
         found.append("compression is off in this configuration: the model merges nothing unless it is switched on")
-    if summary.tokens < config.min_prompt_length:
+    if (tokens := summaries[0].tokens) < config.min_prompt_length:
         found.append(
-            f"{summary.tokens} tokens are fewer than min_prompt_length ({config.min_prompt_length}): nothing merges; "
+            f"{tokens} tokens are fewer than min_prompt_length ({config.min_prompt_length}): nothing merges; "
             "--set min_prompt_length=0 shows what would"
         )
-    elif unmet := [summarise(plan) for plan in plans if not summarise(plan).budget_met]:
+    elif unmet := [summary for summary in summaries if not summary.budget_met]:
         ratios = ", ".join(f"{plan.target_ratio:g}" if plan.target_ratio else "the budget" for plan in unmet)
         found.append(f"not met: {ratios}; protected tokens or max_span_length ({config.max_span_length}) forbid it")
     if has_question and not config.query_weight:

@@ -16,7 +16,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- modules: begin -->", "<!-- modules: end -->"
 # As Transformers finds what a module needs.
-RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+)\s*$)", re.MULTILINE)
+RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s*$)", re.MULTILINE)
 CUSTOM_GENERATE = "custom_generate/generate.py"
 # What `auto_map` of a checkpoint names.
 ENTRY_POINTS = ("configuration_semtoken_*.py", "modeling_semtoken_*.py", "tokenization_semtoken_fast.py")
@@ -156,4 +156,4 @@ def with_modules(card: str, hashes: dict[str, str]) -> str:
     return card.partition(BEGIN)[0] + section + card.partition(END)[2]
 
 
-__all__ = ["ModuleComparison", "compare_modules", "module_hashes", "shipped_modules", "with_modules"]
+__all__ = ["ModuleComparison", "compare_modules", "module_hashes", "needed_modules", "shipped_modules", "with_modules"]

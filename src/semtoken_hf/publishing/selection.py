@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..adapter_semtoken import ADAPTER_FILES
 from ..conversion.weights import find_tensors
-from .module_hashes import CUSTOM_GENERATE
+from .module_hashes import CUSTOM_GENERATE, needed_modules
 
 CONFIGURATION_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
@@ -121,14 +120,10 @@ def _module_files(folder: Path, auto_maps: list[dict[str, Any]]) -> list[str]:
     ]
     if foreign := [name for name in classes if "--" in name]:
         raise ValueError(f"auto_map of {folder} points to code of another repository ({foreign[0]}): save it again")
-    waiting, found = [name.split(".")[0] for name in classes], set[str]()
-    while waiting:
-        path = f"{waiting.pop()}.py"
-        if path not in found:
-            _check_file(folder, path)
-            found.add(path)
-            waiting += get_relative_imports(folder / path)
-    return sorted(found)
+    found = sorted(needed_modules(folder, (f"{name.split('.')[0]}.py" for name in classes)))
+    for path in found:
+        _check_file(folder, path)
+    return found
 
 
 def _weight_files(folder: Path, config: dict[str, Any]) -> list[str]:
