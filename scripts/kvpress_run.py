@@ -79,6 +79,7 @@ def list_cells(plan: dict[str, Any]) -> list[Cell]:
         for ratio in ratios
         for kind in ("kvpress", "semtoken")
         for press, press_class in plan["presses"].items()
+        if kind == "kvpress" or press not in plan["replaying"]
     ]
 
 
@@ -113,16 +114,20 @@ def read_prompt(folder: Path, cell: Cell, prompt: dict[str, Any]) -> dict[str, A
     model = load_model(folder / ("adapted" if is_merged and (folder / "adapted").exists() else "model"))
     ids = ids.to(model.device)
     if cell.kind == "kvpress":
-        embeds, positions = model.get_input_embeddings()(ids[:-fed]), torch.arange(len(ids) - fed)
-    embeds, positions = embeds.to(model.device, model.dtype)[None], positions.to(model.device)[None]
+        context, positions = {"input_ids": ids[None, :-fed]}, torch.arange(len(ids) - fed)
+    else:
+        context = {"inputs_embeds": embeds.to(model.device, model.dtype)[None]}
+    positions = positions.to(model.device)[None]
     press = make_press(cell.press_class, positions.shape[1], prompt["slots"][cell.ratio] - fed, int(positions[0, -1]))
     start = clock()
-    prefill = read_pressed(model, embeds, positions, ids[-fed:], press)
+    prefill = read_pressed(model, context, positions, ids[-fed:], press)
     seconds = before + clock() - start
+    held = prefill.cache.get_seq_length()
     return {
         "id": prompt["id"],
         "slots": prefill.slots,
-        "kv_bytes": cache_bytes(prefill.cache),
+        # Presses that mask entries hold them all here; what counts is what they would have to hold.
+        "kv_bytes": cache_bytes(prefill.cache) * prefill.slots // held,
         "read_seconds": round(seconds, 5),
         **continued(model, prefill, prompt),
     }
@@ -172,12 +177,12 @@ def make_press(press_class: str, length: int, kept: int, last: int) -> Any:
     return press
 
 
-def read_pressed(model: Any, embeds: Tensor, positions: Tensor, question: Tensor, press: Any) -> Any:
+def read_pressed(model: Any, context: dict[str, Tensor], positions: Tensor, question: Tensor, press: Any) -> Any:
     """A `Prefill` of a context that is pruned behind its prefill, and of the question, which is read after that.
 
     Args:
         model: a plain causal language model.
-        embeds: float [1, m, H] of the context.
+        context: `input_ids` int64 [1, m] or `inputs_embeds` float [1, m, H].
         positions: int64 [1, m], original positions, gapped where slots were merged.
         question: int64 [q], q >= 1; its positions follow the last one of the context.
         press: called with the model, a context manager.
@@ -188,7 +193,7 @@ def read_pressed(model: Any, embeds: Tensor, positions: Tensor, question: Tensor
     cache: Any = DynamicCache(config=model.config)
     with press(model):
         model(
-            inputs_embeds=embeds,
+            **context,
             position_ids=positions,
             # Explicit: without a mask, gapped positions would be read as packed sequences.
             attention_mask=torch.ones_like(positions),
@@ -198,9 +203,17 @@ def read_pressed(model: Any, embeds: Tensor, positions: Tensor, question: Tensor
     held = {layer.keys.shape[-2] for layer in cache.layers}
     if len(held) > 1:
         raise RuntimeError(f"the press left {sorted(held)} entries in different layers; one number can be compared")
-    kept, first = held.pop(), int(positions[0, -1]) + 1
+    kept, first = held.pop() - masked_entries(model), int(positions[0, -1]) + 1
     logits = continuation.extend(model, continuation.Prefill(cache, None, first, kept), question, 0)
     return continuation.Prefill(cache, logits[-1], first + len(question), kept + len(question))
+
+
+def masked_entries(model: Any) -> int:
+    """Entries that a press has masked instead of removing them: the mean over layers and heads, rounded."""
+    layers = model.model.layers
+    masked = [getattr(layer.self_attn, "masked_key_indices", None) for layer in layers]
+    total = sum(0 if indices is None else len(indices[0]) for indices in masked)
+    return round(total / (len(layers) * model.config.num_key_value_heads))
 
 
 def clock() -> float:

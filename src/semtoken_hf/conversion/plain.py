@@ -64,7 +64,7 @@ def export_plain(
     check_tensors(model, stored, {})
     with staged_folder(output, overwrite) as folder:
         config.save_pretrained(folder)
-        _save_tokenizer(source, folder)
+        save_plain_tokenizer(source, folder)
         if (source / "generation_config.json").is_file():
             shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
         write_weights(folder, rename_as_stored(stored, model), {}, max_shard_size, progress)
@@ -93,7 +93,8 @@ def plain_part(stored: dict[str, Any]) -> PreTrainedConfig:
     return config
 
 
-def _save_tokenizer(source: Path, folder: Path) -> None:
+def save_plain_tokenizer(source: str | os.PathLike, folder: Path) -> None:
+    """Write the tokenizer of a SemToken checkpoint, a folder or a Hub id, as one that needs no code of ours."""
     PreTrainedTokenizerFast.from_pretrained(source).save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -103,4 +104,4 @@ def _save_tokenizer(source: Path, folder: Path) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-__all__ = ["export_plain", "plain_part", "read_plain_part"]
+__all__ = ["export_plain", "plain_part", "read_plain_part", "save_plain_tokenizer"]

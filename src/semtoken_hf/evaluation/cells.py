@@ -99,10 +99,11 @@ def list_ablations(config: EvaluationConfig, task: str) -> list[Cell]:
 
 
 @functools.lru_cache(maxsize=2)
-def load_model(checkpoint: str) -> Any:
-    """A checkpoint in float32 on the CPU, or in its own dtype on a GPU."""
+def load_model(checkpoint: str, dtype: str = "auto") -> Any:
+    """A checkpoint in `dtype`; "auto" is float32 on the CPU and the checkpoint's own dtype on a GPU."""
     gpu = torch.cuda.is_available()
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto" if gpu else torch.float32)
+    chosen_dtype = "auto" if gpu and dtype == "auto" else {"auto": torch.float32}.get(dtype, dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=chosen_dtype)
     check_semtoken(model.config, checkpoint)
     # Short prompts are compressed like long ones: methods are compared at equal bytes.
     model.config.min_prompt_length = 0
@@ -116,22 +117,22 @@ def load_tokenizer(checkpoint: str) -> Any:
 
 def load_prompts(config: EvaluationConfig, task: str, some: bool = False) -> list[Prompt]:
     """The task's prompts; `some`: what ablations and presses read of them."""
-    limit = load_model(config.checkpoint).config.max_position_embeddings
-    prompts = _make_prompts(config.checkpoint, task, config.settings(task, limit))
+    model = load_model(config.checkpoint, config.dtype)
+    settings = config.settings(task, model.config.max_position_embeddings)
+    prompts = _make_prompts(config.checkpoint, task, settings, model.device)
     return prompts[::WINDOW_STEP] if some and TASKS[task].is_perplexity else prompts
 
 
 @functools.lru_cache(maxsize=1)
-def _make_prompts(checkpoint: str, task: str, settings: TaskSettings) -> list[Prompt]:
-    prompts = TASKS[task].prompts(load_tokenizer(checkpoint), settings)
-    return [prompt.to(load_model(checkpoint).device) for prompt in prompts]
+def _make_prompts(checkpoint: str, task: str, settings: TaskSettings, device: torch.device) -> list[Prompt]:
+    return [prompt.to(device) for prompt in TASKS[task].prompts(load_tokenizer(checkpoint), settings)]
 
 
 def why_not(config: EvaluationConfig, cell: Cell) -> str | None:
     """Why a cell cannot be run, or None."""
     if lacking := TASKS[cell.task].lacks(config.settings(cell.task, 0)):
         return lacking
-    model = load_model(config.path_of(cell.checkpoint))
+    model = load_model(config.path_of(cell.checkpoint), config.dtype)
     reason = None if cell.ablation else method_of(cell).unfit(model)
     if cell.ablation in NEEDS_TRANSFORMER:
         longest = encoder_positions(model.config.encoder_config)
@@ -148,7 +149,7 @@ def run_cell(config: EvaluationConfig, cell: Cell) -> None:
     if path.exists():
         return
     prompts = load_prompts(config, cell.task, some=cell.ablation is not None)
-    model = load_model(config.path_of(cell.checkpoint))
+    model = load_model(config.path_of(cell.checkpoint), config.dtype)
     tokenizer, method = load_tokenizer(config.checkpoint), method_of(cell)
 
     def read(prompt: Prompt) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from .tasks import TASKS, TaskSettings
 from .tasks.sources import read_text
 
 RATIOS = (2.4, 4.0)
+DTYPES = ("auto", "float32", "bfloat16")
 CURVE = (1.5, 2.0, 2.4, 3.0, 4.0, 6.0, 8.0)
 
 
@@ -59,6 +60,9 @@ class EvaluationConfig:
         default_factory=lambda: [2048, 8192, 16384, 32768],
         metadata={"help": "prompt lengths at which speed and long contexts are measured; 0: not at all"},
     )
+    dtype: str = field(
+        default="auto", metadata={"help": "float32 or bfloat16, of the model; auto: float32, on a GPU as stored"}
+    )
     seed: int = field(default=0, metadata={"help": "of generated data"})
     workers: int = field(
         default=1, metadata={"help": "processes that read prompts side by side; speed is measured alone"}
@@ -76,6 +80,8 @@ class EvaluationConfig:
         if self.workers < 1:
             raise ValueError(f"--workers must be at least 1, got {self.workers}")
         self.lengths = [length for length in self.lengths if length]
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype must be one of {list(DTYPES)}, got {self.dtype!r}")
         for names, known, option in (
             (self.tasks, TASKS, "tasks"),
             (self.methods, METHODS, "methods"),

@@ -28,7 +28,7 @@ def measure_long_contexts(config: EvaluationConfig) -> list[dict[str, Any]]:
     Returns:
         One record a way: title, length, slots, examples, nll, perplexity.
     """
-    model, tokenizer = load_model(config.checkpoint), load_tokenizer(config.checkpoint)
+    model, tokenizer = load_model(config.checkpoint, config.dtype), load_tokenizer(config.checkpoint)
     slots = model.config.max_position_embeddings - config.target_length
     text = config.read_haystack()
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -2,8 +2,8 @@
 
 In the folder of the evaluation, below `kvpress/`:
 
-- `plan.json`: the presses, the tasks with their ratios (as text), and how many processes read them.
-- `model/`: the plain model of the checkpoint. `adapted/`: the same with the adapter in its weights, if it has one.
+- `plan.json`: the presses, which of them replay the ids of the context, the tasks with their ratios (as text), and how many processes read them.
+- `model/`: the plain model of the checkpoint and its tokenizer. `adapted/`: the same with the adapter in its weights, if it has one.
 - `prompts/{task}.jsonl`: `id`, `ids`, `question_length`, `target`, `answer_tokens`, and the `slots` of each ratio.
 - `compressed/{task}@{ratio}.safetensors`: contexts that SemToken has compressed, for "SemToken, then press".
 - `results/{task}/{method}@{ratio}.jsonl`, by the other side: `id`, `slots`, `kv_bytes`, `read_seconds`, and `nll`,
@@ -25,13 +25,13 @@ from tqdm.auto import tqdm
 
 from ..adapter_semtoken import ADAPTER_NAME, has_adapter, without_adapter
 from ..conversion.checkpoint import causal_lm_class
-from ..conversion.plain import plain_part
+from ..conversion.plain import plain_part, save_plain_tokenizer
 from ..conversion.staging import remove_stale, staged_file, staged_folder
 from .cells import Cell, end_of_answer, load_model, load_prompts, load_tokenizer, scored_answer
 from .configuration import EvaluationConfig
 from .files import write_text
 from .jobs import as_line, read_records
-from .methods import PRESSES
+from .methods import PRESSES, REPLAYING
 from .methods.compressed import changed_fields
 from .metrics import list_press_cells
 from .prompts import Prompt
@@ -47,11 +47,13 @@ def export_for_presses(config: EvaluationConfig, tasks: Iterable[str]) -> Path:
     Raises:
         ValueError: a task has no data.
     """
-    folder, model = config.folder / "kvpress", load_model(config.checkpoint)
+    folder, model = config.folder / "kvpress", load_model(config.checkpoint, config.dtype)
     save_plain(model, folder / "model")
+    # KVzip asks for its chat template.
+    save_plain_tokenizer(config.checkpoint, folder / "model")
     if has_adapter(model):
         save_plain(model, folder / "adapted", adapted=True)
-    plan: dict[str, Any] = {"presses": PRESSES, "workers": config.workers, "tasks": {}}
+    plan: dict[str, Any] = {"presses": PRESSES, "replaying": REPLAYING, "workers": config.workers, "tasks": {}}
     for task in tasks:
         ratios = config.ratios_of(task)
         prompts = load_prompts(config, task, some=True)
@@ -163,7 +165,7 @@ def imported(config: EvaluationConfig, task: str, prompt: Prompt, raw: dict[str,
     ids = raw.get("answer_ids")
     if ids:
         tokenizer = load_tokenizer(config.checkpoint)
-        is_end = end_of_answer(load_model(config.checkpoint).config, tokenizer, TASKS[task], prompt)
+        is_end = end_of_answer(load_model(config.checkpoint, config.dtype).config, tokenizer, TASKS[task], prompt)
         end = next((n for n in range(1, len(ids)) if is_end(ids[:n])), len(ids))
         record |= scored_answer(tokenizer, TASKS[task], prompt, ids[:end])
     return record

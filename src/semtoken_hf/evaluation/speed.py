@@ -49,7 +49,7 @@ def _ways(config: EvaluationConfig, length: int) -> list[tuple[str, Method, str,
     for ratio in config.curve_ratios if is_shortest else config.ratios:
         ways += [("", METHODS[name], name, ratio) for name in ("truncation", "semtoken")]
     if is_shortest:
-        model, known = load_model(config.checkpoint), {name for _, _, name, _ in ways}
+        model, known = load_model(config.checkpoint, config.dtype), {name for _, _, name, _ in ways}
         others = [n for n in chosen(config.methods, METHODS) if n not in known and METHODS[n].unfit(model) is None]
         ways += [("", METHODS[name], name, first if METHODS[name].has_budget else None) for name in others]
     return ways + [(name, METHODS["semtoken"], "semtoken", first) for name in config.checkpoint_of]
@@ -71,7 +71,7 @@ def _measure_length(config: EvaluationConfig, prompt: Prompt) -> list[dict[str, 
     times: list[list[tuple[float, float, float]]] = [[] for _ in ways]
     for repetition in tqdm(range(repetitions + (repetitions > 1)), desc=f"speed, {prompt.length:,} tokens"):
         for i, (checkpoint, method, _, ratio) in enumerate(ways):
-            model = load_model(config.path_of(checkpoint))
+            model = load_model(config.path_of(checkpoint), config.dtype)
             prefill, seconds = _time(model, method, prompt.to(model.device), ratio)
             records[i] |= {"slots": prefill.slots, "kv_bytes": cache_bytes(prefill.cache)}
             if repetition or repetitions == 1:  # the first one warms up

@@ -37,13 +37,16 @@ PRESSES: dict[str, str] = {
     "ExpectedAttention": "ExpectedAttentionPress",
     "TOVA": "TOVAPress",
     "KeyDiff": "KeyDiffPress",
+    "KVzip": "KVzipPress",
 }
+# Presses that read the ids of the context again, so that they cannot follow a context of slots.
+REPLAYING = ("KVzip",)
 
 
 def press_methods() -> dict[str, str]:
     """Titles of the methods that kvpress runs: every press alone, and behind SemToken."""
     alone = {f"kvpress_{name}": f"{name} (kvpress)" for name in PRESSES}
-    return alone | {f"semtoken_{name}": f"SemToken, then {name}" for name in PRESSES}
+    return alone | {f"semtoken_{name}": f"SemToken, then {name}" for name in PRESSES if name not in REPLAYING}
 
 
-__all__ = ["METHODS", "PRESSES", "Compressed", "Method", "press_methods"]
+__all__ = ["METHODS", "PRESSES", "REPLAYING", "Compressed", "Method", "press_methods"]

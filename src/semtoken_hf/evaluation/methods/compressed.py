@@ -45,7 +45,7 @@ class Compressed(Method):
             cache = SemTokenCache(config=model.config)
             outputs = model(
                 input_ids=prompt.ids[None],
-                protected_mask=prompt.question[None],
+                protected_mask=(prompt.opening | prompt.question)[None],
                 query_mask=prompt.question[None] if prompt.question_length else None,
                 past_key_values=cache,
                 logits_to_keep=1,

@@ -19,7 +19,7 @@ from .base import Method
 class Selection(Method):
     """Reads the tokens that `choose` marks and nothing else.
 
-    The first `keep_first` tokens of the configuration, the question and the last `keep_last` tokens are always read:
+    The opening, the first `keep_first` tokens of the configuration, the question and the last `keep_last` tokens are always read:
     what SemToken protects, so that the methods differ in nothing else.
     """
 
@@ -87,9 +87,9 @@ class SelfInformation(Selection):
 
 
 def protected_tokens(config: Any, prompt: Prompt) -> Tensor:
-    """bool [n]: the ends that a SemToken configuration protects, and the question."""
+    """bool [n]: the ends that a SemToken configuration protects, the opening and the question."""
     place = prompt.place
-    return prompt.question | (place < config.keep_first) | (place >= prompt.length - max(config.keep_last, 1))
+    return prompt.opening | prompt.question | (place < config.keep_first) | (place >= prompt.length - max(config.keep_last, 1))
 
 
 __all__ = ["FullContext", "NoContext", "RandomDropping", "Selection", "SelfInformation", "Truncation"]

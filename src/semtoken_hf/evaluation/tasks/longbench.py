@@ -33,6 +33,8 @@ SUBSETS = (
     "triviaqa",
     *CHINESE,
 )
+# Few-shot examples and code, which LongBench gives to chat models, too, without a chat template.
+PLAIN_TEXT = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
 # What opens the question where the official prompt puts no words of its own before it.
 OPENINGS = {
     "trec": "Question:",
@@ -107,8 +109,7 @@ def from_prompt(row: dict[str, Any]) -> Example:
     gold = row["gold"]
     facts = {"all_classes": gold["all_classes"]} if isinstance(gold, dict) else {}
     answers = gold.get("answers", gold.get("label")) if isinstance(gold, dict) else gold
-    context, question = split_question(row["prompt"], row["task"])
-    return Example(f"{row['task']}-{row['index']}", context, question, list(answers or []), row["task"], facts)
+    return _example(row["prompt"], row["task"], row["index"], list(answers or []), facts)
 
 
 def from_official(row: dict[str, Any], subset: str) -> Example:
@@ -116,10 +117,13 @@ def from_official(row: dict[str, Any], subset: str) -> Example:
     before, _, after = official(subset)["doc_to_text"].partition("{{context}}")
     prompt = before + row["context"] + after.replace("{{question}}", first_of(row, ("input", "question")))
     facts = {"all_classes": list(row["all_classes"])} if row.get("all_classes") else {}
+    return _example(prompt, subset, first_of(row, ("_id", "id", "index")), list(row["answers"]), facts)
+
+
+def _example(prompt: str, subset: str, number: Any, answers: list[str], facts: dict[str, Any]) -> Example:
     context, question = split_question(prompt, subset)
-    return Example(
-        f"{subset}-{first_of(row, ('_id', 'id', 'index'))}", context, question, list(row["answers"]), subset, facts
-    )
+    is_chat = subset not in PLAIN_TEXT
+    return Example(f"{subset}-{number}", context, question, answers, subset, facts=facts, is_chat=is_chat)
 
 
 def split_question(prompt: str, subset: str) -> tuple[str, str]:

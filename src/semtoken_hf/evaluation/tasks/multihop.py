@@ -30,7 +30,8 @@ class MultiHop(TextTask):
             f"Passage {i}:\n{title}\n{text}" for i, (title, text) in enumerate(passages_of(row), start=1)
         )
         context = f"{INSTRUCTION}\n\nThe following are given passages.\n{passages}\n\n{INSTRUCTION}\n\n"
-        return Example(str(row["id"]), context, f"Question: {row['question']}\nAnswer:", answers_of(row))
+        question = f"Question: {row['question']}"
+        return Example(str(row["id"]), context, question, answers_of(row), answer_prefix="\nAnswer:")
 
     def score(self, answer: str, prompt: Prompt) -> float:
         return official_score("hotpotqa", answer, prompt.answers)

@@ -66,10 +66,11 @@ class KeyValues(Retrieval):
     def _example(self, row: dict[str, Any], pairs: list[tuple[str, str]], depth: float) -> Example:
         data = ",\n ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in pairs)
         context = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
-        question = f'Key: "{row["key"]}"\nCorresponding value: "'
         # The quotation mark is open: the answer follows without a space.
+        opens = '\nCorresponding value: "'
         group = f"depth {round(4 * depth) * 25} %"
-        return Example(str(row["id"]), f"{context}{{{data}}}\n\n", question, [row["answer"]], group)
+        question = f'Key: "{row["key"]}"'
+        return Example(str(row["id"]), f"{context}{{{data}}}\n\n", question, [row["answer"]], group, opens)
 
 
 @dataclass
@@ -108,8 +109,10 @@ class Needle(Retrieval):
             "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you "
             f"about the number afterwards.\n{hay[:cut]}{needle}{hay[cut:]}\n\n"
         )
-        question = f"What is the special magic number for {city}? One of the special magic numbers for {city} is:"
-        return Example(f"needle-{name}", context, question, [magic], f"depth {depth:.0%}".replace("%", " %"))
+        question = f"What is the special magic number for {city}?"
+        opens = f" One of the special magic numbers for {city} is:"
+        group = f"depth {depth:.0%}".replace("%", " %")
+        return Example(f"needle-{name}", context, question, [magic], group, opens)
 
 
 def json_list(value: Any) -> list[tuple[str, str]]:

@@ -31,8 +31,9 @@ class Summaries(TextTask):
                 Example(
                     str(row.get("id", i)),
                     f"{INSTRUCTION}\n\n{text}\n\n",
-                    f"Query: {first_of({'whole': WHOLE, **row}, ('question', 'input', 'whole'))}\nAnswer:",
+                    f"Query: {first_of({'whole': WHOLE, **row}, ('question', 'input', 'whole'))}",
                     [answers] if isinstance(answers, str) else list(answers),
+                    answer_prefix="\nAnswer:",
                 )
             )
         return examples

@@ -29,8 +29,9 @@ class Tables(TextTask):
             Example(
                 str(row.get("id", i)),
                 f"{INSTRUCTION}\n\n{lines_of(first_of(row, ('table_csv', 'table')))}\n\n",
-                f"Question: {row['question']}\nAnswer:",
+                f"Question: {row['question']}",
                 answers_of(row),
+                answer_prefix="\nAnswer:",
             )
             for i, row in enumerate(rows)
         ]
