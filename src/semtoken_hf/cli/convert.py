@@ -11,6 +11,7 @@ import typer
 
 from ..configuration_semtoken import ENCODER_DTYPES
 from ..conversion.checkpoint import ENCODER_KINDS, convert_checkpoint
+from ..conversion.source import DTYPES
 from ..conversion.weights import find_tensors
 from .main import CONTEXT
 from .options import Fields, Json, Quiet, SpreadingCommand, fields_of
@@ -24,7 +25,9 @@ app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
 @app.command(cls=SpreadingCommand, context_settings=CONTEXT)
 def convert(
-    model: Annotated[str, typer.Argument(help="folder or Hub id of a plain checkpoint (safetensors, tokenizer.json)")],
+    model: Annotated[
+        str, typer.Argument(help="folder or Hub id of a plain checkpoint or a LoRA adapter, or a GGUF file")
+    ],
     encoder: Annotated[
         str, typer.Argument(help="folder or Hub id of a transformer encoder (BERT, MiniLM, ...), or none")
     ],
@@ -44,8 +47,10 @@ def convert(
     ] = None,
     encoder_dtype: Annotated[
         Literal[ENCODER_DTYPES],  # type: ignore[valid-type]
-        typer.Option("--encoder_dtype", rich_help_panel=ENCODER, help="of its layers"),
-    ] = "bfloat16",
+        typer.Option(
+            "--encoder_dtype", rich_help_panel=ENCODER, help="of its layers; auto: bfloat16 where the device has it"
+        ),
+    ] = "auto",
     static_dim: Annotated[
         int, typer.Option("--static_dim", rich_help_panel=ENCODER, help="length of the table's vectors")
     ] = 64,
@@ -58,6 +63,18 @@ def convert(
     ] = 0.0,
     revision: Annotated[
         str | None, typer.Option("--revision", rich_help_panel=FILES, help="revision of the model on the Hub")
+    ] = None,
+    gguf_file: Annotated[
+        str | None,
+        typer.Option("--gguf_file", rich_help_panel=FILES, help="which GGUF file of the folder or repository MODEL"),
+    ] = None,
+    dtype: Annotated[
+        Literal[DTYPES] | None,  # type: ignore[valid-type]
+        typer.Option(
+            "--dtype",
+            rich_help_panel=FILES,
+            help="of the weights of a GGUF file (unset: float32) or of a merged adapter (unset: its base model's)",
+        ),
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust_remote_code", rich_help_panel=FILES, help="for the encoder's tokenizer")
@@ -81,8 +98,9 @@ def convert(
 ) -> None:
     """Turn a plain checkpoint (Llama, Mistral, Qwen3, GPT-NeoX) and an encoder into one SemToken folder.
 
-    The weights are copied shard by shard and unchanged; the folder carries its own code and loads with
-    `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`. It appears whole or not at all.
+    The weights are copied shard by shard and unchanged; a GGUF file is dequantised, an adapter merged first. The folder
+    carries its own code and loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`. It
+    appears whole or not at all.
 
     **Examples**
 
@@ -90,6 +108,8 @@ def convert(
         semtoken convert llama encoder my-semtoken --set target_ratio=4 keep_last=128 --protect_digits
         semtoken convert llama encoder my-semtoken --encoder_kind static --static_dim 64
         semtoken convert llama none my-semtoken --set segmentation_mode=uniform
+        semtoken convert model.Q4_K_M.gguf encoder my-semtoken --dtype bfloat16
+        semtoken convert my-lora encoder my-semtoken
 
     **Exit codes**: 0 converted; 1 the model, the encoder or a field does not do; 2 wrong usage; 130 Ctrl-C.
     """

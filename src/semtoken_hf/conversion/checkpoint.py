@@ -27,14 +27,14 @@ from ..configuration_semtoken import ENCODER_DTYPES, SemTokenConfigMixin, SemTok
 from ..standalone_planner import SpanPlannerConfig
 from ..tokenization_semtoken_fast import SemTokenFastTokenizer
 from .encoder import build_encoder, in_dtype
-from .source import read_model_type, resolve_folder
+from .source import FAMILY_PREFIX, convertible_types, plain_source, read_model_type, resolve_folder
 from .staging import check_output, remove_stale, staged_folder
 from .vocabulary import digit_token_ids, rare_token_ids, special_token_ids
 from .weights import StoredTensor, find_tensors, rename_as_loaded, shortened, write_weights
 
 ENCODER_KINDS = ("transformer", "static")
-# Of the model types whose configuration, base model and language model `semtoken_hf` registers.
-FAMILY_PREFIX = "semtoken_"
+# In which the layers are stored that run in the dtype of their device: rounded once, so that devices differ the less.
+STORED_AUTO = "bfloat16"
 
 
 def convert_checkpoint(
@@ -44,11 +44,13 @@ def convert_checkpoint(
     *,
     encoder_kind: str = "transformer",
     encoder_layers: int | None = None,
-    encoder_dtype: str = "bfloat16",
+    encoder_dtype: str = "auto",
     static_dim: int = 64,
     protect_digits: bool = False,
     protect_rare: float = 0.0,
     revision: str | None = None,
+    gguf_file: str | None = None,
+    dtype: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     max_shard_size: str | int = "5GB",
@@ -59,18 +61,23 @@ def convert_checkpoint(
     """Write a SemToken checkpoint: weights, encoder, configuration, tokenizer and the code that loads them.
 
     Args:
-        model: folder or Hub id of a plain checkpoint of a registered family, with a `tokenizer.json`.
+        model: folder or Hub id of a plain checkpoint of a registered family, with a `tokenizer.json`; a GGUF file of
+            such a model, or a folder with one; or a PEFT adapter of one, which is merged into it.
         encoder: folder or Hub id of a transformer encoder with its tokenizer; None only with
             `segmentation_mode="uniform"`, which reads no fingerprints.
         output_dir: the new folder.
         encoder_kind: "transformer" keeps the encoder's layers, its input embedding moved onto the model's
             vocabulary; "static" distils it to a table (see `distillation`).
         encoder_layers: the encoder's first layers that are read and kept; None: all.
-        encoder_dtype: "bfloat16" or "float32", in which the layers are stored and run; a table is float32.
+        encoder_dtype: "auto", "bfloat16" or "float32", in which the layers run (see `SemTokenConfigMixin`). "auto"
+            stores bfloat16. A table is float32.
         static_dim: length of the table's vectors.
         protect_digits: tokens with a digit always stay whole.
         protect_rare: share in [0, 1] of the vocabulary, the rarest, that always stays whole.
         revision: revision of `model` on the Hub.
+        gguf_file: which file of `model`, where that is a folder with several GGUF files or a Hub repository.
+        dtype: "float32" or "bfloat16", of the weights that a GGUF file is dequantised to (None: float32) or that an
+            adapter is merged into (None: the base model's).
         trust_remote_code: for the encoder's tokenizer; its layers must be of a type that Transformers knows.
         allow_pickle: read the model's or the encoder's weights from `pytorch_model.bin`, in one file or several, where
             they are not there as safetensors. Tensors alone are read (`torch.load(weights_only=True)`), no code runs.
@@ -85,6 +92,7 @@ def convert_checkpoint(
     Raises:
         FileExistsError: `output_dir` exists.
         FileNotFoundError: no such model or encoder, or files of it are missing, or it has pickle weights alone.
+        ImportError: the package that reads a GGUF file or an adapter is not installed.
         ValueError: an option or override makes no sense, or the model or encoder is of a kind that cannot be converted.
     """
     _check_options(encoder, encoder_kind, encoder_dtype, config_overrides)
@@ -92,45 +100,44 @@ def convert_checkpoint(
         raise ValueError("`encoder_layers` needs an `encoder` that has them")
     output = Path(output_dir).resolve()
     remove_stale(output)
-    source = resolve_folder(model, revision, allow_pickle)
     encoder_folder = None if encoder is None else resolve_folder(encoder, allow_pickle=allow_pickle)
-    check_output(output, overwrite, [source] if encoder_folder is None else [source, encoder_folder])
-    plain = read_plain_config(source)
-    plain_class = causal_lm_class(plain)
-    stored = rename_as_loaded(find_tensors(source, allow_pickle), plain_class)
-    tokenizer = load_tokenizer(source)
-    protected = _protected_ids(tokenizer, protect_digits, protect_rare)
-    protected |= set(config_overrides.pop("protected_token_ids", None) or [])
-    encoder_config, encoder_tensors = build_encoder(
-        encoder_folder,
-        encoder_kind,
-        tokenizer,
-        plain.vocab_size,
-        static_dim,
-        trust_remote_code,
-        progress,
-        encoder_layers,
-        allow_pickle,
-    )
-    if isinstance(encoder_config, SemTokenStaticEncoderConfig):
-        encoder_dtype = "float32"
-    encoder_config.dtype = encoder_dtype
-    prefix = f"{plain_class.base_model_prefix}.semantic_encoder.encoder."
-    encoder_tensors = {prefix + name: in_dtype(tensor, encoder_dtype) for name, tensor in encoder_tensors.items()}
-    config = build_config(
-        plain,
-        encoder_config=encoder_config,
-        encoder_dtype=encoder_dtype,
-        protected_token_ids=sorted(i for i in protected if i < plain.vocab_size),
-        dtype=plain.dtype or next(iter(stored.values())).dtype,
-        **config_overrides,
-    )
-    with staged_folder(output, overwrite) as folder:
-        check_tensors(save_code_and_config(config, folder), stored, encoder_tensors)
-        tokenizer.save_pretrained(folder)
-        if (source / "generation_config.json").is_file():
-            shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
-        write_weights(folder, stored, encoder_tensors, max_shard_size, progress)
+    local = [Path(path) for path in (model, encoder_folder) if path is not None and Path(path).exists()]
+    check_output(output, overwrite, local)
+    with plain_source(model, output, revision, allow_pickle, gguf_file, dtype) as source:
+        plain, tokenizer = read_plain_config(source), load_tokenizer(source)
+        stored = rename_as_loaded(find_tensors(source, allow_pickle), causal_lm_class(plain))
+        protected = _protected_ids(tokenizer, protect_digits, protect_rare)
+        protected |= set(config_overrides.pop("protected_token_ids", None) or [])
+        encoder_config, encoder_tensors = build_encoder(
+            encoder_folder,
+            encoder_kind,
+            tokenizer,
+            plain.vocab_size,
+            static_dim,
+            trust_remote_code,
+            progress,
+            encoder_layers,
+            allow_pickle,
+        )
+        if isinstance(encoder_config, SemTokenStaticEncoderConfig):
+            encoder_dtype = "float32"
+        encoder_config.dtype = STORED_AUTO if encoder_dtype == "auto" else encoder_dtype
+        prefix = f"{causal_lm_class(plain).base_model_prefix}.semantic_encoder.encoder."
+        tensors = {prefix + name: in_dtype(tensor, encoder_config.dtype) for name, tensor in encoder_tensors.items()}
+        config = build_config(
+            plain,
+            encoder_config=encoder_config,
+            encoder_dtype=encoder_dtype,
+            protected_token_ids=sorted(i for i in protected if i < plain.vocab_size),
+            dtype=plain.dtype or next(iter(stored.values())).dtype,
+            **config_overrides,
+        )
+        with staged_folder(output, overwrite) as folder:
+            check_tensors(save_code_and_config(config, folder), stored, tensors)
+            tokenizer.save_pretrained(folder)
+            if (source / "generation_config.json").is_file():
+                shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+            write_weights(folder, stored, tensors, max_shard_size, progress)
     return output
 
 
@@ -161,8 +168,7 @@ def read_plain_config(folder: Path) -> PreTrainedConfig:
     if model_type.startswith(FAMILY_PREFIX):
         raise ValueError(f"{folder} is a SemToken checkpoint already; convert the plain one that it was made from")
     if FAMILY_PREFIX + model_type not in CONFIG_MAPPING:
-        known = sorted(name.removeprefix(FAMILY_PREFIX) for name in CONFIG_MAPPING if name.startswith(FAMILY_PREFIX))
-        raise ValueError(f"{folder} has model_type {model_type!r}; only {known} can be converted")
+        raise ValueError(f"{folder} has model_type {model_type!r}; only {convertible_types()} can be converted")
     config = CONFIG_MAPPING[model_type].from_pretrained(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} is quantised; convert the unquantised checkpoint and quantise the result")

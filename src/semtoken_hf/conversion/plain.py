@@ -13,8 +13,8 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerFast
 
 from ..configuration_semtoken import SemTokenConfigMixin
-from .checkpoint import FAMILY_PREFIX, causal_lm_class, check_tensors
-from .source import read_model_type, resolve_folder
+from .checkpoint import causal_lm_class, check_tensors
+from .source import FAMILY_PREFIX, read_model_type, resolve_folder
 from .staging import check_output, remove_stale, staged_folder
 from .weights import find_tensors, rename_as_stored, write_weights
 

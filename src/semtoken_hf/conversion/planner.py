@@ -19,7 +19,7 @@ def planner_on_vocabulary(
     encoder_kind: str = "transformer",
     static_dim: int = 64,
     encoder_layers: int | None = None,
-    encoder_dtype: str = "bfloat16",
+    encoder_dtype: str = "auto",
     **config_fields: Any,
 ) -> SpanPlanner:
     """The planner that a conversion with this encoder would ship.

@@ -126,6 +126,18 @@ def staged_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
+def scratch_folder(output: Path) -> Iterator[Path]:
+    """An empty folder beside `output` for what is needed on the way; it is gone at the end of the block."""
+    scratch = output.with_name(f"{output.name}.tmp-{os.getpid()}-{threading.get_ident()}")
+    with _writing(scratch):
+        try:
+            scratch.mkdir(parents=True)
+            yield scratch
+        finally:
+            _discard(scratch)
+
+
+@contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
     """A name beside `path` whose file becomes `path`, in place of an older one, if the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,4 +151,4 @@ def staged_file(path: Path) -> Iterator[Path]:
             staged.unlink(missing_ok=True)
 
 
-__all__ = ["check_output", "remove_stale", "staged_file", "staged_folder"]
+__all__ = ["check_output", "remove_stale", "scratch_folder", "staged_file", "staged_folder"]

@@ -2,8 +2,10 @@
 
 In the folder of the evaluation, below `kvpress/`:
 
-- `plan.json`: the presses, which of them replay the ids of the context, the tasks with their ratios (as text), and how many processes read them.
-- `model/`: the plain model of the checkpoint and its tokenizer. `adapted/`: the same with the adapter in its weights, if it has one.
+- `plan.json`: the presses, which of them replay the ids of the context, the tasks with their ratios (as text), and how
+  many processes read them.
+- `model/`: the plain model of the checkpoint and its tokenizer. `adapted/`: the same with the adapter in its weights,
+  if it has one.
 - `prompts/{task}.jsonl`: `id`, `ids`, `question_length`, `target`, `answer_tokens`, and the `slots` of each ratio.
 - `compressed/{task}@{ratio}.safetensors`: contexts that SemToken has compressed, for "SemToken, then press".
 - `results/{task}/{method}@{ratio}.jsonl`, by the other side: `id`, `slots`, `kv_bytes`, `read_seconds`, and `nll`,

@@ -134,9 +134,9 @@ def frame(example: Example, tokenizer: Any) -> tuple[str, str]:
     if example.is_chat and tokenizer.chat_template is not None:
         user = "the text of the user"
         turn = [{"role": "user", "content": user}]
-        opening, _, ending = tokenizer.apply_chat_template(
-            turn, tokenize=False, add_generation_prompt=True
-        ).partition(user)
+        opening, _, ending = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).partition(
+            user
+        )
         return opening, ending + example.answer_prefix.lstrip()
     if tokenizer.bos_token is None:
         raise ValueError("the tokenizer has no BOS token, which opens every prompt: set `tokenizer.bos_token`")

@@ -12,11 +12,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ...adapter_semtoken import ADAPTER_FILES
-from ...conversion.checkpoint import FAMILY_PREFIX, causal_lm_class, check_tensors
-from ...conversion.source import read_model_type
+from ...configuration_semtoken import SemTokenStaticEncoderConfig
+from ...conversion.checkpoint import causal_lm_class, check_tensors
+from ...conversion.source import FAMILY_PREFIX, read_model_type
 from ...conversion.weights import find_tensors, rename_as_loaded, shortened
 from ...publishing.module_hashes import compare_modules
 from ...publishing.selection import select_files
+from ...semantic_encoder import native_dtype
 from ...tokenization_semtoken_fast import SemTokenFastTokenizer
 from ..output import explain
 from .checks import Check
@@ -107,11 +109,25 @@ def _check_encoder(folder: Path, config: Any) -> Check:
     held = [name for name in find_tensors(folder) if "semantic_encoder." in name]
     kind = config.encoder_config.model_type
     if held:
-        return Check(GROUP, "encoder", "ok", f"{kind}, {len(held)} tensors, {config.encoder_dtype}")
+        dtype, why = _encoder_dtype(config)
+        return Check(GROUP, "encoder", "ok", f"{kind}, {len(held)} tensors, runs in {dtype}", why)
     if config.segmentation_mode == "uniform":
         return Check(GROUP, "encoder", "absent", "none", "uniform spans need none")
     found = f"none, and segmentation_mode {config.segmentation_mode!r} needs one"
     return Check(GROUP, "encoder", "fault", found, AGAIN)
+
+
+def _encoder_dtype(config: Any) -> tuple[str, str]:
+    """The dtype that the encoder has on this machine, and why."""
+    if config.encoder_config.model_type == SemTokenStaticEncoderConfig.model_type:
+        return "float32", "a table is only looked up"
+    if config.encoder_dtype != "auto":
+        return config.encoder_dtype, "encoder_dtype says so; 'auto' follows the device"
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    dtype = native_dtype(device or torch.device("cpu"))
+    name = device.type if device else "this processor"
+    does = "multiplies" if dtype == torch.bfloat16 else "does not multiply"
+    return str(dtype).removeprefix("torch."), f"encoder_dtype is 'auto', and {name} {does} bfloat16 natively"
 
 
 def _check_tokenizer(folder: Path, config: Any) -> Check:

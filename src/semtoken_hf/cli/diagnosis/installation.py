@@ -38,6 +38,7 @@ OPTIONAL = {
     "matplotlib": ("", "plots of adapt, evaluate and benchmark", "semtoken-hf[adapt]"),
     "lm-eval": (">=0.4.13", "semtoken lm-eval and evaluate's LongBench metrics", "semtoken-hf[evaluate]"),
     "fastapi": ("", "transformers serve", "semtoken-hf[serve]"),
+    "gguf": (">=0.17", "converting GGUF files", "semtoken-hf[gguf]"),
     "kvpress": ("", "its presses, in an environment of their own: scripts/kvpress_baselines.sh", ""),
 }
 

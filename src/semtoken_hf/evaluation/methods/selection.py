@@ -19,8 +19,8 @@ from .base import Method
 class Selection(Method):
     """Reads the tokens that `choose` marks and nothing else.
 
-    The opening, the first `keep_first` tokens of the configuration, the question and the last `keep_last` tokens are always read:
-    what SemToken protects, so that the methods differ in nothing else.
+    The opening, the first `keep_first` tokens of the configuration, the question and the last `keep_last` tokens are
+    always read: what SemToken protects, so that the methods differ in nothing else.
     """
 
     def choose(self, model: Any, prompt: Prompt, free: Tensor, count: int) -> Tensor:
@@ -89,7 +89,12 @@ class SelfInformation(Selection):
 def protected_tokens(config: Any, prompt: Prompt) -> Tensor:
     """bool [n]: the ends that a SemToken configuration protects, the opening and the question."""
     place = prompt.place
-    return prompt.opening | prompt.question | (place < config.keep_first) | (place >= prompt.length - max(config.keep_last, 1))
+    return (
+        prompt.opening
+        | prompt.question
+        | (place < config.keep_first)
+        | (place >= prompt.length - max(config.keep_last, 1))
+    )
 
 
 __all__ = ["FullContext", "NoContext", "RandomDropping", "Selection", "SelfInformation", "Truncation"]
