@@ -15,7 +15,7 @@ install_once() {
     local stamp=$venv/$1.installed
     shift
     if [ "$stamp" -nt "$root/pyproject.toml" ] && [ "$stamp" -nt "$root/constraints.txt" ]; then return; fi
-    echo "installing into $venv: $*"
+    echo "installing into $venv: $*" >&2
     "$python" -m pip install --quiet --disable-pip-version-check "$@"
     touch "$stamp"
 }

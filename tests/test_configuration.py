@@ -71,7 +71,7 @@ def test_defaults() -> None:
         "merger_span_length": 16,
         "adapter_subfolder": None,
         "adapted_for": None,
-        "encoder_dtype": "float32",
+        "encoder_dtype": "auto",
         "encoder_window": 128,
         "encoder_overlap": 16,
         "fingerprint_radius": 2,

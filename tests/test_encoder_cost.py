@@ -275,12 +275,47 @@ def test_loading_in_another_dtype_of_the_encoder(tmp_path) -> None:
     assert torch.equal(half.base_model.semantic_encoder.encoder.get_input_embeddings().weight, table.bfloat16())
 
 
-def test_a_checkpoint_from_before_the_field_is_float32(tmp_path) -> None:
-    model = tiny_model(**{**BF16, "encoder_dtype": "float32"})
+CAPABILITIES = {"avx512_bf16": False, "amx_bf16": False, "bf16": False, "sve_bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("kernels", "found", "dtype"),
+    [
+        ("AVX512", "avx512_bf16", torch.bfloat16),
+        ("AVX512", "amx_bf16", torch.bfloat16),
+        ("AVX512", None, torch.float32),
+        ("AVX2", "avx512_bf16", torch.float32),
+    ],
+)
+def test_auto_is_what_the_device_multiplies(tmp_path, monkeypatch, kernels, found, dtype) -> None:
+    monkeypatch.setattr(semantic_encoder, "NARROW_KERNELS", ("AVX2",))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)
+    has = CAPABILITIES | ({found: True} if found else {})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert semantic_encoder.native_dtype(torch.device("cpu")) == dtype
+    model = tiny_model(**{**BF16, "encoder_dtype": "auto"})
+    assert dtypes_of(model) == {dtype}
     model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    assert loaded.config.encoder_dtype == "auto"
+    for move in ("half", "float", "bfloat16", "cpu"):
+        assert dtypes_of(loaded) == {dtype}
+        getattr(loaded, move)()
+    assert loaded.compress(IDS).kept_lengths.sum() < IDS.numel()
+
+
+def test_auto_follows_the_device_that_the_model_is_moved_to(monkeypatch) -> None:
+    on = {"cpu": torch.float32, "meta": torch.bfloat16}
+    monkeypatch.setattr(semantic_encoder, "native_dtype", lambda device: on[device.type])
+    model = tiny_model(**{**BF16, "encoder_dtype": "auto"})
+    assert dtypes_of(model) == {torch.float32}
+    assert dtypes_of(model.to("meta")) == {torch.bfloat16}
+
+
+def test_a_checkpoint_from_before_the_field_follows_its_device(tmp_path) -> None:
+    tiny_model(**BF16).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["encoder_dtype"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert dtypes_of(loaded) == {torch.float32}
-    assert torch.equal(loaded.compress(IDS).span_ids, model.compress(IDS).span_ids)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert dtypes_of(loaded) == {semantic_encoder.native_dtype(torch.device("cpu"))}

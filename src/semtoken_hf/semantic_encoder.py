@@ -104,8 +104,8 @@ class SemanticEncoder(nn.Module):
         self.chosen_dtype = "float32" if self.is_static else config.encoder_dtype
         try:
             static = StaticEncoder(encoder_config) if self.is_static else None
-            # Built and initialised as it is stored at best; `freeze` turns it into what its device runs.
-            self.encoder: Any = static or build_transformer(encoder_config, torch.float32)
+            # In the dtype that the configuration records, which it keeps; `freeze` turns it into that of its device.
+            self.encoder: Any = static or build_transformer(encoder_config, encoder_config.dtype or torch.float32)
         except Exception as error:  # of whatever kind its sizes lead to
             raise ValueError(f"`encoder_config` makes no encoder: {type(error).__name__}: {error}") from error
         self.freeze()

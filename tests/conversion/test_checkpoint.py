@@ -145,7 +145,7 @@ def test_written_configuration(make_llama, encoder_folder, tmp_path):
     written = json.loads((out / "config.json").read_text())
     assert written["dtype"] == "bfloat16"
     assert (written["encoder_config"]["dtype"], written["encoder_config"]["vocab_size"]) == ("bfloat16", VOCAB_SIZE)
-    assert written["encoder_dtype"] == "bfloat16"
+    assert written["encoder_dtype"] == "auto"
     for file in ("config.json", "tokenizer_config.json"):
         assert str(tmp_path) not in (out / file).read_text(), "a local path is no part of a checkpoint"
 

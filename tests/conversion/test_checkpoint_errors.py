@@ -133,7 +133,12 @@ def test_encoder_without_a_pooler_gets_zeros(make_llama, encoder_folder, tmp_pat
         ({"protect_rare": 2.0}, "`share` must be"),
         ({"encoder_kind": "static", "static_dim": 4096}, "`dim` must be in"),
         ({"max_shard_size": "many"}, "many"),
-        ({"encoder_dtype": "float16"}, r"`encoder_dtype` must be one of \['float32', 'bfloat16'\], got 'float16'"),
+        (
+            {"encoder_dtype": "float16"},
+            r"`encoder_dtype` must be one of .*'auto', .*got 'float16'",
+        ),
+        ({"dtype": "float16"}, r"`dtype` must be one of \['float32', 'bfloat16'\] or None, got 'float16'"),
+        ({"dtype": "float32"}, "`dtype` is for GGUF files and adapters; the weights of a plain checkpoint keep theirs"),
         ({"encoder_layers": 0}, r"`encoder_layers` must be an integer in \[1, 2\], the encoder's layers, got 0"),
         ({"encoder_layers": 3}, "the encoder's layers, got 3"),
         ({"encoder_layers": True}, "the encoder's layers, got True"),

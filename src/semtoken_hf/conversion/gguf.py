@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +68,13 @@ def write_plain_of_gguf(file: Path, folder: Path, dtype: str, families: list[str
     if not is_gguf_available():
         raise ImportError("reading a GGUF file needs the package gguf: pip install 'semtoken-hf[gguf]'")
     place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    model_type = _read_model_type(file, place)
+    with _saying_what_is_wrong(file):
+        model_type = AutoConfig.from_pretrained(**place).model_type
     if model_type not in families:
         raise ValueError(f"{file.name} has model_type {model_type!r}; only {families} can be converted")
-    model: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=getattr(torch, dtype))
+    with _saying_what_is_wrong(file):
+        model: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(**place)
     for name in ("quantization_config", "_model_name_or_path"):
         if hasattr(model.config, name):
             delattr(model.config, name)
@@ -80,15 +85,19 @@ def write_plain_of_gguf(file: Path, folder: Path, dtype: str, families: list[str
     # And not `model.save_pretrained`, which takes the model for a quantised one and refuses.
     tied = list(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else None
     save_torch_state_dict(model.state_dict(), folder, shared_tensors_to_discard=tied)
-    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
-def _read_model_type(file: Path, place: dict[str, str]) -> str:
+@contextmanager
+def _saying_what_is_wrong(file: Path) -> Iterator[None]:
+    """A ValueError that names the file, of whatever kind the reader's own is."""
     try:
-        return AutoConfig.from_pretrained(**place).model_type
-    except ValueError as error:
+        yield
+    except (ImportError, OSError):
+        raise
+    except Exception as error:
         if "architecture" in str(error):
-            raise ValueError(f"{file.name} cannot be converted: {error} Transformers' loader reads it.") from error
+            raise ValueError(f"{file.name} cannot be converted: {error}") from error
         raise ValueError(f"{file} is damaged or no GGUF file; download it again ({error})") from error
 
 

@@ -51,7 +51,7 @@ def write_merged(adapter: Path, base: Path, folder: Path, dtype: str | None) -> 
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto" if dtype is None else getattr(torch, dtype))
     try:
-        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the adapter in {adapter} cannot be merged into {base}: {error}") from error
     merged.save_pretrained(folder)
