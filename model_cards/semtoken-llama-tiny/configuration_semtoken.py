@@ -15,7 +15,7 @@ POSITION_MODES = ("original", "compact")
 SEGMENTATION_MODES = ("greedy", "boundary", "uniform")
 MERGE_MODES = ("mean", "representative", "learned")
 MERGER_BASES = ("mean", "representative")
-ENCODER_DTYPES = ("float32", "bfloat16")
+ENCODER_DTYPES = ("auto", "float32", "bfloat16")
 MOST, MOST_LAYERS = 2**63 - 1, 512  # an int64's
 # Encoders whose first position is `pad_token_id + 1`.
 POSITIONS_BEHIND_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
@@ -100,7 +100,8 @@ class SemTokenConfigMixin:
         adapter_subfolder: folder inside the checkpoint with a PEFT adapter that acts on compressed rows alone.
         adapted_for: what `semtoken_hf.training.adaptation` trained the checkpoint for (`position_mode` and more).
         encoder_config: configuration of the frozen encoder, on the model's own vocabulary. None: a static encoder.
-        encoder_dtype: "float32" or "bfloat16", of the encoder's layers, whatever the model's (kind `transformer`).
+        encoder_dtype: of the encoder's layers, whatever the model's (kind `transformer`): "auto" is bfloat16 where
+            their device multiplies it natively and float32 elsewhere; or "float32" or "bfloat16" on every device.
         encoder_window: tokens per encoder window (kind `transformer`), at most 8,192.
         encoder_overlap: tokens shared by neighbouring windows, in [0, encoder_window).
         fingerprint_radius: k of the paper: a fingerprint is the mean of the states within +-k tokens, k <= 256.
@@ -134,7 +135,7 @@ class SemTokenConfigMixin:
     adapter_subfolder: str | None = None
     adapted_for: dict | None = None
     encoder_config: dict | PreTrainedConfig | None = None
-    encoder_dtype: str = "float32"
+    encoder_dtype: str = "auto"
     encoder_window: int = 128
     encoder_overlap: int = 16
     fingerprint_radius: int = 2

@@ -7,12 +7,13 @@
 - In a dtype of its own (`encoder_dtype`; a table is always float32), outside autocast and without gradient, so that a
   plan is the same for every dtype of the model. Means and fingerprints are float32.
 - bfloat16 layers round states to 8 bits. One device rounds the same way every time; on another, whose kernels sum in
-  another order, spans may swap whose scores tie to within that rounding (about 1 %).
+  another order or which runs float32, spans may swap whose scores tie to within that rounding (about 1 %).
 - Memory beyond the fingerprints does not grow with the prompt.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,9 @@ WINDOWS_PER_CALL = 32
 # Smaller products may be summed in another order, and bfloat16 shows it: a row alone would get another plan. Found by
 # trial, with layers 256 to 4,096 wide.
 FEWEST_TOKENS_PER_CALL = 768
+# Sets of instructions that multiply bfloat16, on x86 and on ARM, and kernels of PyTorch that use none of them.
+BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+NARROW_KERNELS = ("DEFAULT", "NO AVX", "AVX2") if platform.machine() in ("x86_64", "AMD64") else ()
 # Tokens per step of the running mean.
 TOKENS_PER_STEP = 4096
 
@@ -55,6 +59,18 @@ class FrozenLinear(nn.Module):
     def extra_repr(self) -> str:
         # PEFT quotes this where `target_modules` names the layer.
         return "frozen; leave it out with exclude_modules=r'.*semantic_encoder.*'"
+
+
+def native_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where `device` has instructions that multiply it, float32 where it would be emulated or is unknown."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "xpu":
+        return torch.bfloat16 if torch.xpu.is_bf16_supported() else torch.float32
+    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() in NARROW_KERNELS:
+        return torch.float32
+    found: Any = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if any(found.get(name) for name in BFLOAT16_INSTRUCTIONS) else torch.float32
 
 
 def build_transformer(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -85,18 +101,28 @@ class SemanticEncoder(nn.Module):
         self.width = encoder_config.hidden_size
         self.radius = config.fingerprint_radius
         self.is_static = encoder_config.model_type == SemTokenStaticEncoderConfig.model_type
-        self.dtype = torch.float32 if self.is_static else getattr(torch, config.encoder_dtype)
+        self.chosen_dtype = "float32" if self.is_static else config.encoder_dtype
         try:
             static = StaticEncoder(encoder_config) if self.is_static else None
-            self.encoder: Any = static or build_transformer(encoder_config, self.dtype)
+            # In the dtype that the configuration records, which it keeps; `freeze` turns it into that of its device.
+            self.encoder: Any = static or build_transformer(encoder_config, encoder_config.dtype or torch.float32)
         except Exception as error:  # of whatever kind its sizes lead to
             raise ValueError(f"`encoder_config` makes no encoder: {type(error).__name__}: {error}") from error
         self.freeze()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the layers or the table, now."""
+        return self.encoder.get_input_embeddings().weight.dtype
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """The dtype that the configuration means on `device`."""
+        return native_dtype(device) if self.chosen_dtype == "auto" else getattr(torch, self.chosen_dtype)
+
     def freeze(self) -> SemanticEncoder:
         """Evaluation mode, no gradients, the encoder's own dtype; `from_pretrained` undoes all three."""
         super().train(False)
-        self.encoder.to(self.dtype)
+        self.encoder.to(self.dtype_on(self.encoder.get_input_embeddings().weight.device))
         return self.requires_grad_(False)
 
     @torch.no_grad()
@@ -112,10 +138,13 @@ class SemanticEncoder(nn.Module):
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SemanticEncoder:
-        # `model.half()` and `model.to(dtype)` move the encoder but leave it in its own dtype.
+        # `model.half()` and `model.to(dtype)` move the encoder but leave it in its own dtype, that of its device.
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            if not tensor.is_floating_point():
+                return moved
+            dtype = self.dtype_on(moved.device)
+            return moved if moved.dtype == dtype else tensor.to(moved.device, dtype)
 
         return super()._apply(keep_dtype, recurse)
 

@@ -193,3 +193,38 @@ def test_a_tokenizer_without_bos_is_an_error():
     tokenizer.bos_token = None
     with pytest.raises(ValueError, match="BOS"):
         prompt_of(tokenizer)
+
+
+TEMPLATE = (
+    "<s>system: be brief\n{% for m in messages %}{{ m.role }}: {{ m.content | trim }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\nassistant: ' }}{% endif %}"
+)
+
+
+def test_a_chat_stands_in_the_template_with_the_answer_s_opening_behind_it(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    prompt = prompt_of(tokenizer, question="Question: who sat?", answer_prefix="\nAnswer:", group="animals")
+    opening = tokenizer.decode(prompt.ids[prompt.opening])
+    question = tokenizer.decode(prompt.ids[prompt.question])
+    middle = tokenizer.decode(prompt.ids[~(prompt.opening | prompt.question)])
+    assert (opening, middle) == ("<s>system: be brief\nuser: ", CONTEXT)
+    assert question == "Question: who sat?</s>\nassistant: Answer:"
+    # The template's own marks are special tokens, and there is one BOS: the template's.
+    assert prompt.ids[0] == tokenizer.bos_token_id
+    assert (prompt.ids == tokenizer.bos_token_id).sum() == (prompt.ids == tokenizer.eos_token_id).sum() == 1
+    assert tokenizer.decode(prompt.target) == " cat"
+    cut = prompt_of(tokenizer, prompt.length - 20, question="Question: who sat?", answer_prefix="\nAnswer:")
+    assert tokenizer.decode(cut.ids[cut.opening]) == opening
+    assert tokenizer.decode(cut.ids[cut.question]) == question
+
+
+def test_an_answer_without_opening_follows_the_template_without_a_gap(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE.replace("assistant: ", "assistant:\n"))
+    assert tokenizer.decode(prompt_of(tokenizer, question="Who sat?").target) == "cat"
+
+
+def test_a_text_to_go_on_with_gets_no_template(tokenizer, monkeypatch):
+    plain = prompt_of(tokenizer)
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    assert prompt_of(tokenizer, is_chat=False).ids.tolist() == plain.ids.tolist()
+    assert plain.opening.tolist() == [True] + [False] * (plain.length - 1)
