@@ -65,7 +65,7 @@ def test_a_plain_checkpoint_is_refused(options, make_llama):
 def test_figures_go_into_the_card(record, options, semtoken, tmp_path):
     folder = shutil.copytree(semtoken, tmp_path / "mine")
     refused = run_command("evaluate", *options, "--report", "--update_card", folder, code=1).stderr
-    assert "holds no card (README.md)" in refused
+    assert "holds no card: write a README.md" in refused
     (folder / "README.md").write_text("# Mine\n")
     assert BEGIN in run_command("evaluate", *options, "--report", "--update_card", folder, code=1).stderr
     (folder / "README.md").write_text(CARD)
@@ -76,3 +76,8 @@ def test_figures_go_into_the_card(record, options, semtoken, tmp_path):
     assert text.endswith("Kept.\n")
     (cell,) = [c for c in record["cells"] if c["method"] == "semtoken"]
     assert str(round(cell["perplexity"], 4)) in text.split("# Mine")[0]
+    figures = json.loads((folder / "metrics.json").read_text())
+    assert [c["nll"] for c in figures["cells"]] == pytest.approx([c["nll"] for c in record["cells"]], rel=1e-5)
+    assert not Path(figures["config"]["data_dir"]).is_absolute()
+    linked = {part.split(")")[0] for part in text.split("](plots/")[1:]}
+    assert linked == {file.name for file in (folder / "plots").iterdir()}

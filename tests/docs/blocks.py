@@ -9,7 +9,7 @@ from tests.fixtures.children import ROOT
 
 FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,})(?P<info>[^`\n]*)$")
 # Reports that scripts write (`docs/performance/*.md`) quote their command in a line, not in a block.
-PATTERNS = ("README.md", "SECURITY.md", "docs/*.md", "model_cards/TEMPLATE.md", "model_cards/*/README.md")
+PATTERNS = ("README.md", "SECURITY.md", "docs/*.md", "model_cards/*/README.md")
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from semtoken_hf.publishing.module_hashes import (
     with_modules,
 )
 from tests.fixtures.children import ROOT, run_python
-from tests.fixtures.scripts import load_script, main_of
+from tests.fixtures.scripts import load_script
 
 EMBEDDED = ROOT / "model_cards" / "semtoken-llama-tiny"
 RELEASE = ROOT / "model_cards" / "MODULES.sha256"
-REFRESH = "run `python scripts/make_card.py --hashes_only model_cards/semtoken-llama-tiny`"
+REFRESH = "run `python scripts/refresh_modules.py`"
 
 
 def listed_in(card):
@@ -114,25 +114,21 @@ def test_the_embedded_card_lists_the_modules_beside_it():
     assert listed_in((EMBEDDED / "README.md").read_text()) == module_hashes(EMBEDDED.glob("*.py")), REFRESH
 
 
-def test_the_list_alone_is_refreshed(make_checkpoint, monkeypatch, capsys, tmp_path):
+def test_a_folder_gets_the_modules_and_the_card_their_hashes(make_checkpoint, monkeypatch, capsys, tmp_path):
     folder = make_checkpoint()
-    module = load_script("make_card.py")
-    monkeypatch.setattr(module, "CARDS", tmp_path)
+    module = load_script("refresh_modules.py")
+    monkeypatch.setattr(module, "CARDS", folder.parent)
     (folder / "README.md").write_text(f"# Mine\n{BEGIN}\nold\n{END}\nthe end\n")
-    monkeypatch.setattr("sys.argv", ["make_card.py", "--hashes_only", str(folder)])
+    (folder / "compression.py").write_text("old")
+    (folder / "moved_elsewhere.py").write_text("old")
     module.main()
-    assert capsys.readouterr().out == f"{folder / 'README.md'}\n"
+    assert str(folder) in capsys.readouterr().out
+    assert compare_modules(folder).is_same
     card = (folder / "README.md").read_text()
     assert listed_in(card) == module_hashes(folder.glob("*.py"))
     assert card.startswith("# Mine\n")
     assert card.endswith("the end\n")
-    assert (tmp_path / "MODULES.sha256").read_text() == checksum_lines(module_hashes(shipped_modules()))
-
-
-def test_a_card_needs_its_sources(monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        main_of("make_card.py", monkeypatch)("--checkpoint", "somewhere")
-    assert "--training_log, --training_command, --metrics" in capsys.readouterr().err
+    assert (folder.parent / "MODULES.sha256").read_text() == checksum_lines(module_hashes(shipped_modules()))
 
 
 def test_the_comparison_needs_the_standard_library_alone():

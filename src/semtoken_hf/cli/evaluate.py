@@ -31,7 +31,7 @@ Predictions, `metrics.json`, plots, `report.html` (one self-contained page) and 
 
 **Examples**
 
-    semtoken evaluate --checkpoint model_cards/semtoken-llama-tiny --data_dir data --workers 2
+    semtoken evaluate --checkpoint my-semtoken --data_dir data --workers 2
     semtoken evaluate --checkpoint my-semtoken --data_dir data --fraction 0.02 --lengths 0 --ablations none
     semtoken evaluate --checkpoint my-semtoken --data_dir data --report --update_card my-semtoken
 
@@ -54,7 +54,9 @@ def evaluate(
     update_card: Annotated[
         Path | None,
         typer.Option(
-            "--update_card", metavar="FOLDER", help="also put the figures into the README.md of this checkpoint folder"
+            "--update_card",
+            metavar="FOLDER",
+            help="also put report, figures and plots into this folder and its card, README.md",
         ),
     ] = None,
     as_json: Json = False,
@@ -62,19 +64,17 @@ def evaluate(
     **given: Any,
 ) -> None:
     from ..evaluation.evaluate import evaluate
-    from ..evaluation.report.model_index import update_card as put_into_card
+    from ..evaluation.report.card import put_into_card
 
     with ending_well("start the same command again to go on"), only_json(as_json) as answer, bars(quiet):
         config = build(EvaluationConfig, given)
         if update_card is not None and not (update_card / "README.md").is_file():
-            raise FileNotFoundError(f"{update_card} holds no card (README.md): write one with scripts/make_card.py")
+            raise FileNotFoundError(f"{update_card} holds no card: write a README.md with the markers of one first")
         folder = evaluate(config)
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         record = {name: folder / file for name, file in NAMES.items()}
         if update_card is not None:
-            report = (folder / "report.md").read_text(encoding="utf-8")
-            put_into_card(update_card / "README.md", metrics, report)
-            record["card"] = update_card / "README.md"
+            record["card"] = put_into_card(folder, update_card)
         answer({"folder": folder, **record, **{key: metrics[key] for key in ("cells", "speed", "alarms")}})
         if not as_json:
             show = console()

@@ -39,14 +39,12 @@ def draw_if_possible(metrics: dict[str, Any]) -> Plots:
         return None
 
 
-def save_plots(plots: list[Plot], folder: Path, kinds: tuple[str, ...] = ("svg", "png")) -> None:
-    """Write every plot as `NAME.svg` and `NAME.png`, or as one of them."""
+def save_plots(plots: list[Plot], folder: Path) -> None:
+    """Write every plot as `NAME.svg` and `NAME.png`."""
     for plot in plots:
-        if "svg" in kinds:
-            write_text(folder / f"{plot.name}.svg", plot.svg_file)
-        if "png" in kinds:
-            with staged_file(folder / f"{plot.name}.png") as staged:
-                staged.write_bytes(plot.png_file)
+        write_text(folder / f"{plot.name}.svg", plot.svg_file)
+        with staged_file(folder / f"{plot.name}.png") as staged:
+            staged.write_bytes(plot.png_file)
 
 
 def html_page(metrics: dict[str, Any], plots: Plots) -> str:
@@ -63,11 +61,6 @@ def markdown_section(metrics: dict[str, Any], plots: Plots) -> str:
     sections = [section for section in make_sections(metrics, plots) if section.name not in PAGE_ONLY]
     opening = [f"## {escaped(title_of_report(metrics))}", f"Measured on {escaped(date_of(metrics))}."]
     return "\n\n".join([*opening, *(part for section in sections for part in _section(section))]) + "\n"
-
-
-def linked_plots(plots: Plots) -> list[Plot]:
-    """Those that the Markdown section links."""
-    return [plot for part in (plots or {}).values() for plot in part if not plot.small]
 
 
 def escaped(text: str) -> str:
