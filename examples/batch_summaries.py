@@ -1,6 +1,6 @@
 """Summaries of documents of different lengths, in one batch: planned by the data loader, read without padding.
 
-python examples/batch_summaries.py
+python examples/batch_summaries.py --checkpoint "$(bash scripts/reference_model.sh)"    # SmolLM2-135M-Instruct
 python examples/batch_summaries.py --checkpoint llama-3.2-1b-semtoken --documents a.txt b.txt c.txt --workers 2
 """
 
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--checkpoint", default=str(ROOT / "model_cards" / "semtoken-llama-tiny"))
+parser.add_argument("--checkpoint", required=True, help="folder or Hub id of a SemToken checkpoint")
 parser.add_argument("--documents", nargs="+", type=Path, help="text files (default: pieces of a chapter)")
 parser.add_argument("--target_ratio", type=float, default=2.4, help="tokens per slot (default 2.4)")
 parser.add_argument("--batch_size", type=int, default=4)

@@ -1,6 +1,6 @@
 """A chat of several turns: each turn compresses what is new, and the cache keeps the slots of the earlier ones.
 
-python examples/chat.py
+python examples/chat.py --checkpoint "$(bash scripts/reference_model.sh)"    # SmolLM2-135M-Instruct
 python examples/chat.py --checkpoint llama-3.2-1b-semtoken --document report.txt
 """
 
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--checkpoint", default=str(ROOT / "model_cards" / "semtoken-llama-tiny"))
+parser.add_argument("--checkpoint", required=True, help="folder or Hub id of a SemToken checkpoint")
 parser.add_argument("--document", type=Path, default=ROOT / "scripts" / "quickstart_chapter.txt")
 parser.add_argument("--max_new_tokens", type=int, default=24)
 options, _ = parser.parse_known_args()  # a notebook has arguments of its own
@@ -44,17 +44,29 @@ TURNS = [
 # %% [markdown]
 # ## One turn
 # `protect_template=True` adds `protected_mask`: role names and markers keep slots of their own, and only the messages'
-# own text may merge. The new turn is rendered alone and put behind the tokens that were read and generated, since a
-# reply that is decoded and encoded again may come out as other tokens. (That suits templates that render message by
-# message; one that adds a system text of its own to every chat needs the full rendering.)
+# own text may merge. The new turn is put behind the tokens that were read and generated, since a reply that is decoded
+# and encoded again may come out as other tokens. It is cut out of a rendering with two short turns before it, so that a
+# template that opens every chat with a system text opens only the first turn with it.
 
 
 # %%
+PAST = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
+
+
+def encode_turn(text: str, is_first: bool) -> Any:
+    """input_ids and protected_mask, int64 [1, t], of a user's turn."""
+    past = [] if is_first else PAST
+    message = {"role": "user", "content": text}
+    new = tokenizer.apply_chat_template(
+        [*past, message], add_generation_prompt=True, protect_template=True, return_tensors="pt"
+    )
+    before = len(tokenizer.apply_chat_template(past)["input_ids"]) if past else 0
+    return {name: new[name][:, before:] for name in ("input_ids", "protected_mask")}
+
+
 def turn(said: torch.Tensor, cache: Any, text: str) -> tuple[torch.Tensor, Any]:
     """Tokens int64 [1, T] so far and the cache after the reply."""
-    new = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, protect_template=True, return_tensors="pt"
-    )
+    new = encode_turn(text, is_first=cache is None)
     tokens = torch.cat([said, new["input_ids"]], dim=1)
     protected = torch.cat([torch.zeros_like(said), new["protected_mask"]], dim=1)
     out = model.generate(

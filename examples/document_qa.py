@@ -1,6 +1,6 @@
 """Questions about a long document: the question steers which tokens stay whole.
 
-python examples/document_qa.py
+python examples/document_qa.py --checkpoint "$(bash scripts/reference_model.sh)"    # SmolLM2-135M-Instruct
 python examples/document_qa.py --checkpoint llama-3.2-1b-semtoken --document report.txt --target_ratio 4
 """
 
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--checkpoint", default=str(ROOT / "model_cards" / "semtoken-llama-tiny"))
+parser.add_argument("--checkpoint", required=True, help="folder or Hub id of a SemToken checkpoint")
 parser.add_argument("--document", type=Path, default=ROOT / "scripts" / "quickstart_chapter.txt")
 parser.add_argument("--questions", nargs="+", metavar="QUESTION=ANSWER", help="about your own document")
 parser.add_argument("--target_ratio", type=float, default=2.4, help="tokens per slot (default 2.4)")
@@ -40,16 +40,20 @@ QUESTIONS = [
 # %% [markdown]
 # ## The prompt
 # `query_mask` says which tokens are the question's. They never merge, and everything else is measured against them.
-# (With a chat template, `apply_chat_template(..., mark_question=True)` makes the mask: see `rag.py`.)
+# (Where a question is a turn of its own, `apply_chat_template(..., mark_question=True)` makes the mask: see `rag.py`.)
 
 
 # %%
 def encode(question: str) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and query_mask, all int64 [1, T]."""
-    text = f"{document}\n\nQuestion: {question}\nAnswer:"
-    encoding = tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
+    if tokenizer.chat_template is None:  # a base model
+        text = f"{tokenizer.bos_token}{document}\n\nQuestion: {question}\nAnswer:"
+    else:
+        messages = [{"role": "user", "content": f"{document}\n\n{question} Answer in one short sentence."}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    encoding = tokenizer(text, add_special_tokens=False, return_tensors="pt", return_offsets_mapping=True)
     offsets = encoding.pop("offset_mapping")
-    return {**encoding, "query_mask": (offsets[..., 1] > len(document)).long()}
+    return {**encoding, "query_mask": (offsets[..., 1] > text.rindex(question)).long()}
 
 
 # %% [markdown]
@@ -71,15 +75,17 @@ def around(answer: str, encoding: dict[str, torch.Tensor], width: int = 14) -> s
 
 # %% [markdown]
 # ## Is the answer likelier?
-# A small model writes badly whatever it reads, so beside its text look at the likelihood of the gold answer. Labels say
-# what is scored: the answer's tokens alone. They are read whole and the planner never sees them.
+# A text is right or wrong; the likelihood of the gold answer tells more. Labels say what is scored: the answer's tokens
+# alone. They are read whole and the planner never sees them.
 
 
 # %%
 def answer_loss(encoding: dict[str, torch.Tensor], answer: str, **how: Any) -> float:
     """Nats per token of the gold answer."""
     ids = encoding["input_ids"]
-    target = tokenizer(" " + answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    # Behind "Answer:" an answer begins with a space, in a turn of its own without.
+    gap = " " if tokenizer.chat_template is None else ""
+    target = tokenizer(gap + answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
     inputs = torch.cat([ids, target], dim=1)
     labels = torch.cat([torch.full_like(ids, -100), target], dim=1)
     if "query_mask" in how:
@@ -91,7 +97,7 @@ def answer_loss(encoding: dict[str, torch.Tensor], answer: str, **how: Any) -> f
 def written(encoding: dict[str, torch.Tensor], **how: Any) -> str:
     """What the model writes."""
     inputs = {name: encoding[name] for name in ("input_ids", "attention_mask")}
-    tokens = model.generate(**inputs, **how, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    tokens = model.generate(**inputs, **how, max_new_tokens=20, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 

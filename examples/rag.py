@@ -1,6 +1,6 @@
 """Retrieval-augmented generation: several passages, and a question that is marked as one.
 
-python examples/rag.py
+python examples/rag.py --checkpoint "$(bash scripts/reference_model.sh)"    # SmolLM2-135M-Instruct
 python examples/rag.py --checkpoint llama-3.2-1b-semtoken --passages retrieved.txt --question "Who built it?"
 """
 
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--checkpoint", default=str(ROOT / "model_cards" / "semtoken-llama-tiny"))
+parser.add_argument("--checkpoint", required=True, help="folder or Hub id of a SemToken checkpoint")
 parser.add_argument("--passages", type=Path, default=Path(__file__).with_name("passages.txt"))
 parser.add_argument("--question", default="Who cut the thick lens of a lighthouse into rings, and in which year?")
 parser.add_argument("--target_ratio", type=float, default=4.0, help="tokens per slot (default 4)")

@@ -1,6 +1,5 @@
 """The checkpoint that ships with the repository: real weights on real text."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import semtoken_hf
+from scripts.quickstart import QUESTIONS
 from semtoken_hf.conversion.vocabulary import special_token_ids
 from tests.fixtures.children import ROOT, run_script
 from tests.fixtures.tiny import left_padded, plain_twin
@@ -100,20 +100,11 @@ def test_pipeline_by_path():
     assert compressed == CHAPTER + tail
 
 
-def test_the_card_shows_the_measured_metrics():
-    metrics = json.loads((FOLDER / "metrics.json").read_text())
-    card = (FOLDER / "README.md").read_text()
-    texts = [c for c in metrics["cells"] if c["is_perplexity"] and not c["ablation"] and c["ratio"] in (None, 2.4)]
-    assert {"full", "none", "truncation", "random", "uniform", "semtoken"} <= {c["method"] for c in texts}
-    for cell in texts:
-        assert cell["title"] in card
-        assert f"{100 * cell['cost']:+,.1f} %" in card
-        assert f"{cell['perplexity']:,.2f}" in card
-    assert metrics["provenance"]["command"] in card
-
-
 def test_quickstart_runs():
-    output = run_script("quickstart.py", "--repetitions", "1", "--max_new_tokens", "4").stdout
-    slots = int(re.search(r"positions read \(slots\) \| 1,934 \| (\d+) \|", output)[1])
-    assert slots == math.ceil(1934 / 2.4)
-    assert "SemToken goes on:" in output
+    options = ["--checkpoint", FOLDER, "--repetitions", "1", "--max_new_tokens", "4"]
+    output = run_script("quickstart.py", *options).stdout
+    tokens, slots = re.search(r"positions read \(slots\) \| ([\d,]+) \| ([\d,]+) \|", output).groups()
+    assert int(slots.replace(",", "")) == math.ceil(int(tokens.replace(",", "")) / 2.4)
+    for question in QUESTIONS:
+        assert question in output
+    assert output.count("  plain:") == output.count("  SemToken:") == len(QUESTIONS)

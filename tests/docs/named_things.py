@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel, BertTokenizerFast, PreTrainedTokenizerFast
 
 import semtoken_hf
+from tests.conversion.checkpoints import word_tokenizer
+from tests.conversion.gguf_files import write_gguf
 from tests.fixtures.children import ROOT
 from tests.fixtures.evaluation_data import EMBEDDED, write_data
+from tests.fixtures.reference import reference_folder
 from tests.fixtures.tiny import plain_config, tiny_config
 from tests.hub.hub_server import HubServer
 from tests.hub.repositories import Repository, etag, is_lfs
@@ -72,6 +76,32 @@ def text(file: Path) -> None:
     file.write_text(CHAPTER, encoding="utf-8")
 
 
+def gguf_file(file: Path) -> None:
+    """A tiny Llama as GGUF; a row of the vocabulary for every token, and rows of whole blocks of Q8_0."""
+    tokenizer = word_tokenizer(["the", "chapter"])
+    sizes = {"vocab_size": len(tokenizer), "intermediate_size": 64, "tie_word_embeddings": True}
+    write_gguf(file, semtoken_hf.AutoModelForCausalLM.from_config(plain_config(tiny_config(**sizes))), tokenizer)
+
+
+def gguf_folder(folder: Path) -> None:
+    folder.mkdir()
+    for name in ("tiny.Q8_0.gguf", "tiny.Q4_0.gguf"):
+        gguf_file(folder / name)
+
+
+def lora(folder: Path) -> None:
+    """An adapter of a tiny Llama beside it."""
+    base = folder.parent / f"{folder.name}-base"
+    plain_checkpoint(base)
+    model = semtoken_hf.AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(folder)
+
+
+def reference(folder: Path) -> None:
+    """The real model, which is too large to copy."""
+    folder.symlink_to(reference_folder())
+
+
 FAMILIES = {
     "meta-llama/Llama-3.2-1B": "llama",
     "mistralai/Mistral-7B-v0.3": "mistral",
@@ -82,6 +112,10 @@ FAMILIES = {
 LOCAL: dict[str, Callable[[Path], Any]] = {
     "llama-3.2-1b-semtoken": converted_checkpoint,
     "my-semtoken": converted_checkpoint,
+    "smollm2-semtoken": reference,
+    "SmolLM2-135M-Instruct.Q4_1.gguf": gguf_file,
+    "gguf-folder": gguf_folder,
+    "my-lora": lora,
     "my-llama": plain_checkpoint,
     "runs/reference/model": plain_checkpoint,
     "my-old-llama": functools.partial(plain_checkpoint, safe=False),
@@ -116,7 +150,7 @@ class NamedThings:
         # The same function makes the same thing, whatever it is called.
         is_partial = isinstance(make, functools.partial)
         key = f"{make.func.__name__}-{sorted(make.keywords.items())}" if is_partial else make.__name__
-        path = self.store / key / ("file" if make is text else "folder")
+        path = self.store / key / ("file.gguf" if make is gguf_file else "file" if make is text else "folder")
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             make(path)
@@ -129,7 +163,10 @@ class NamedThings:
             if name not in created and not target.exists():
                 made = self._made(LOCAL[name])
                 target.parent.mkdir(parents=True, exist_ok=True)
-                (shutil.copytree if made.is_dir() else shutil.copy)(made, target)
+                if made.is_symlink():
+                    target.symlink_to(made.resolve())
+                else:
+                    (shutil.copytree if made.is_dir() else shutil.copy)(made, target)
         for name in names_in(words, REMOTE):
             if name not in created and name not in hub.repositories:
                 made = self._made(REMOTE[name])

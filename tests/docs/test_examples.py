@@ -1,4 +1,4 @@
-"""Every example runs as a program, on the checkpoint that ships and on another, and shows what it says it shows."""
+"""Every example runs as a program, on the embedded checkpoint and on another, and shows what it says it shows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from tests.fixtures import children
 from tests.fixtures.children import ROOT
+from tests.fixtures.evaluation_data import EMBEDDED
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -20,9 +21,9 @@ def run(folder, monkeypatch, capsys):
     """A function of an example's name and arguments: what it prints."""
     verbosity = logging.get_verbosity()
 
-    def run(name, *arguments):
+    def run(name, checkpoint=EMBEDDED):
         path = ROOT / "examples" / f"{name}.py"
-        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [str(path), "--checkpoint", str(checkpoint)])
         runpy.run_path(str(path), run_name="__main__")
         return capsys.readouterr().out
 
@@ -91,7 +92,7 @@ def test_batch_summaries(run):
 @pytest.mark.parametrize("example", [path.stem for path in EXAMPLES])
 def test_another_checkpoint(example, run, things, hub, folder):
     things.prepare("my-semtoken", folder, hub, set())
-    assert run(example, "--checkpoint", "my-semtoken")
+    assert run(example, "my-semtoken")
 
 
 def test_the_planner_of_the_loader_runs_in_workers(things, hub, folder):
