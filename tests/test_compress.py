@@ -12,7 +12,7 @@ LENGTHS = (96, 70, 41, 18, 9)
 HIDDEN = LLAMA["hidden_size"]
 
 
-@pytest.fixture(scope="module", params=["boundary", "greedy", "uniform"])
+@pytest.fixture(scope="module", params=["boundary", "greedy", "sentence", "uniform"])
 def model(request):
     return tiny_model(segmentation_mode=request.param)
 

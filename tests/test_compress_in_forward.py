@@ -6,7 +6,7 @@ import torch
 from tests.fixtures.tiny import ragged_prompts, random_ids, tiny_model
 
 
-@pytest.fixture(scope="module", params=["boundary", "greedy", "uniform"])
+@pytest.fixture(scope="module", params=["boundary", "greedy", "sentence", "uniform"])
 def model(request):
     return tiny_model(segmentation_mode=request.param)
 

@@ -45,6 +45,7 @@ FIELDS = {
     "encoder_overlap": 6,
     "fingerprint_radius": 4,
     "protected_token_ids": [7, 11],
+    "sentence_end_token_ids": [5],
 }
 
 
@@ -76,6 +77,7 @@ def test_defaults() -> None:
         "encoder_overlap": 16,
         "fingerprint_radius": 2,
         "protected_token_ids": None,
+        "sentence_end_token_ids": None,
     }
     assert isinstance(config.encoder_config, SemTokenStaticEncoderConfig)
     assert config.model_type == "semtoken_llama"
@@ -167,7 +169,7 @@ NONSENSE = [
     *(("similarity_threshold", value, "number in [-1, 1]") for value in (-1.01, 1.01, float("nan"), "high", True, [0])),
     *(("entropy_threshold", value, UNIT) for value in (-0.01, 1.01, float("nan"), "high", True)),
     *(("position_mode", value, "['original', 'compact']") for value in ("absolute", None, 0)),
-    *(("segmentation_mode", value, "['greedy', 'boundary', 'uniform']") for value in ("semantic", None)),
+    *(("segmentation_mode", value, "['greedy', 'sentence', 'boundary', 'uniform']") for value in ("semantic", None)),
     *(("merge_mode", value, "['mean', 'representative', 'learned']") for value in ("max", None)),
     *(("recency", value, "[0, 64]") for value in (-0.1, 65, float("nan"), "high", True)),
     *(("query_weight", value, "[0, 16]") for value in (-0.1, 17, float("nan"), "high", True)),

@@ -226,7 +226,7 @@ def test_a_threshold_beside_a_budget_is_the_start_of_the_search() -> None:
     assert find_span_starts(fingerprints, layout, granularity(**fields, max_kept_tokens=kept - 5)).sum() <= kept - 5
 
 
-@pytest.mark.parametrize("mode", ["boundary", "greedy", "uniform"])
+@pytest.mark.parametrize("mode", ["boundary", "greedy", "sentence", "uniform"])
 def test_budgets_out_of_reach_merge_all_they_can_and_say_so(mode: str) -> None:
     model = tiny_model(segmentation_mode=mode, max_span_length=3, keep_first=2, keep_last=4)
     ids = random_ids(2, 64)

@@ -97,7 +97,7 @@ def test_a_text_that_ends_within_a_character(tokenizer):
     assert token_pieces(tokenizer, []) == []
 
 
-@pytest.mark.parametrize("segmentation", ["greedy", "boundary", "uniform"])
+@pytest.mark.parametrize("segmentation", ["greedy", "sentence", "boundary", "uniform"])
 def test_the_page_holds_the_plan(tokenizer, segmentation):
     text = "the cat sat on the mat and the dog ran to the man " * 8
     page, prompt = page_of(text, tokenizer, segmentation_mode=segmentation, merge_mode="representative")

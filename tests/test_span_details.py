@@ -154,7 +154,7 @@ def test_positions_are_those_of_the_slots(fields):
         assert torch.equal(details.position[details.is_carrier], place[details.is_carrier])
 
 
-@pytest.mark.parametrize("segmentation", ["greedy", "boundary", "uniform"])
+@pytest.mark.parametrize("segmentation", ["greedy", "sentence", "boundary", "uniform"])
 def test_rows_as_if_alone_and_nothing_at_padding(segmentation):
     model = tiny_model(segmentation_mode=segmentation, similarity_threshold=0.3)
     ids, mask = ragged_prompts((96, 70, 41, 9))

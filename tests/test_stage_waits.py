@@ -27,6 +27,8 @@ CASES = {
     "boundary": {"segmentation_mode": "boundary", "merge_mode": "representative"},
     "uniform": {"segmentation_mode": "uniform"},
     "question": {"segmentation_mode": "greedy", "similarity_threshold": -1.0, "query_weight": 1.0},
+    "sentence": {"segmentation_mode": "sentence", "sentence_end_token_ids": [7, 8, 9]},
+    "sentence and question": {"segmentation_mode": "sentence", "query_weight": 1.0},
     "learned": {"segmentation_mode": "greedy", "similarity_threshold": -1.0, "merge_mode": "learned"},
     "transformer": {"encoder_config": BERT, "encoder_window": 32, "encoder_overlap": 4},
     "compact": {"position_mode": "compact"},

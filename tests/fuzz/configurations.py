@@ -81,8 +81,8 @@ SPECIFICATION: dict[str, tuple[Callable[[Any], bool], st.SearchStrategy[Any]]] =
     "recompress_every": (_integer(1, optional=True), st.none() | st.integers(1, 300)),
     "position_mode": (_choice("original", "compact"), st.sampled_from(["original", "compact"])),
     "segmentation_mode": (
-        _choice("greedy", "boundary", "uniform"),
-        st.sampled_from(["greedy", "boundary", "uniform"]),
+        _choice("greedy", "sentence", "boundary", "uniform"),
+        st.sampled_from(["greedy", "sentence", "boundary", "uniform"]),
     ),
     "merge_mode": (
         _choice("mean", "representative", "learned"),
@@ -97,18 +97,22 @@ SPECIFICATION: dict[str, tuple[Callable[[Any], bool], st.SearchStrategy[Any]]] =
         st.sampled_from([None, {}, {"position_mode": "compact"}]),
     ),
     "encoder_config": (_is_encoder, st.sampled_from([None, *ENCODERS])),
-    "encoder_dtype": (_choice("float32", "bfloat16"), st.sampled_from(["float32", "bfloat16"])),
+    "encoder_dtype": (_choice("auto", "float32", "bfloat16"), st.sampled_from(["auto", "float32", "bfloat16"])),
     "encoder_window": (_integer(1, 8192), st.integers(1, 60)),
     "encoder_overlap": (_integer(0, 8191), st.integers(0, 20)),
     "fingerprint_radius": (_integer(0, 256), st.integers(0, 12)),
-    "protected_token_ids": (
-        lambda v: v is None or (isinstance(v, (list, tuple)) and all(type(i) is int and 0 <= i < 2**63 for i in v)),
-        st.none() | st.lists(st.integers(0, VOCAB_SIZE + 5), max_size=20),
+    **dict.fromkeys(
+        ["protected_token_ids", "sentence_end_token_ids"],
+        (
+            lambda v: v is None or (isinstance(v, (list, tuple)) and all(type(i) is int and 0 <= i < 2**63 for i in v)),
+            st.none() | st.lists(st.integers(0, VOCAB_SIZE + 5), max_size=20),
+        ),
     ),
 }
 HOSTILE: dict[str, st.SearchStrategy[Any]] = {
     "encoder_config": st.sampled_from(HOSTILE_ENCODERS) | hostile.anything,
     "protected_token_ids": st.lists(hostile.integers, max_size=3) | hostile.anything,
+    "sentence_end_token_ids": st.lists(hostile.integers, max_size=3) | hostile.anything,
 }
 LIMITS = {
     "target_ratio": (1, sys.float_info.max),
@@ -173,7 +177,7 @@ def invalid(case: Case) -> tuple[str, ...]:
         bad.append("encoder_overlap")
     if values["encoder_window"] > longest:
         bad.append("encoder_window")
-    if values["query_weight"] and values["segmentation_mode"] != "greedy":
+    if values["query_weight"] and values["segmentation_mode"] not in ("greedy", "sentence"):
         bad.append("query_weight")
     every, tau = values["recompress_every"], values["similarity_threshold"]
     if every is not None and every + values["keep_last"] < values["min_prompt_length"]:

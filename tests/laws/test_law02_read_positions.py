@@ -132,7 +132,7 @@ def test_padding_is_never_a_number():
 
 
 @pytest.mark.parametrize("keep_last", [0, 4])
-@pytest.mark.parametrize("segmentation", ["boundary", "greedy", "uniform"])
+@pytest.mark.parametrize("segmentation", ["boundary", "greedy", "sentence", "uniform"])
 def test_labels(segmentation, keep_last):
     model = tiny_model(segmentation_mode=segmentation, keep_last=keep_last)
     ids, mask = ragged_prompts(LENGTHS)

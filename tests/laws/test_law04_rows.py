@@ -168,7 +168,7 @@ def test_order_of_rows(model, ragged, search):
     assert torch.equal(outputs.sequences[order], mixed.sequences)
 
 
-@pytest.mark.parametrize("segmentation", ["boundary", "greedy", "uniform"])
+@pytest.mark.parametrize("segmentation", ["boundary", "greedy", "sentence", "uniform"])
 def test_side_of_padding(segmentation):
     """Left or right, `compress` gives the same slots, laid out on the left."""
     model = tiny_model(segmentation_mode=segmentation)

@@ -77,7 +77,7 @@ def test_a_ratio_out_of_reach_is_said(family, caplog):
 LENGTHS = (96, 70, 41, 18, 9)
 
 
-@pytest.mark.parametrize("segmentation", ["boundary", "greedy", "uniform"])
+@pytest.mark.parametrize("segmentation", ["boundary", "greedy", "sentence", "uniform"])
 @pytest.mark.parametrize("target_ratio", [1.2, 2, 2.4, 3.5])
 def test_ratio_of_every_segmentation(segmentation, target_ratio):
     prompt = tiny_model(segmentation_mode=segmentation).compress(*ragged_prompts(LENGTHS), target_ratio=target_ratio)
@@ -87,7 +87,7 @@ def test_ratio_of_every_segmentation(segmentation, target_ratio):
     assert prompt.kept_lengths[4] == 9
 
 
-@pytest.mark.parametrize("segmentation", ["boundary", "greedy", "uniform"])
+@pytest.mark.parametrize("segmentation", ["boundary", "greedy", "sentence", "uniform"])
 def test_a_budget_that_cannot_be_met(segmentation):
     """Spans of two at most, six tokens that stay whole."""
     model = tiny_model(max_span_length=2, segmentation_mode=segmentation)

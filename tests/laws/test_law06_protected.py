@@ -55,7 +55,7 @@ def test_what_the_caller_marks(case, road):
         assert_whole_where_it_must(lengths, row, marked[0, -len(row) :])
 
 
-@pytest.mark.parametrize("segmentation", ["boundary", "greedy", "uniform"])
+@pytest.mark.parametrize("segmentation", ["boundary", "greedy", "sentence", "uniform"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt_neox"])
 def test_ids_of_the_configuration(family, segmentation):
     ids = random_ids(1, 96)
@@ -67,7 +67,7 @@ def test_ids_of_the_configuration(family, segmentation):
     assert (sizes > 1).any()
 
 
-@pytest.mark.parametrize("segmentation", ["boundary", "greedy", "uniform"])
+@pytest.mark.parametrize("segmentation", ["boundary", "greedy", "sentence", "uniform"])
 def test_what_stays_whole(segmentation):
     model = tiny_model(segmentation_mode=segmentation)
     ids, mask = ragged_prompts((96, 80))

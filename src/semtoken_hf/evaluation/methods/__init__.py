@@ -26,6 +26,10 @@ METHODS: dict[str, Method] = {
     "semtoken_learned": Compressed("SemToken, learned", fields={"merge_mode": "learned"}),
     "semtoken_paper": Compressed("SemToken, the paper's budget", fields={"recency": 0.0, "max_span_length": 8}),
     "semtoken_query": Compressed("SemToken, query-conditioned", fields={"query_weight": 1.0}),
+    "semtoken_sentence": Compressed(
+        "SemToken, sentences by relevance",
+        fields={"segmentation_mode": "sentence", "query_weight": 1.0, "max_span_length": 256},
+    ),
     "semtoken_boundary": Compressed("SemToken, boundary spans", fields={"segmentation_mode": "boundary"}),
     "semtoken_compact": Compressed("SemToken, compact positions", fields={"position_mode": "compact"}),
 }
