@@ -12,7 +12,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 POSITION_MODES = ("original", "compact")
-SEGMENTATION_MODES = ("greedy", "boundary", "uniform")
+SEGMENTATION_MODES = ("greedy", "sentence", "boundary", "uniform")
 MERGE_MODES = ("mean", "representative", "learned")
 MERGER_BASES = ("mean", "representative")
 ENCODER_DTYPES = ("auto", "float32", "bfloat16")
@@ -81,7 +81,7 @@ class SemTokenConfigMixin:
             along the stretch, in (0, 1], to this power. 0 is the paper's budget; 2 measured well.
         query_weight: how much more a span counts that is like the question: times exp(this * z), z its cosine with the
             question in standard deviations of the prompt's spans. The question is `query_mask` of the call, or the
-            last `keep_last` tokens. In [0, 16]; 0: no conditioning. Greedy mode only.
+            last `keep_last` tokens. In [0, 16]; 0: no conditioning. Greedy and sentence mode only.
         max_span_length: L of the paper: no slot holds more tokens. At most 1,024.
         keep_first: tokens at the start of a row that stay whole.
         keep_last: tokens before every position that is read that stay whole.
@@ -90,8 +90,10 @@ class SemTokenConfigMixin:
             there beyond the last `keep_last`, so that the cache grows at 1 / ratio. At least `min_prompt_length -
             keep_last`. None: generated tokens keep slots of their own.
         position_mode: "original": a slot carries the position of one of its tokens; "compact": 0..m-1.
-        segmentation_mode: "greedy" is the paper's anchor clustering with its entropy budget; "boundary" cuts between
-            the most dissimilar neighbours; "uniform" makes equal spans without an encoder.
+        segmentation_mode: "greedy" is the paper's anchor clustering with its entropy budget; "sentence" keeps whole
+            sentences, those most relevant to the question or the latest, and merges what lies between in spans of up to
+            `max_span_length` (256 is right); "boundary" cuts between the most dissimilar neighbours; "uniform" makes
+            equal spans without an encoder.
         merge_mode: "mean" of the span's embeddings, its "representative" token, or "learned": one of the two with a
             trained residual (see `learned_merger.py`).
         merger_base: what the residual is added to, "mean" or "representative".
@@ -106,6 +108,7 @@ class SemTokenConfigMixin:
         encoder_overlap: tokens shared by neighbouring windows, in [0, encoder_window).
         fingerprint_radius: k of the paper: a fingerprint is the mean of the states within +-k tokens, k <= 256.
         protected_token_ids: ids that always keep a slot of their own, beside BOS, EOS and padding.
+        sentence_end_token_ids: ids that end a sentence or a line, found at conversion; read in the sentence mode.
 
     Raises:
         ValueError: a field is out of its range; the message names the field and the range.
@@ -140,6 +143,7 @@ class SemTokenConfigMixin:
     encoder_overlap: int = 16
     fingerprint_radius: int = 2
     protected_token_ids: list[int] | None = None
+    sentence_end_token_ids: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         check_layers(vars(self))
@@ -259,12 +263,13 @@ def _check_single_fields(config: Any) -> None:
         ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
         if not all(isinstance(i, int) and abs(i) <= MOST for i in ids):
             raise ValueError(f"`{name}` must be a token id, a list of token ids or None, got {value!r}")
-    ids = config.protected_token_ids
-    is_list = isinstance(ids, (list, tuple))
-    if ids is not None and not (
-        is_list and all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MOST for i in ids)
-    ):
-        raise ValueError("`protected_token_ids` must be a list of token ids >= 0 or None")
+    for name in ("protected_token_ids", "sentence_end_token_ids"):
+        ids = getattr(config, name)
+        is_list = isinstance(ids, (list, tuple))
+        if ids is not None and not (
+            is_list and all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MOST for i in ids)
+        ):
+            raise ValueError(f"`{name}` must be a list of token ids >= 0 or None")
 
 
 def _check_fields_together(config: Any) -> None:
@@ -278,10 +283,10 @@ def _check_fields_together(config: Any) -> None:
         raise ValueError(
             f"`encoder_window` must be at most the encoder's {longest} positions, got {config.encoder_window}"
         )
-    if config.query_weight and config.segmentation_mode != "greedy":
+    if config.query_weight and config.segmentation_mode not in ("greedy", "sentence"):
         raise ValueError(
-            f"`query_weight` must be 0 with segmentation_mode='{config.segmentation_mode}': only the greedy mode has "
-            "an entropy budget to condition"
+            f"`query_weight` must be 0 with segmentation_mode='{config.segmentation_mode}': only the greedy and the "
+            "sentence mode have a budget to condition"
         )
     every = config.recompress_every
     if every is not None and every + config.keep_last < config.min_prompt_length:

@@ -5,7 +5,8 @@
 - Query: what is like the question is worth more, if the configuration says so (`query_conditioning.py`).
 - Budget: maximise the sum of H of the spans kept fine, subject to kept slots <= B. The greedy mode finds spans at tau
   (lowered until merging all of them is enough) and spends what is left of the budget on the highest entropies.
-- The boundary and uniform modes reach the budget exactly by themselves and leave nothing to spend.
+- The boundary and uniform modes reach the budget exactly by themselves and leave nothing to spend. The sentence mode
+  (`sentence_selection.py`) keeps whole sentences, in the order of their relevance.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .query_conditioning import query_similarity
+from .sentence_selection import find_sentences, rank_tokens, selected_starts, sentence_relevance
 from .span_clustering import (
     Spans,
     boundary_spans,
@@ -55,6 +57,19 @@ class Granularity:
         """Whether every cosine passes: spans grow to the cap, and entropy alone decides."""
         is_greedy, tau = self.segmentation_mode == "greedy", self.similarity_threshold
         return is_greedy and self.has_budget and tau is not None and tau <= -1
+
+
+@dataclass(frozen=True)
+class Text:
+    """The tokens of a stream, for what fingerprints do not say.
+
+    Attributes:
+        input_ids: int64 [N].
+        ends_sentence: bool [N], tokens that end a sentence or a line.
+    """
+
+    input_ids: Tensor
+    ends_sentence: Tensor
 
 
 def stretch_budgets(lengths: Tensor, granularity: Granularity) -> Tensor:
@@ -98,6 +113,7 @@ def find_span_starts(
     granularity: Granularity,
     query: Tensor | None = None,
     most_spans: int | None = None,
+    text: Text | None = None,
 ) -> Tensor:
     """Where the slots of a stream begin.
 
@@ -107,10 +123,15 @@ def find_span_starts(
         granularity: ratio, thresholds and mode.
         query: bool [N], tokens of the question; read where `query_weight` is not 0.
         most_spans: at least as many as the greedy spans before the budget is spent; None: the host waits to learn it.
+        text: what the sentence mode reads.
 
     Returns:
         bool [N], True at the first token of every slot.
     """
+    if granularity.segmentation_mode == "sentence":
+        assert fingerprints is not None
+        assert text is not None
+        return _keep_sentences(text, fingerprints, layout, granularity, query)
     starts = candidate_starts(fingerprints, layout, granularity)
     if granularity.segmentation_mode != "greedy":
         return starts
@@ -119,6 +140,21 @@ def find_span_starts(
         return _keep_above_entropy(starts, fingerprints, granularity.entropy_threshold)
     budget = stretch_budgets(layout.lengths, granularity)
     return spend_budget(starts, fingerprints, layout, budget, granularity, query, most_spans)
+
+
+def _keep_sentences(
+    text: Text, fingerprints: Tensor, layout: TokenLayout, granularity: Granularity, query: Tensor | None
+) -> Tensor:
+    """The sentence mode: relevance to the question and, among equals, what stands later."""
+    sentence = find_sentences(text.ends_sentence, layout)
+    place = (sentence - sentence[layout.starts[layout.stretch]] + 1).double()
+    worth = place / place[layout.starts[layout.stretch] + layout.lengths[layout.stretch] - 1]
+    if granularity.query_weight and query is not None:
+        relevance = sentence_relevance(text.input_ids, fingerprints, sentence, layout, query)
+        worth = worth + granularity.query_weight * relevance
+    forced = capped_spans(layout.joinable, granularity.max_span_length)
+    budget = stretch_budgets(layout.lengths, granularity)
+    return selected_starts(rank_tokens(worth, layout), forced, layout, budget)
 
 
 def candidate_starts(fingerprints: Tensor | None, layout: TokenLayout, granularity: Granularity) -> Tensor:
@@ -225,6 +261,7 @@ def _keep_above_entropy(starts: Tensor, fingerprints: Tensor, threshold: float |
 
 __all__ = [
     "Granularity",
+    "Text",
     "candidate_starts",
     "find_span_starts",
     "slots_of_stretches",

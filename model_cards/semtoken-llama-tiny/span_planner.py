@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .configuration_semtoken import base_merge_mode, check_ratio
-from .granularity import Granularity, find_span_starts
+from .granularity import Granularity, Text, find_span_starts
 from .semantic_encoder import SemanticEncoder
 from .slot_counts import SlotCounts, budget_per_row, count_slots, kept_per_row
 from .span_clustering import Spans
@@ -164,15 +164,16 @@ def plan_spans(
         raise ValueError("`span_ids` must be -1 exactly at padding and count 0, 1, 2, ... without gaps along each row")
     layout = layout.trim(counts.tokens, counts.stretches)
     fingerprints = None
+    ids = input_ids.flatten()[layout.token_index]
     if encoder is not None:
-        ids = input_ids.flatten()[layout.token_index]
         fingerprints = encoder(ids, layout, windows=counts.windows).to(input_ids.device)
     if starts is None:
         query = None
         if config.query_weight:
             tail = layout.to_end < config.keep_last
             query = tail if query_mask is None else query_mask.flatten()[layout.token_index]
-        starts = find_span_starts(fingerprints, layout, granularity, query, counts.most_spans(granularity))
+        text = Text(ids, torch.isin(ids, on_device(config.sentence_end_token_ids or [], ids.device)))
+        starts = find_span_starts(fingerprints, layout, granularity, query, counts.most_spans(granularity), text)
     return _finish_plan(starts[: counts.tokens], fingerprints, layout, granularity, valid, counts)
 
 

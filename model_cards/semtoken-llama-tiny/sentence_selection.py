@@ -1,0 +1,137 @@
+"""Spans that follow the text: whole sentences stay fine, those that matter most first, and what lies between merges.
+
+- A sentence ends with a token that ends one (punctuation, line break; found at conversion) or at a cap on its length.
+- Its relevance to the question is an exact match, the rarity of every token that both have, plus a likeness, the
+  cosine of their mean fingerprints; each in standard deviations over the sentences of a stretch. Names, numbers and
+  keys, which fingerprints blur, match; other words for the same thing are alike.
+- Without a question the latest sentences matter most.
+- Tokens are ranked by their sentence, and slots begin around the first of them until the budget is spent, exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .span_clustering import row_products
+from .token_layout import TokenLayout
+
+LONGEST_SENTENCE = 48
+# Rarities are added as integers, whose order of adding does not matter on any device.
+FIXED_POINT = 2**20
+
+
+def find_sentences(ends: Tensor, layout: TokenLayout) -> Tensor:
+    """Sentence of every token, int64 [N], counted over the whole stream; `ends` bool [N] marks tokens that end one.
+
+    Several such tokens in a row end one sentence. None crosses a stretch or has more than `LONGEST_SENTENCE` tokens.
+    """
+    place = torch.arange(len(ends), device=ends.device)
+    opens = place == layout.starts[layout.stretch]
+    opens[1:] |= ends[:-1] & ~ends[1:]
+    first = place.where(opens, 0).cummax(0).values
+    return (opens | ((place - first) % LONGEST_SENTENCE == 0)).long().cumsum(0) - 1
+
+
+def rank_tokens(relevance: Tensor, layout: TokenLayout) -> Tensor:
+    """Order in which tokens are kept, int64 [N]: by stretch, then by falling relevance, then as they stand."""
+    order = relevance.argsort(descending=True, stable=True)
+    order = order[layout.stretch[order].argsort(stable=True)]
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def selected_starts(rank: Tensor, forced: Tensor, layout: TokenLayout, budget: Tensor) -> Tensor:
+    """Where slots begin so that the tokens of lowest rank have slots of their own: bool [N].
+
+    A token is alone if a slot begins at it and one at the next token, so each of the two is wanted as early as the
+    token is. Of every stretch, exactly `budget` slots begin, or as many as are `forced`.
+
+    Args:
+        rank: int64 [N], from `rank_tokens`.
+        forced: bool [N], where a slot begins in any case.
+        layout: the stretches.
+        budget: int64 [S].
+    """
+    wanted = rank.clone()
+    wanted[1:] = wanted[1:].minimum(rank[:-1])
+    order = wanted.where(~forced, -1).argsort(stable=True)
+    order = order[layout.stretch[order].argsort(stable=True)]
+    number = torch.arange(len(order), device=order.device) - layout.starts[layout.stretch[order]]
+    return forced | torch.zeros_like(forced).scatter_(0, order, number < budget[layout.stretch[order]])
+
+
+def sentence_relevance(
+    input_ids: Tensor, fingerprints: Tensor, sentence: Tensor, layout: TokenLayout, query: Tensor
+) -> Tensor:
+    """How much a sentence has to do with the question of its stretch: float32 [N], the same for all its tokens.
+
+    Args:
+        input_ids: int64 [N].
+        fingerprints: float32 [N, D] of unit norm.
+        sentence: int64 [N], from `find_sentences`.
+        layout: the stretches.
+        query: bool [N], tokens of the question; a stretch without any has relevance 0 throughout.
+    """
+    opens = torch.ones_like(query)
+    opens[1:] = sentence[1:] != sentence[:-1]
+    counted = opens & ~query
+    match = exact_match(input_ids, sentence, layout, query, counted)
+    likeness = _likeness(fingerprints, sentence, layout, query)
+    both = _standardised(match, counted, layout) + _standardised(likeness, counted, layout)
+    asked = _per_stretch(query.float(), layout) > 0
+    return both.float().where(asked[layout.stretch], 0)
+
+
+def exact_match(input_ids: Tensor, sentence: Tensor, layout: TokenLayout, query: Tensor, counted: Tensor) -> Tensor:
+    """Sum of log(sentences / sentences with it) over the distinct tokens that a sentence shares with the question.
+
+    Args:
+        counted: bool [N], the first token of every sentence outside the question.
+        input_ids, sentence, layout, query: as `sentence_relevance`.
+
+    Returns:
+        float64 [N]. The question's own tokens match nothing.
+    """
+    # By stretch and token; within, as they stand, so by sentence.
+    order = input_ids.argsort(stable=True)
+    order = order[layout.stretch[order].argsort(stable=True)]
+    new_token, new_sentence = torch.ones_like(query), torch.ones_like(query)
+    new_token[1:] = input_ids[order].diff().bool() | layout.stretch[order].diff().bool()
+    new_sentence[1:] = new_token[1:] | sentence[order].diff().bool()
+    token = new_token.long().cumsum(0) - 1
+    holds = new_sentence & ~query[order]
+    zeros = torch.zeros_like(token)
+    holders = zeros.index_add(0, token, holds.long())[token]
+    is_asked = zeros.index_add(0, token, query[order].long())[token] > 0
+    sentences = _per_stretch(counted.double(), layout)[layout.stretch[order]]
+    rarity = (sentences.clamp(min=1) / holders.clamp(min=1)).log().clamp(min=0)
+    value = (rarity * FIXED_POINT).round().long().where(holds & is_asked, 0)
+    return zeros.index_add(0, sentence[order], value)[sentence].double() / FIXED_POINT
+
+
+def _likeness(fingerprints: Tensor, sentence: Tensor, layout: TokenLayout, query: Tensor) -> Tensor:
+    """Cosine of a sentence's mean fingerprint with the mean fingerprint of the question, float64 [N]."""
+    lengths = torch.zeros_like(sentence).index_add_(0, sentence, torch.ones_like(sentence))
+    means = torch.segment_reduce(fingerprints, "sum", lengths=lengths, unsafe=True)
+    question = torch.segment_reduce(fingerprints * query[:, None], "sum", lengths=layout.lengths, unsafe=True)
+    scale = torch.linalg.vector_norm(means, dim=-1)[sentence].clamp(min=1e-6)
+    products = row_products(fingerprints, F.normalize(question, dim=-1), layout.stretch)
+    sums = torch.segment_reduce(products.double(), "sum", lengths=lengths, unsafe=True)
+    return sums[sentence] / scale
+
+
+def _standardised(values: Tensor, counted: Tensor, layout: TokenLayout) -> Tensor:
+    """`values` [N], alike within a sentence, less their mean and in standard deviations over a stretch's sentences."""
+    count = _per_stretch(counted.double(), layout).clamp(min=1)
+    centred = values - (_per_stretch(values * counted, layout) / count)[layout.stretch]
+    deviation = (_per_stretch(centred.square() * counted, layout) / count).sqrt()
+    return centred / deviation.clamp(min=1e-6)[layout.stretch]
+
+
+def _per_stretch(values: Tensor, layout: TokenLayout) -> Tensor:
+    """Sum of `values` [N] over each stretch, [S]; not by `index_add_`, whose order of adding a GPU does not fix."""
+    return torch.segment_reduce(values, "sum", lengths=layout.lengths, unsafe=True)
+
+
+__all__ = ["exact_match", "find_sentences", "rank_tokens", "selected_starts", "sentence_relevance"]
