@@ -10,6 +10,7 @@ from semtoken_hf.evaluation.provenance import command_line
             ["/home/me/scripts/quickstart.py", "--text_file", "/tmp/a b.txt"],
             "python scripts/quickstart.py --text_file 'a b.txt'",
         ),
+        (["semtoken", "evaluate", "--checkpoints", "mini=/tmp/x/mini"], "semtoken evaluate --checkpoints mini=mini"),
         (["/usr/bin/semtoken", "evaluate", "--checkpoint", "model"], "semtoken evaluate --checkpoint model"),
         (["/lib/semtoken_hf/__main__.py", "benchmark"], "python -m semtoken_hf benchmark"),
     ],

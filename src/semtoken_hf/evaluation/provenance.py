@@ -47,8 +47,14 @@ def command_line(argv: list[str]) -> str:
     start = f"python scripts/{program.name}" if program.suffix == ".py" else program.name
     if program.name == "__main__.py":
         start = f"python -m {program.parent.name}"
-    arguments = shlex.join(Path(a).name if Path(a).is_absolute() else a for a in argv[1:])
+    arguments = shlex.join(map(without_folder, argv[1:]))
     return f"{start} {arguments}".rstrip()
+
+
+def without_folder(value: str) -> str:
+    """An option's value, FILE or NAME=FILE, with the last part of an absolute path alone."""
+    name, equals, path = value.rpartition("=")
+    return name + equals + Path(path).name if Path(path).is_absolute() else value
 
 
 def markdown_provenance() -> str:

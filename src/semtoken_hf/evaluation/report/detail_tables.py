@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
+from ..provenance import without_folder
 from .blocks import Cell, Row, Table
 from .figures import Figures, finite
 from .tables import COST, cost_cell, percent, rise, shown
@@ -149,10 +149,7 @@ def without_folders(config: dict[str, Any]) -> dict[str, Any]:
     def shortened(value: Any) -> Any:
         if isinstance(value, list):
             return [shortened(v) for v in value]
-        if not isinstance(value, str):
-            return value
-        name, equals, path = value.rpartition("=")
-        return name + equals + Path(path).name if Path(path).is_absolute() else value
+        return without_folder(value) if isinstance(value, str) else value
 
     return {name: shortened(value) for name, value in config.items()}
 
