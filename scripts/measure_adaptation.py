@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--adapted", nargs="+", required=True, metavar="NAME=FOLDER")
     add_text_arguments(parser, context=1792, target=256)
     parser.add_argument("--ratios", type=float, nargs="+", default=[2.4, 4.0])
-    parser.add_argument("--set_fields", nargs="*", default=[], help="FIELD=VALUE for every checkpoint: recency=0")
+    parser.add_argument("--set_fields", nargs="*", default=[], help="FIELD=VALUE for every checkpoint: query_weight=0")
     parser.add_argument("--output", type=Path, help="Markdown file to write")
     return parser.parse_args()
 

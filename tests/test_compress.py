@@ -170,7 +170,7 @@ def test_given_plan(model, ragged):
 
 def test_every_merged_slot_of_a_ready_plan_gets_its_residual() -> None:
     """A plan from elsewhere may merge in more places than spans as long as the cap would."""
-    fields = {"segmentation_mode": "greedy", "similarity_threshold": -1.0, "merger_base": "representative"}
+    fields = {"segmentation_mode": "sentence", "max_span_length": 16, "merger_base": "representative"}
     model, ids = tiny_model(merge_mode="learned", **fields), random_ids(2, 96)
     pairs = {"span_ids": torch.arange(96).expand(2, -1) // 2}
     with torch.no_grad():

@@ -24,7 +24,6 @@ FIELDS = {
     "max_kept_tokens": 77,
     "similarity_threshold": 0.25,
     "entropy_threshold": 0.5,
-    "recency": 1.5,
     "query_weight": 0.75,
     "max_span_length": 5,
     "keep_first": 1,
@@ -45,7 +44,7 @@ FIELDS = {
     "encoder_overlap": 6,
     "fingerprint_radius": 4,
     "protected_token_ids": [7, 11],
-    "sentence_end_token_ids": [5],
+    "text_markers": {"sentence_ends": [5], "turn_opening": [6, 7]},
 }
 
 
@@ -55,21 +54,20 @@ def test_defaults() -> None:
         "compression": True,
         "target_ratio": 2.4,
         "max_kept_tokens": None,
-        "similarity_threshold": -1.0,
+        "similarity_threshold": None,
         "entropy_threshold": None,
-        "recency": 2.0,
-        "query_weight": 0.0,
-        "max_span_length": 16,
+        "query_weight": 1.0,
+        "max_span_length": 256,
         "keep_first": 4,
         "keep_last": 64,
         "min_prompt_length": 256,
         "recompress_every": None,
         "position_mode": "original",
-        "segmentation_mode": "greedy",
+        "segmentation_mode": "sentence",
         "merge_mode": "representative",
         "merger_base": "representative",
         "merger_rank": 128,
-        "merger_span_length": 16,
+        "merger_span_length": 256,
         "adapter_subfolder": None,
         "adapted_for": None,
         "encoder_dtype": "auto",
@@ -77,7 +75,7 @@ def test_defaults() -> None:
         "encoder_overlap": 16,
         "fingerprint_radius": 2,
         "protected_token_ids": None,
-        "sentence_end_token_ids": None,
+        "text_markers": None,
     }
     assert isinstance(config.encoder_config, SemTokenStaticEncoderConfig)
     assert config.model_type == "semtoken_llama"
@@ -171,7 +169,6 @@ NONSENSE = [
     *(("position_mode", value, "['original', 'compact']") for value in ("absolute", None, 0)),
     *(("segmentation_mode", value, "['greedy', 'sentence', 'boundary', 'uniform']") for value in ("semantic", None)),
     *(("merge_mode", value, "['mean', 'representative', 'learned']") for value in ("max", None)),
-    *(("recency", value, "[0, 64]") for value in (-0.1, 65, float("nan"), "high", True)),
     *(("query_weight", value, "[0, 16]") for value in (-0.1, 17, float("nan"), "high", True)),
     *(("merger_base", value, "['mean', 'representative']") for value in ("learned", None)),
     *((name, value, ">= 1") for name in ("merger_rank", "merger_span_length") for value in (0, 1.5, True)),
@@ -257,6 +254,14 @@ def test_something_must_decide_how_far_to_merge(fields: dict[str, Any]) -> None:
 
 def test_a_threshold_alone_is_enough_in_greedy_mode() -> None:
     assert tiny_config(target_ratio=None, segmentation_mode="greedy", similarity_threshold=0).target_ratio is None
+
+
+def test_a_checkpoint_of_before_is_read_in_the_sentence_mode() -> None:
+    old = {"segmentation_mode": "greedy", "similarity_threshold": -1.0, "recency": 2.0, "max_span_length": 16}
+    config = SemTokenLlamaConfig(**old)
+    assert (config.segmentation_mode, config.similarity_threshold, config.max_span_length) == ("sentence", None, 16)
+    assert "recency" not in config.to_dict()
+    assert SemTokenLlamaConfig(**{**old, "recency": 0.0}).segmentation_mode == "greedy"
 
 
 @pytest.fixture(scope="module")

@@ -116,9 +116,9 @@ def test_what_is_left_goes_to_the_highest_entropy(lengths: list[int], seed: int)
     starts, fingerprints = random_starts(total, seed) | ~layout.joinable, drifting(total, seed)
     generator = torch.Generator().manual_seed(seed)
     budget = torch.stack([torch.randint(1, n + 1, (), generator=generator) for n in lengths])
-    fine = spend_budget(starts, fingerprints, layout, budget, granularity())
+    fine = spend_budget(starts, fingerprints, layout, budget)
     assert fine.tolist() == expected_fine(starts, fingerprints, layout, budget)
-    bounded = spend_budget(starts, fingerprints, layout, budget, granularity(), most_spans=int(starts.sum()) + seed % 5)
+    bounded = spend_budget(starts, fingerprints, layout, budget, most_spans=int(starts.sum()) + seed % 5)
     assert torch.equal(bounded, fine)
     before, after = (count_per_stretch(s, layout.stretch, len(lengths)) for s in (starts, fine))
     assert (after <= budget.maximum(before)).all()
@@ -237,44 +237,3 @@ def test_budgets_out_of_reach_merge_all_they_can_and_say_so(mode: str) -> None:
     prompt = model.compress(ids, target_ratio=64 / 26)
     assert prompt.budget_met.all()
     assert (prompt.kept_lengths <= 26).all()
-
-
-def test_at_minus_one_spans_grow_to_the_cap_as_a_solved_search_would() -> None:
-    generator = torch.Generator().manual_seed(0)
-    fingerprints = torch.nn.functional.normalize(torch.randn(300, 8, generator=generator), dim=-1)
-    valid = torch.ones(1, 300, dtype=torch.bool)
-    protected = torch.rand(1, 300, generator=generator) < 0.1
-    layout = trimmed_layout(valid, torch.zeros_like(valid), protected, 2, 4, 0)
-    fields = {"target_ratio": 2.0, "max_kept_tokens": None, "entropy_threshold": None, "max_span_length": 6}
-    fields |= {"min_prompt_length": 0, "segmentation_mode": "greedy"}
-    plans = [
-        find_span_starts(fingerprints, layout, Granularity(similarity_threshold=tau, **fields))
-        for tau in (-1.0, -0.99999)
-    ]
-    assert torch.equal(*plans)
-    assert int(plans[0].sum()) <= 150
-
-
-def test_recency_moves_the_budget_to_where_it_is_read() -> None:
-    """Spans of equal entropy: chance of the order decides at 0, the place at any higher power."""
-    h = F.normalize(torch.randn(2, 8), dim=1).repeat(60, 1)
-    layout = stretches_of([120])
-    starts = torch.arange(120) % 4 == 0
-    budget = torch.tensor([30 + 3 * 10])
-    plain = spend_budget(starts, h, layout, budget, granularity())
-    recent = spend_budget(starts, h, layout, budget, granularity(recency=1.0))
-    assert plain.sum() == recent.sum() == 60
-    assert torch.equal(recent[:80], starts[:80])
-    assert recent[80:].all()
-    assert not torch.equal(plain, recent)
-
-
-def test_recency_counts_along_each_stretch() -> None:
-    """A stretch's plan is the same whatever lies before it."""
-    h = F.normalize(torch.randn(96, 8), dim=1)
-    alone, behind = stretches_of([48]), stretches_of([48, 48])
-    starts = torch.arange(48) % 3 == 0
-    budget = torch.tensor([20])
-    one = spend_budget(starts, h[48:], alone, budget, granularity(recency=2.0))
-    two = spend_budget(starts.repeat(2), h, behind, budget.repeat(2), granularity(recency=2.0))
-    assert torch.equal(two[48:], one)

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from semtoken_hf.conversion.vocabulary import sentence_end_token_ids
 from semtoken_hf.sentence_selection import (
     LONGEST_SENTENCE,
     exact_match,
@@ -17,7 +16,6 @@ from semtoken_hf.sentence_selection import (
     selected_starts,
     sentence_relevance,
 )
-from tests.conversion.checkpoints import word_tokenizer
 from tests.fixtures.tiny import random_ids, tiny_model
 from tests.test_granularity import stretches_of
 
@@ -121,7 +119,7 @@ def test_slots_begin_around_the_tokens_of_highest_rank_until_the_budget_is_spent
 
 def test_the_sentence_that_is_asked_for_stays_whole():
     """The question shares a rare token with one sentence far back; without it, the last sentences stay."""
-    fields = {"segmentation_mode": "sentence", "sentence_end_token_ids": [END], "max_span_length": 64}
+    fields = {"segmentation_mode": "sentence", "text_markers": {"sentence_ends": [END]}, "max_span_length": 64}
     model = tiny_model(**fields, query_weight=1.0, keep_first=1, keep_last=1)
     ids = random_ids(1, 240)
     ids[ids == END] = 6
@@ -141,10 +139,3 @@ def test_the_sentence_that_is_asked_for_stays_whole():
     alone = (counts == 1)[latest.span_ids[0]]
     assert not alone[40:60].any()
     assert alone[200:].all()
-
-
-def test_conversion_finds_what_ends_a_sentence():
-    tokenizer = word_tokenizer(["the", "cat."], ["?!", '."', "a.b"])
-    texts = {tokenizer.convert_ids_to_tokens(i) for i in sentence_end_token_ids(tokenizer)}
-    assert {".", "?", "Ċ", "Ġcat.", "?!", '."', "</s>", "<|tool|>"} <= texts
-    assert not {"a.b", "Ġthe", ",", "Ġ"} & texts

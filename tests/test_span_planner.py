@@ -32,9 +32,7 @@ each_mode = pytest.mark.parametrize("mode", MODES)
 def planner(mode: str) -> SpanPlanner:
     torch.manual_seed(1)
     kept = {"keep_first": KEEP_FIRST, "keep_last": KEEP_LAST, "protected_token_ids": PROTECTED}
-    fields = {"segmentation_mode": "greedy", "similarity_threshold": -1.0} if mode == "capped" else {}
-    fields = {"segmentation_mode": mode, **fields}
-    config = tiny_config(**fields, min_prompt_length=MIN_LENGTH, max_span_length=CAP, **kept)
+    config = tiny_config(segmentation_mode=mode, min_prompt_length=MIN_LENGTH, max_span_length=CAP, **kept)
     encoder = SemanticEncoder(config)
     table = encoder.encoder.embeddings.weight
     table += torch.randn(1, table.shape[1])

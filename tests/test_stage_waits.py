@@ -21,15 +21,13 @@ from tests.fixtures.tiny import BERT, ragged_prompts, random_ids, tiny_model
 
 THRESHOLD = {"segmentation_mode": "greedy", "target_ratio": None, "similarity_threshold": 0.5}
 CASES = {
-    "merges all": {"segmentation_mode": "greedy", "similarity_threshold": -1.0},
     "solved": {"segmentation_mode": "greedy"},
-    "capped tau": {"segmentation_mode": "greedy", "similarity_threshold": 0.5, "recency": 2.0},
+    "capped tau": {"segmentation_mode": "greedy", "similarity_threshold": 0.5},
     "boundary": {"segmentation_mode": "boundary", "merge_mode": "representative"},
     "uniform": {"segmentation_mode": "uniform"},
-    "question": {"segmentation_mode": "greedy", "similarity_threshold": -1.0, "query_weight": 1.0},
-    "sentence": {"segmentation_mode": "sentence", "sentence_end_token_ids": [7, 8, 9]},
-    "sentence and question": {"segmentation_mode": "sentence", "query_weight": 1.0},
-    "learned": {"segmentation_mode": "greedy", "similarity_threshold": -1.0, "merge_mode": "learned"},
+    "sentence": {"segmentation_mode": "sentence", "text_markers": {"sentence_ends": [7, 8, 9]}},
+    "chat": {"segmentation_mode": "sentence", "text_markers": {"turn_opening": [7], "turn_ending": [8]}},
+    "learned": {"segmentation_mode": "sentence", "merge_mode": "learned"},
     "transformer": {"encoder_config": BERT, "encoder_window": 32, "encoder_overlap": 4},
     "compact": {"position_mode": "compact"},
 }

@@ -91,6 +91,7 @@ def describe_plan(
     target_ratio: float | None = None,
     opens_row: bool = True,
     query_mask: Tensor | None = None,
+    query_weight: float | None = None,
 ) -> SpanDetails:
     """The details of a plan, in O(N) time and memory; the host does not wait for the device.
 

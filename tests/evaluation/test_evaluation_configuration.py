@@ -93,7 +93,7 @@ def test_a_checkpoint_has_a_stamp_of_its_weights(checkpoint, tmp_path):
     (copy / "notes.md").write_text("no weight")
     assert checkpoint_stamp(str(copy)) == stamp
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"recency": 1.0}))
+    (copy / "config.json").write_text(json.dumps(config | {"query_weight": 0.5}))
     assert checkpoint_stamp(str(copy)) != stamp
     assert checkpoint_stamp(str(write_checkpoint(tmp_path / "other", seed=1))) != stamp
     assert checkpoint_stamp("owner/on-the-hub") == "owner/on-the-hub"

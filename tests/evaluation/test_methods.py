@@ -27,7 +27,7 @@ def model():
 
 
 def merging_model(**fields):
-    defaults = {"segmentation_mode": "greedy", "similarity_threshold": -1.0, "recency": 2.0, "max_span_length": 16}
+    defaults = {"segmentation_mode": "sentence", "max_span_length": 16}
     model = tiny_model(**{**defaults, "merge_mode": "learned", "merger_rank": 4, "min_prompt_length": 0, **fields})
     if model.model.learned_merger is not None:
         torch.nn.init.normal_(model.model.learned_merger.out_proj, std=0.3)
@@ -212,7 +212,7 @@ def test_the_checkpoint_s_own_fields_are_not_read_twice(name):
     fields = {} if isinstance(METHODS[name], Selection) else METHODS[name].fields
     reason = METHODS[name].unfit(merging_model(**fields))
     assert (reason is not None and "SemToken" in reason) == bool(fields)
-    other = {"merge_mode": "mean", "recency": 1.5, "max_span_length": 7, "keep_first": 3}
+    other = {"merge_mode": "mean", "query_weight": 1.5, "max_span_length": 7, "keep_first": 3}
     if fields.get("merge_mode") not in ("mean", "learned"):
         assert METHODS[name].unfit(merging_model(**other)) is None
 
@@ -249,9 +249,9 @@ def test_without_a_budget_the_thresholds_decide(model):
 
 def test_changed_fields_change_and_come_back(model):
     base, before = model.base_model, state_of(model)
-    with changed_fields(model, encoder_window=32, encoder_overlap=4, fingerprint_radius=0, recency=3.0):
+    with changed_fields(model, encoder_window=32, encoder_overlap=4, fingerprint_radius=0, query_weight=3.0):
         encoder = base.semantic_encoder
-        assert (encoder.window, encoder.overlap, encoder.radius, model.config.recency) == (32, 4, 0, 3.0)
+        assert (encoder.window, encoder.overlap, encoder.radius, model.config.query_weight) == (32, 4, 0, 3.0)
         assert id(base.learned_merger) == before[1]
     assert state_of(model) == before
     with changed_fields(model, merge_mode="mean"):
@@ -271,6 +271,6 @@ def test_changed_fields_come_back_after_an_exception(model, fields):
 
 def test_an_unknown_field_changes_nothing(model):
     before = state_of(model)
-    with pytest.raises(AttributeError), changed_fields(model, recency=1.0, no_such_field=1):
+    with pytest.raises(AttributeError), changed_fields(model, query_weight=2.0, no_such_field=1):
         pass
     assert state_of(model) == before

@@ -53,7 +53,7 @@ def stub(monkeypatch) -> None:
 def config(tmp_path_factory) -> EvaluationConfig:
     """A tiny checkpoint with a few windows and needles, exported."""
     folder = tmp_path_factory.mktemp("presses")
-    model = tiny_model(max_position_embeddings=1400, segmentation_mode="greedy", similarity_threshold=-1.0)
+    model = tiny_model(max_position_embeddings=1400, segmentation_mode="greedy")
     model.save_pretrained(folder / "semtoken")
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()

@@ -61,6 +61,12 @@ class Arguments:
         return {name: value for name, value in self.given.items() if name not in OWN}
 
 
+IDS = st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=12)
+MARKERS = st.fixed_dictionaries(
+    {"sentence_ends": IDS, "line_breaks": IDS, "turn_opening": IDS.map(lambda ids: ids[:2]), "turn_ending": IDS}
+)
+
+
 @st.composite
 def fields(draw: Any) -> dict[str, Any]:
     """Compression fields that can be set on a loaded model."""
@@ -69,7 +75,6 @@ def fields(draw: Any) -> dict[str, Any]:
         "max_kept_tokens": draw(st.none() | st.none() | st.integers(1, 40)),
         "segmentation_mode": draw(st.sampled_from(["boundary", "greedy", "sentence", "uniform"])),
         "similarity_threshold": draw(st.sampled_from([None, -1.0, 0.0, 0.5, 0.9])),
-        "recency": draw(st.sampled_from([0.0, 2.0])),
         "max_span_length": draw(st.sampled_from([8, 1, 2, 3, 16, 300])),
         "keep_first": draw(st.integers(0, 6)),
         "keep_last": draw(st.integers(0, 12)),
@@ -77,11 +82,10 @@ def fields(draw: Any) -> dict[str, Any]:
         "position_mode": draw(st.sampled_from(["original", "compact"])),
         "merge_mode": draw(st.sampled_from(["mean", "representative"])),
         "protected_token_ids": draw(st.none() | st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=12)),
-        "sentence_end_token_ids": draw(st.none() | st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=12)),
+        "text_markers": draw(st.none() | MARKERS),
+        "query_weight": draw(st.sampled_from([0.0, 1.0, 16.0])),
     }
     is_greedy = drawn["segmentation_mode"] == "greedy"
-    is_asked = drawn["segmentation_mode"] in ("greedy", "sentence")
-    drawn["query_weight"] = draw(st.sampled_from([0.0, 1.0, 16.0])) if is_asked else 0.0
     tau = drawn["similarity_threshold"]
     if drawn["max_kept_tokens"] is None and not (is_greedy and tau is not None and tau > -1):
         drawn["target_ratio"] = drawn["target_ratio"] or 2.4

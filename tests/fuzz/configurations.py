@@ -65,6 +65,15 @@ HOSTILE_ENCODERS: list[Any] = [
     # Layers of such sizes would really be made here, as those of the decoder are in plain Transformers.
     if (name, value) != ("hidden_size", 2**40) and (name, value) != ("max_position_embeddings", 2**40)
 ]
+MARKERS = ["sentence_ends", "line_breaks", "turn_opening", "turn_ending"]
+IDS = st.lists(st.integers(0, VOCAB_SIZE + 5), max_size=20)
+
+
+def _is_ids(value: Any) -> bool:
+    is_list = isinstance(value, (list, tuple))
+    return value is None or (is_list and all(type(i) is int and 0 <= i < 2**63 for i in value))
+
+
 # Valid values of every field, said again, and where to look for them.
 SPECIFICATION: dict[str, tuple[Callable[[Any], bool], st.SearchStrategy[Any]]] = {
     "compression": (lambda v: isinstance(v, bool), st.booleans()),
@@ -72,7 +81,6 @@ SPECIFICATION: dict[str, tuple[Callable[[Any], bool], st.SearchStrategy[Any]]] =
     "max_kept_tokens": (_integer(1, optional=True), st.none() | st.integers(1, 300)),
     "similarity_threshold": (_number(-1, 1, True), st.none() | st.floats(-1, 1)),
     "entropy_threshold": (_number(0, 1, True), st.none() | st.floats(0, 1)),
-    "recency": (_number(0, 64), st.floats(0, 64)),
     "query_weight": (_number(0, 16), st.floats(0, 16)),
     "max_span_length": (_integer(1, 1024), st.integers(1, 40)),
     "keep_first": (_integer(0), st.integers(0, 20)),
@@ -101,24 +109,21 @@ SPECIFICATION: dict[str, tuple[Callable[[Any], bool], st.SearchStrategy[Any]]] =
     "encoder_window": (_integer(1, 8192), st.integers(1, 60)),
     "encoder_overlap": (_integer(0, 8191), st.integers(0, 20)),
     "fingerprint_radius": (_integer(0, 256), st.integers(0, 12)),
-    **dict.fromkeys(
-        ["protected_token_ids", "sentence_end_token_ids"],
-        (
-            lambda v: v is None or (isinstance(v, (list, tuple)) and all(type(i) is int and 0 <= i < 2**63 for i in v)),
-            st.none() | st.lists(st.integers(0, VOCAB_SIZE + 5), max_size=20),
-        ),
+    "protected_token_ids": (_is_ids, st.none() | IDS),
+    "text_markers": (
+        lambda v: v is None or (isinstance(v, dict) and v.keys() <= set(MARKERS) and all(map(_is_ids, v.values()))),
+        st.none() | st.dictionaries(st.sampled_from(MARKERS), st.none() | IDS),
     ),
 }
 HOSTILE: dict[str, st.SearchStrategy[Any]] = {
     "encoder_config": st.sampled_from(HOSTILE_ENCODERS) | hostile.anything,
     "protected_token_ids": st.lists(hostile.integers, max_size=3) | hostile.anything,
-    "sentence_end_token_ids": st.lists(hostile.integers, max_size=3) | hostile.anything,
+    "text_markers": st.dictionaries(st.sampled_from([*MARKERS, "x"]), hostile.anything, max_size=3) | hostile.anything,
 }
 LIMITS = {
     "target_ratio": (1, sys.float_info.max),
     "similarity_threshold": (-1, 1),
     "entropy_threshold": (0, 1),
-    "recency": (0, 64),
     "query_weight": (0, 16),
     "max_span_length": (1, 1024),
     "encoder_window": (1, 8192),
@@ -126,7 +131,9 @@ LIMITS = {
     "merger_rank": (1, 8192),
     "merger_span_length": (1, 1024),
 }
-NUMERIC = {name for name in FIELDS if not name.endswith(("mode", "config", "dtype", "base", "ids", "for", "folder"))}
+NUMERIC = {
+    name for name in FIELDS if not name.endswith(("mode", "config", "dtype", "base", "ids", "for", "folder", "markers"))
+}
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,7 @@ def merging_model(**fields):
 
 
 MODELS = {
-    "llama, query": lambda: tiny_model(
-        merge_mode="representative", segmentation_mode="greedy", recency=2.0, query_weight=1.0
-    ),
+    "llama, sentence": lambda: tiny_model(merge_mode="representative", segmentation_mode="sentence"),
     "mistral, eager, transformer encoder": lambda: tiny_model(
         family="mistral", encoder_config=dict(BERT), encoder_window=32, attn_implementation="eager"
     ),

@@ -14,8 +14,8 @@ from semtoken_hf.inspection.summary import notes_on, summarise
 from tests.fixtures.tiny import BERT, random_ids, tiny_model
 
 FIELDS = {
-    "greedy": {"segmentation_mode": "greedy", "similarity_threshold": -1.0, "merge_mode": "representative"},
-    "solved": {"segmentation_mode": "greedy", "recency": 2.0, "query_weight": 1.0},
+    "sentence": {"segmentation_mode": "sentence", "merge_mode": "representative"},
+    "greedy": {"segmentation_mode": "greedy"},
     "boundary": {"merge_mode": "representative"},
     "uniform": {"segmentation_mode": "uniform"},
     "compact": {"position_mode": "compact"},

@@ -116,7 +116,7 @@ def test_streaming():
 
 def test_arguments_of_one_prompt():
     """What steers the compression of a single prompt goes to `add_request`."""
-    model = model_of(query_weight=4.0, segmentation_mode="greedy", similarity_threshold=-1.0)
+    model = model_of(segmentation_mode="sentence")
     prompt = prompts_of()[0]
     mask = [int(8 <= i < 12) for i in range(len(prompt))]
     arguments = {"protected_mask": mask, "query_mask": mask}

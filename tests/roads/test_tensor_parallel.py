@@ -21,7 +21,7 @@ CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 def make_models():
     models = {
-        "representative": tiny_model(merge_mode="representative", segmentation_mode="greedy", recency=2.0),
+        "representative": tiny_model(merge_mode="representative", segmentation_mode="greedy"),
         "learned": tiny_model(**LEARNED, **TRANSFORMER, tie_word_embeddings=True),
         "llama encoder": tiny_model(encoder_config=LLAMA_ENCODER, encoder_window=48),
         **{family: tiny_model(family=family) for family in FAMILIES if family != "llama"},

@@ -110,7 +110,7 @@ def generate(
         # A plain call must not even ask for another ratio.
         options |= {"compression": False} if plain else {"target_ratio": target_ratio}
         loading = {"dtype": dtype, "attn_implementation": attn_implementation}
-        model, tokenizer = load(checkpoint, given, question is not None, trust_remote_code, device, **loading)
+        model, tokenizer = load(checkpoint, given, trust_remote_code, device, **loading)
         inputs = encode(tokenizer, text, question, chat)
         if seed is not None:
             set_seed(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from transformers.utils import logging
@@ -19,7 +19,7 @@ from .generate import read_prompt
 from .main import CONTEXT
 from .options import NUMBER, Fields, Json, Quiet, SpreadingCommand, fields_of
 from .output import USAGE, bars, console, ending_well, fail, only_json
-from .reading import encode, lets_question_steer, load_tokenizer
+from .reading import encode, load_tokenizer
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
@@ -74,7 +74,10 @@ def inspect(
         if (text is None) == (text_file is None):
             fail("give the text once: as a file, as - for standard input, or with --text", USAGE)
         logging.set_verbosity_error()
-        planner, tokenizer = load(checkpoint, given, question is not None, trust_remote_code)
+        planner, tokenizer = (
+            SpanPlanner.from_pretrained(checkpoint, given),
+            load_tokenizer(checkpoint, trust_remote_code),
+        )
         inputs = encode(tokenizer, read_prompt(text, text_file), question, chat)
         ratios = sorted(set(target_ratio)) if target_ratio else default_ratios(planner.config)
         shown = ratios.index(target_ratio[0] if target_ratio else planner.config.target_ratio)
@@ -90,19 +93,3 @@ def inspect(
             show_plans(console(), plans, pieces, shown, max_tokens, notes)
             if html is not None:
                 console(stderr=True).print(f"the page: {html}")
-
-
-def load(checkpoint: str, fields: dict[str, Any], question: bool, trust_remote_code: bool) -> tuple[SpanPlanner, Any]:
-    """Planner and tokenizer of a checkpoint.
-
-    Args:
-        fields: compression fields instead of the checkpoint's.
-        question: there is one, which steers what stays whole unless `fields` or the checkpoint say how.
-
-    Raises:
-        ValueError: the checkpoint holds no encoder, or has no such field.
-    """
-    planner = SpanPlanner.from_pretrained(checkpoint, fields)
-    if question and lets_question_steer(planner.config, fields):
-        planner.config.query_weight = 1.0
-    return planner, load_tokenizer(checkpoint, trust_remote_code)

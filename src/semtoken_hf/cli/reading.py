@@ -56,13 +56,12 @@ class Reading:
 
 
 def load(
-    checkpoint: str, fields: dict[str, Any], question: bool, trust_remote_code: bool, device: str | None, **options: Any
+    checkpoint: str, fields: dict[str, Any], trust_remote_code: bool, device: str | None, **options: Any
 ) -> tuple[Any, Any]:
     """Model and tokenizer of a SemToken checkpoint.
 
     Args:
         fields: compression fields instead of the checkpoint's.
-        question: the prompt has a question, which steers what stays whole unless `fields` or the checkpoint say how.
         device: None: cuda where there is one; "auto": spread over what there is.
         options: `dtype`, `attn_implementation` of `from_pretrained`; None is left out.
 
@@ -81,8 +80,6 @@ def load(
     check_semtoken(config, checkpoint)
     if unknown := sorted(fields.keys() - set(FIELDS)):
         raise ValueError(f"--set: {unknown} are no compression fields; known are {sorted(FIELDS)}")
-    if question and lets_question_steer(config, fields):
-        fields = {**fields, "query_weight": 1.0}
     options = {name: value for name, value in options.items() if value is not None}
     if device == "auto":
         options["device_map"] = "auto"
@@ -92,12 +89,6 @@ def load(
     if device != "auto":
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model, load_tokenizer(checkpoint, trust_remote_code)
-
-
-def lets_question_steer(config: Any, fields: dict[str, Any]) -> bool:
-    """Whether a question may steer what stays whole, and neither the checkpoint nor `fields` say how much."""
-    mode = fields.get("segmentation_mode", config.segmentation_mode)
-    return mode == "greedy" and "query_weight" not in fields and not config.query_weight
 
 
 def load_tokenizer(checkpoint: str, trust_remote_code: bool) -> Any:

@@ -29,7 +29,8 @@ from ..tokenization_semtoken_fast import SemTokenFastTokenizer
 from .encoder import build_encoder, in_dtype
 from .source import FAMILY_PREFIX, convertible_types, plain_source, read_model_type, resolve_folder
 from .staging import check_output, remove_stale, staged_folder
-from .vocabulary import digit_token_ids, rare_token_ids, sentence_end_token_ids, special_token_ids
+from .text_markers import text_markers
+from .vocabulary import digit_token_ids, rare_token_ids, special_token_ids
 from .weights import StoredTensor, find_tensors, rename_as_loaded, shortened, write_weights
 
 ENCODER_KINDS = ("transformer", "static")
@@ -129,7 +130,7 @@ def convert_checkpoint(
             encoder_config=encoder_config,
             encoder_dtype=encoder_dtype,
             protected_token_ids=sorted(i for i in protected if i < plain.vocab_size),
-            sentence_end_token_ids=[i for i in sentence_end_token_ids(tokenizer) if i < plain.vocab_size],
+            text_markers=text_markers(tokenizer, plain.vocab_size),
             dtype=plain.dtype or next(iter(stored.values())).dtype,
             **config_overrides,
         )
@@ -147,7 +148,7 @@ def _check_options(encoder: Any, encoder_kind: str, encoder_dtype: str, override
         raise ValueError(f"`encoder_kind` must be one of {list(ENCODER_KINDS)}, got {encoder_kind!r}")
     if encoder_dtype not in ENCODER_DTYPES:
         raise ValueError(f"`encoder_dtype` must be one of {list(ENCODER_DTYPES)}, got {encoder_dtype!r}")
-    known = {field.name for field in fields(SemTokenConfigMixin)} - {"encoder_config", "sentence_end_token_ids"}
+    known = {field.name for field in fields(SemTokenConfigMixin)} - {"encoder_config", "text_markers"}
     if unknown := sorted(set(overrides) - known):
         raise ValueError(f"unknown configuration fields {unknown}; known are {sorted(known)}")
     SpanPlannerConfig(**overrides)  # wrong values are refused before anything is read

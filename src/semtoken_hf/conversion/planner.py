@@ -11,6 +11,7 @@ from ..semantic_encoder import SemanticEncoder
 from ..standalone_planner import SpanPlanner, SpanPlannerConfig
 from .encoder import build_encoder
 from .source import resolve_folder
+from .text_markers import text_markers
 
 
 def planner_on_vocabulary(
@@ -44,6 +45,7 @@ def planner_on_vocabulary(
         progress=True,
         layers=encoder_layers,
     )
+    config_fields.setdefault("text_markers", text_markers(tokenizer, size))
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = SpanPlannerConfig(
         vocab_size=size, encoder_config=encoder_config, encoder_dtype=encoder_dtype, **special, **config_fields

@@ -19,9 +19,6 @@ from transformers import PreTrainedTokenizerBase
 # Put before a token while decoding it, since decoders strip the space at the start of a text.
 ANCHOR = "a"
 UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
-# Of Latin and of Chinese text.
-END_MARKS = (".", "!", "?", "…", "\u3002", "\uff01", "\uff1f")
-CLOSING = "\"')]}»”’"
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -55,14 +52,6 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def digit_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of the tokens with a decimal digit in their text, sorted."""
     return [i for i, text in enumerate(token_texts(tokenizer)) if any(c.isdecimal() for c in text)]
-
-
-def sentence_end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of the tokens that end a sentence or a line, sorted: end marks, also before a closing quotation mark or
-    bracket, line breaks, and special tokens."""
-    texts = enumerate(token_texts(tokenizer))
-    ends = {i for i, text in texts if "\n" in text or text.rstrip().rstrip(CLOSING).endswith(END_MARKS)}
-    return sorted(ends | set(special_token_ids(tokenizer)))
 
 
 def rare_token_ids(tokenizer: PreTrainedTokenizerBase, share: float) -> list[int]:
@@ -180,7 +169,6 @@ __all__ = [
     "digit_token_ids",
     "frequency_order",
     "rare_token_ids",
-    "sentence_end_token_ids",
     "special_token_ids",
     "token_texts",
     "transplant_embeddings",

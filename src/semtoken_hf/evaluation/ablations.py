@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from .methods import Compressed
+from .relevance import RELEVANCES
+
+# The paper's mode, as far as an ablation does not say otherwise.
+PAPER = {"segmentation_mode": "greedy", "max_span_length": 8}
 
 
 def _at_budget(label: str, **fields: Any) -> Compressed:
-    return Compressed(label, fields=fields)
+    return Compressed(label, fields={**PAPER, **fields})
 
 
 def _by_threshold(label: str, **fields: Any) -> Compressed:
     """The paper's thresholds cut without a budget, so the ratio is what they give."""
-    return Compressed(label, has_budget=False, fields=fields)
+    return Compressed(label, has_budget=False, fields={**PAPER, **fields})
 
 
 ABLATIONS: dict[str, dict[str, Compressed]] = {
@@ -23,7 +27,7 @@ ABLATIONS: dict[str, dict[str, Compressed]] = {
     },
     "tau_budget": {
         f"tau_{tau:g}_budget": _at_budget(f"tau <= {tau:g}, at the budget", similarity_threshold=tau)
-        for tau in (-1.0, 0.80, 0.85, 0.90)
+        for tau in (0.80, 0.85, 0.90)
     },
     "delta": {
         f"delta_{delta:g}": _by_threshold(
@@ -36,8 +40,14 @@ ABLATIONS: dict[str, dict[str, Compressed]] = {
         for mode in ("greedy", "boundary", "uniform")
     },
     "span": {f"span_{cap}": _at_budget(f"spans of at most {cap}", max_span_length=cap) for cap in (4, 8, 16, 32)},
-    "recency": {f"recency_{p:g}": _at_budget(f"recency = {p:g}", recency=p) for p in (0.0, 0.5, 1.0, 2.0, 4.0)},
-    "radius": {f"radius_{k}": _at_budget(f"k = {k}", fingerprint_radius=k) for k in (0, 1, 2, 5)},
+    "query": {
+        f"query_{weight:g}": Compressed(f"query_weight = {weight:g}", fields={"query_weight": weight})
+        for weight in (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+    },
+    "relevance": {
+        f"relevance_{part}": Compressed(f"relevance from {part} alone", relevance=part) for part in RELEVANCES
+    },
+    "radius": {f"radius_{k}": Compressed(f"k = {k}", fields={"fingerprint_radius": k}) for k in (0, 1, 2, 5)},
     "window": {
         f"window_{w}": _at_budget(f"encoder window {w}", encoder_window=w, encoder_overlap=w // 8)
         for w in (32, 64, 128, 256)

@@ -24,10 +24,10 @@ LENGTHS = (384, 290, 150, 40)
 FIELDS: dict[str, Any] = {"min_prompt_length": 64, "keep_last": 16, "initializer_range": 0.08}
 # As FlashAttention's own tests: at most twice the error of eager in the same dtype, and a little.
 FACTOR, SLACK = 2.0, 1e-3
-# The default follows fingerprints less than the other two: far from the end, recency decides.
+# The default follows no fingerprint where nothing is asked.
 PLANS: dict[str, dict[str, Any]] = {
     "default": {},
-    "entropy alone": {"similarity_threshold": None, "recency": 0.0},
+    "the paper's": {"segmentation_mode": "greedy", "max_span_length": 8},
     "boundary": {"segmentation_mode": "boundary"},
 }
 # What kernels say that take no mask, no grouped heads or not this dtype.

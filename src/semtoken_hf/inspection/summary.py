@@ -80,8 +80,8 @@ def notes_on(plans: list[SpanDetails], config: Any, has_question: bool) -> list[
     elif unmet := [summary for summary in summaries if not summary.budget_met]:
         ratios = ", ".join(f"{plan.target_ratio:g}" if plan.target_ratio else "the budget" for plan in unmet)
         found.append(f"not met: {ratios}; protected tokens or max_span_length ({config.max_span_length}) forbid it")
-    if has_question and not config.query_weight:
-        found.append("the question stays whole but does not steer the rest: query_weight is 0")
+    if has_question and (config.segmentation_mode != "sentence" or not config.query_weight):
+        found.append("the question stays whole but does not decide what else does: segmentation_mode, query_weight")
     return found
 
 

@@ -64,7 +64,7 @@ def test_the_inline_plots_are_whole(page, folder):
     drawn = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
     files = {file.name for file in (folder / "plots").iterdir()}
     names = {"cost_by_memory_wikitext", "gain_by_memory", "cost_by_time_wikitext"}
-    names |= {"ablation_wikitext_recency", "ablation_wikitext_tau"}
+    names |= {"ablation_wikitext_query", "ablation_wikitext_tau"}
     assert files == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
     assert len(drawn) == len(names)
     for svg in drawn:

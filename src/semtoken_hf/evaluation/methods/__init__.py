@@ -24,11 +24,10 @@ METHODS: dict[str, Method] = {
     ),
     "semtoken_mean": Compressed("SemToken, mean, not adapted", fields={"merge_mode": "mean", "merger_base": "mean"}),
     "semtoken_learned": Compressed("SemToken, learned", fields={"merge_mode": "learned"}),
-    "semtoken_paper": Compressed("SemToken, the paper's budget", fields={"recency": 0.0, "max_span_length": 8}),
-    "semtoken_query": Compressed("SemToken, query-conditioned", fields={"query_weight": 1.0}),
-    "semtoken_sentence": Compressed(
-        "SemToken, sentences by relevance",
-        fields={"segmentation_mode": "sentence", "query_weight": 1.0, "max_span_length": 256},
+    "semtoken_marked": Compressed("SemToken, the question marked", marks_question=True),
+    "semtoken_unasked": Compressed("SemToken, no question looked for", fields={"query_weight": 0.0}),
+    "semtoken_paper": Compressed(
+        "SemToken, the paper's spans and budget", fields={"segmentation_mode": "greedy", "max_span_length": 8}
     ),
     "semtoken_boundary": Compressed("SemToken, boundary spans", fields={"segmentation_mode": "boundary"}),
     "semtoken_compact": Compressed("SemToken, compact positions", fields={"position_mode": "compact"}),

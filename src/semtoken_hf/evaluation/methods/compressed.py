@@ -12,6 +12,7 @@ import torch
 from ...cache_semtoken import SemTokenCache
 from ..continuation import Prefill
 from ..prompts import Prompt
+from ..relevance import relevance_from
 from .base import Method
 
 # Fields that the encoder reads once, when it is built.
@@ -24,9 +25,13 @@ class Compressed(Method):
 
     Attributes:
         fields: of the configuration, changed while a prompt is read.
+        marks_question: tell the model where the question is, which it otherwise has to find.
+        relevance: of `relevance_from`.
     """
 
     fields: dict[str, Any] = field(default_factory=dict)
+    marks_question: bool = False
+    relevance: str | None = None
 
     def unfit(self, model: Any) -> str | None:
         if self.fields.get("merge_mode") == "learned" and model.base_model.learned_merger is None:
@@ -41,12 +46,13 @@ class Compressed(Method):
     def read(self, model: Any, prompt: Prompt, slots: int) -> Prefill:
         # Without a budget, the thresholds decide.
         ratio, most = (1.0, slots) if self.has_budget else (None, None)
-        with changed_fields(model, **{"target_ratio": ratio, "max_kept_tokens": most, **self.fields}):
+        fields = {"target_ratio": ratio, "max_kept_tokens": most, **self.fields}
+        with changed_fields(model, **fields), relevance_from(self.relevance):
             cache = SemTokenCache(config=model.config)
             outputs = model(
                 input_ids=prompt.ids[None],
                 protected_mask=(prompt.opening | prompt.question)[None],
-                query_mask=prompt.question[None] if prompt.question_length else None,
+                query_mask=prompt.question[None] if self.marks_question and prompt.question_length else None,
                 past_key_values=cache,
                 logits_to_keep=1,
                 compression=True,

@@ -16,7 +16,8 @@ GROUP_TITLES = {
     "delta": "Entropy threshold delta, without a budget",
     "segmentation": "How spans are cut",
     "span": "Longest span",
-    "recency": "Recency: finer spans at the end",
+    "query": "How much the question decides",
+    "relevance": "What its relevance is made of",
     "radius": "Fingerprint radius k",
     "window": "Window of the encoder",
 }
