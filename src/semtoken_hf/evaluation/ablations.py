@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from .methods import Compressed
-from .relevance import RELEVANCES
 
 # The paper's mode, as far as an ablation does not say otherwise.
 PAPER = {"segmentation_mode": "greedy", "max_span_length": 8}
@@ -43,9 +42,6 @@ ABLATIONS: dict[str, dict[str, Compressed]] = {
     "query": {
         f"query_{weight:g}": Compressed(f"query_weight = {weight:g}", fields={"query_weight": weight})
         for weight in (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-    },
-    "relevance": {
-        f"relevance_{part}": Compressed(f"relevance from {part} alone", relevance=part) for part in RELEVANCES
     },
     "radius": {f"radius_{k}": Compressed(f"k = {k}", fields={"fingerprint_radius": k}) for k in (0, 1, 2, 5)},
     "window": {

@@ -6,6 +6,7 @@ The presses of kvpress prune a plain model's cache after a full prefill and live
 
 from __future__ import annotations
 
+from ..relevance import RELEVANCES
 from .base import Method
 from .compressed import Compressed
 from .selection import FullContext, NoContext, RandomDropping, SelfInformation, Truncation
@@ -25,6 +26,7 @@ METHODS: dict[str, Method] = {
     "semtoken_mean": Compressed("SemToken, mean, not adapted", fields={"merge_mode": "mean", "merger_base": "mean"}),
     "semtoken_learned": Compressed("SemToken, learned", fields={"merge_mode": "learned"}),
     "semtoken_marked": Compressed("SemToken, the question marked", marks_question=True),
+    **{f"semtoken_{part}": Compressed(f"SemToken, relevance from {part} alone", relevance=part) for part in RELEVANCES},
     "semtoken_unasked": Compressed("SemToken, no question looked for", fields={"query_weight": 0.0}),
     "semtoken_paper": Compressed(
         "SemToken, the paper's spans and budget", fields={"segmentation_mode": "greedy", "max_span_length": 8}

@@ -17,7 +17,6 @@ GROUP_TITLES = {
     "segmentation": "How spans are cut",
     "span": "Longest span",
     "query": "How much the question decides",
-    "relevance": "What its relevance is made of",
     "radius": "Fingerprint radius k",
     "window": "Window of the encoder",
 }
