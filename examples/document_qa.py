@@ -1,4 +1,4 @@
-"""Questions about a long document: the question steers which tokens stay whole.
+"""Questions about a long document: the question decides which sentences stay whole.
 
 python examples/document_qa.py --checkpoint "$(bash scripts/reference_model.sh)"    # SmolLM2-135M-Instruct
 python examples/document_qa.py --checkpoint llama-3.2-1b-semtoken --document report.txt --target_ratio 4
@@ -6,8 +6,8 @@ python examples/document_qa.py --checkpoint llama-3.2-1b-semtoken --document rep
 
 # %% [markdown]
 # # Questions about a long document
-# The document is read at 2.4 tokens per slot. With `query_weight` above 0, spans that are like the question count more
-# when the budget is spent, so that what it asks for more often keeps slots of its own.
+# The document is read at 2.4 tokens per slot. Whole sentences stay, those first that have most to do with the question;
+# what lies between them merges. `query_weight=0` keeps the latest sentences instead.
 
 # %%
 from __future__ import annotations
@@ -39,8 +39,8 @@ QUESTIONS = [
 
 # %% [markdown]
 # ## The prompt
-# `query_mask` says which tokens are the question's. They never merge, and everything else is measured against them.
-# (Where a question is a turn of its own, `apply_chat_template(..., mark_question=True)` makes the mask: see `rag.py`.)
+# `query_mask` says which tokens are the question's. In a chat the model finds them by itself (see `rag.py`); in another
+# text it has to be told.
 
 
 # %%
@@ -62,9 +62,10 @@ def encode(question: str) -> dict[str, torch.Tensor]:
 
 
 # %%
-def around(answer: str, encoding: dict[str, torch.Tensor], width: int = 14) -> str:
+def around(answer: str, encoding: dict[str, torch.Tensor], how: dict[str, Any], width: int = 14) -> str:
     """The tokens around the first place of the answer, with a bar between slots."""
-    slots = model.compress(**encoding, target_ratio=options.target_ratio).span_ids[0].tolist()
+    inputs = {name: encoding[name] for name in ("input_ids", "attention_mask")}
+    slots = model.compress(**inputs, **how).span_ids[0].tolist()
     pieces = [tokenizer.decode([token]) for token in encoding["input_ids"][0].tolist()]
     place, end = "".join(pieces).find(answer), 0
     middle = next((n for n, piece in enumerate(pieces) if (end := end + len(piece)) > place), 0)
@@ -108,17 +109,16 @@ for pair in options.questions or QUESTIONS:
     encoding = encode(question)
     print(f"\n{question}  (gold answer: {answer})")
     ways = {
-        "plain": (0.0, {"compression": False}),
-        "SemToken": (0.0, {"target_ratio": options.target_ratio}),
-        "query-conditioned": (1.0, {"target_ratio": options.target_ratio, "query_mask": encoding["query_mask"]}),
+        "plain": {"compression": False},
+        "the latest": {"target_ratio": options.target_ratio, "query_weight": 0.0},
+        "SemToken": {"target_ratio": options.target_ratio, "query_mask": encoding["query_mask"]},
     }
-    for name, (query_weight, how) in ways.items():
-        model.config.query_weight = query_weight
+    for name, how in ways.items():
         loss = answer_loss(encoding, answer, **how)
         losses.setdefault(name, []).append(loss)
         print(f"  {name:<18} {loss:6.2f} nats per token of the answer; writes: {written(encoding, **how)!r}")
         if name != "plain":
-            print(f"{'':20} ...{around(answer, encoding)}...")
+            print(f"{'':20} ...{around(answer, encoding, how)}...")
 
 # %%
 print("\nmean over the questions, nats per token of the gold answer")

@@ -1,13 +1,13 @@
-"""Retrieval-augmented generation: several passages, and a question that is marked as one.
+"""Retrieval-augmented generation: several passages, and a question that decides which of them stay whole.
 
 python examples/rag.py --checkpoint "$(bash scripts/reference_model.sh)"    # SmolLM2-135M-Instruct
 python examples/rag.py --checkpoint llama-3.2-1b-semtoken --passages retrieved.txt --question "Who built it?"
 """
 
 # %% [markdown]
-# # Passages and a marked question
-# A retriever is never sure, so most of the passages are beside the point. `mark_question=True` says which tokens the
-# question is; with `query_weight` it decides which passages keep their slots.
+# # Passages and a question
+# A retriever is never sure, so most of the passages are beside the point. The model finds the question in the last turn
+# of the user, and keeps the sentences that have to do with it whole.
 
 # %%
 from __future__ import annotations
@@ -37,7 +37,7 @@ passages = options.passages.read_text(encoding="utf-8").strip().split("\n\n")
 
 # %% [markdown]
 # ## The chat
-# The passages go into a turn before the question's: the last user turn stays whole, so it should hold nothing else.
+# The passages may stand in a turn before the question's, or before it in the same turn.
 
 # %%
 messages = [
@@ -48,7 +48,6 @@ chat = tokenizer.apply_chat_template(
     messages,
     add_generation_prompt=True,
     protect_template=True,
-    mark_question=True,
     tokenizer_kwargs={"return_offsets_mapping": True},
     return_tensors="pt",
 )
@@ -57,14 +56,13 @@ rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, t
 
 # %% [markdown]
 # ## Which passages keep slots
-# Without the question, the budget follows entropy and recency: the last passages keep most. The table counts slots.
+# Without the question, at weight 0, the last passages keep all of the budget. The table counts slots.
 
 
 # %%
 def slots_of_passages(query_weight: float) -> list[tuple[int, int]]:
     """Tokens and slots of each passage, if the question weighs so much."""
-    model.config.query_weight = query_weight
-    prompt = model.compress(**chat, target_ratio=options.target_ratio)
+    prompt = model.compress(**chat, target_ratio=options.target_ratio, query_weight=query_weight)
     counts = []
     for passage in passages:
         start = rendered.index(passage)
@@ -90,10 +88,9 @@ print(
 
 # %% [markdown]
 # ## The answer
-# The same masks go into `generate`.
+# The same inputs go into `generate`.
 
 # %%
-model.config.query_weight = 1.0
 tokens = model.generate(
     **chat, target_ratio=options.target_ratio, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id
 )

@@ -167,7 +167,7 @@ NONSENSE = [
     *(("similarity_threshold", value, "number in [-1, 1]") for value in (-1.01, 1.01, float("nan"), "high", True, [0])),
     *(("entropy_threshold", value, UNIT) for value in (-0.01, 1.01, float("nan"), "high", True)),
     *(("position_mode", value, "['original', 'compact']") for value in ("absolute", None, 0)),
-    *(("segmentation_mode", value, "['greedy', 'sentence', 'boundary', 'uniform']") for value in ("semantic", None)),
+    *(("segmentation_mode", value, "['sentence', 'greedy', 'boundary', 'uniform']") for value in ("semantic", None)),
     *(("merge_mode", value, "['mean', 'representative', 'learned']") for value in ("max", None)),
     *(("query_weight", value, "[0, 16]") for value in (-0.1, 17, float("nan"), "high", True)),
     *(("merger_base", value, "['mean', 'representative']") for value in ("learned", None)),

@@ -160,7 +160,7 @@ def test_the_page_allows_its_own_script_alone(tokenizer):
 
 
 def test_what_plans_share_is_written_once(tokenizer):
-    model, ids = tiny_model(segmentation_mode="greedy"), random_ids(1, 400)
+    model, ids = tiny_model(segmentation_mode="sentence"), random_ids(1, 400)
     ratios = (1.5, 2.0, 3.0, 4.0)
     data = data_of(prompt_page([model.compress(ids, target_ratio=r).details for r in ratios], tokenizer, shown=2))
     assert [plan["ratio"] for plan in data["plans"]] == list(ratios)

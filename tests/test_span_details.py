@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from semtoken_hf import SpanPlanner
 from semtoken_hf.granularity import solve_threshold
+from semtoken_hf.sentence_selection import LONGEST_SENTENCE
 from semtoken_hf.span_clustering import shifted_similarities
 from semtoken_hf.span_details import REASONS
 from tests.fixtures.children import ROOT
@@ -20,12 +21,17 @@ from tests.fixtures.tiny import ragged_prompts, random_ids, tiny_model
 
 FOLDER = ROOT / "model_cards" / "semtoken-llama-tiny"
 MODES: dict[str, dict[str, Any]] = {
-    "merges all": {},
+    "sentence": {},
     "mean": {"merge_mode": "mean"},
-    "solved": {"similarity_threshold": None},
-    "capped tau": {"similarity_threshold": 0.6, "max_span_length": 5},
-    "question": {"query_weight": 1.0},
-    "thresholds": {"target_ratio": None, "similarity_threshold": 0.7, "entropy_threshold": 0.12},
+    "solved": {"segmentation_mode": "greedy", "max_span_length": 16},
+    "capped tau": {"segmentation_mode": "greedy", "similarity_threshold": 0.6, "max_span_length": 5},
+    "thresholds": {
+        "segmentation_mode": "greedy",
+        "target_ratio": None,
+        "similarity_threshold": 0.7,
+        "entropy_threshold": 0.12,
+        "max_span_length": 16,
+    },
     "boundary": {"segmentation_mode": "boundary"},
     "uniform": {"segmentation_mode": "uniform"},
     "given": {},
@@ -68,7 +74,14 @@ def candidates_of(case: str, config: Any, plan: Any, solo: list[bool], slots: li
         similarities = shifted_similarities(prints, cap - 1)
         highest = 1.0 if case == "solved" else config.similarity_threshold
         return solve_threshold(similarities, plan.layout, plan.budgets, highest).nonzero().flatten().tolist()
-    return walk(prints, solo, -2.0 if case != "thresholds" else config.similarity_threshold, cap)
+    if case == "thresholds":
+        return walk(prints, solo, config.similarity_threshold, cap)
+    ends, ids = set(config.text_markers["sentence_ends"]), plan.ids
+    firsts = [0]
+    for token in range(1, len(ids)):
+        if (ids[token - 1] in ends and ids[token] not in ends) or token - firsts[-1] == LONGEST_SENTENCE:
+            firsts.append(token)
+    return firsts
 
 
 @pytest.mark.parametrize("case", MODES)
@@ -89,7 +102,7 @@ def test_equal_to_loops_on_real_weights(model, ids, monkeypatch, case):
     prompt = model.compress(ids, **call)
     details = prompt.details
     plan = SpanPlanner.from_model(model).plan(ids, **call)
-    slots = prompt.span_ids[0].tolist()
+    plan.ids, slots = ids[0].tolist(), prompt.span_ids[0].tolist()
     special = {*config.protected_token_ids, config.bos_token_id, config.eos_token_id, config.pad_token_id}
 
     protected = {}

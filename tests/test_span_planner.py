@@ -19,8 +19,7 @@ from semtoken_hf.semantic_encoder import SemanticEncoder
 from semtoken_hf.span_planner import SpanPlan, plan_spans
 from tests.fixtures.tiny import LLAMA, VOCAB_SIZE, random_ids, tiny_config
 
-# "capped": spans that grow to the cap, and entropy alone decides.
-MODES = ["boundary", "greedy", "capped", "uniform"]
+MODES = ["sentence", "boundary", "greedy", "uniform"]
 KEEP_FIRST, KEEP_LAST, MIN_LENGTH, CAP = 2, 3, 12, 6
 SPECIAL, PROTECTED = [LLAMA[f"{name}_token_id"] for name in ("pad", "bos", "eos")], [20, 21]
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_tuple
 
 from .cache_semtoken import tracks_slots
-from .configuration_semtoken import check_ratio
+from .configuration_semtoken import check_query_weight, check_ratio
 from .generation_semtoken import SemTokenGenerationMixin
 from .logging_semtoken import get_logger
 from .paged_semtoken import SemTokenContinuousMixin, step_of_call
@@ -69,6 +69,7 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
         span_ids: Tensor | None = None,
         protected_mask: Tensor | None = None,
         query_mask: Tensor | None = None,
+        query_weight: float | None = None,
         prefill_chunk_size: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -81,7 +82,9 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
             target_ratio: tokens per slot, >= 1, for this call.
             span_ids: int [B, T], a plan made beforehand, -1 for padding.
             protected_mask: [B, T], non-zero for tokens that stay whole.
-            query_mask: [B, T], non-zero for the tokens of the question (see `query_weight`), which stay whole.
+            query_mask: [B, T], non-zero for the tokens of the question, which stay whole; None: the end of the last
+                user turn of a chat.
+            query_weight: how much the question decides what else stays whole, for this call.
             prefill_chunk_size: run the layers over this many slots at a time.
 
         Returns:
@@ -110,6 +113,8 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
         length = None if columns is None or getattr(columns, "ndim", 0) < 2 else columns.shape[1]
         asks_for_all = labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 0
         # First, so that nonsense is refused whatever else the call asks for.
+        if query_weight is not None:
+            check_query_weight(query_weight)
         if not self._wants_compression(compression, target_ratio) or asks_for_all or self._is_short(length):
             return super().forward(**plain)
         if (reason := _why_not(input_ids, attention_mask, position_ids, past_key_values, kwargs)) is not None:
@@ -130,6 +135,7 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
             use_cache=use_cache,
             compression=True,
             target_ratio=target_ratio,
+            query_weight=query_weight,
             span_ids=fit_to_call(span_ids, "span_ids", start, tokens, drafted),
             protected_mask=fit_to_call(protected_mask, "protected_mask", start, tokens, drafted),
             query_mask=fit_to_call(query_mask, "query_mask", start, tokens, drafted),

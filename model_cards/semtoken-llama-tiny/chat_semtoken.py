@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+
+import torch
+
+from .question_finding import question_of_turn
 
 # From a private use area, so that no tokenizer, template or text means anything by it.
 SENTINEL = re.compile("\ue000(\\d+)\ue001")
@@ -63,16 +66,20 @@ def _map_texts(message: dict, function: Callable[[str], str]) -> dict:
     return message
 
 
-def chat_masks(offsets: list[tuple[int, int]], spans: list[tuple[int, int, int]], messages: list[dict]) -> Any:
+def chat_masks(
+    offsets: list[tuple[int, int]], spans: list[tuple[int, int, int]], messages: list[dict], rendered: str
+) -> tuple[list[int], list[int]]:
     """What each token of a rendered chat belongs to.
 
     Args:
         offsets: first character and end of each token; empty ones are padding.
         spans: of `content_spans`.
         messages: of the chat.
+        rendered: the chat.
 
     Returns:
-        Two lists of 0 and 1: tokens with any character of the template; tokens with any of the last user's text.
+        Two lists of 0 and 1: tokens with any character of the template; tokens of the question, which is the last
+        user's text or, where that is long, a line of it (see `question_finding.py`).
     """
     last_user = max((n for n, message in enumerate(messages) if message.get("role") == "user"), default=None)
     of_template, of_question = [], []
@@ -81,7 +88,17 @@ def chat_masks(offsets: list[tuple[int, int]], spans: list[tuple[int, int, int]]
         covered = sum(min(end, last) - max(start, first) for first, last, _ in inside)
         of_template.append(int(covered < end - start))
         of_question.append(int(any(n == last_user for _, _, n in inside)))
-    return of_template, of_question
+    return of_template, _question_of(of_question, [rendered[start:end] for start, end in offsets])
+
+
+def _question_of(of_turn: list[int], texts: list[str]) -> list[int]:
+    """The question in the tokens of a turn, lists of 0 and 1; `texts` are those of all tokens."""
+    if 1 not in of_turn:
+        return of_turn
+    begin, end = of_turn.index(1), len(of_turn) - of_turn[::-1].index(1)
+    ends_line = torch.tensor(["\n" in text for text in texts])
+    bounds = (torch.tensor([begin]), torch.tensor([end]))
+    return question_of_turn(*bounds, ends_line, torch.zeros(len(of_turn), dtype=torch.long)).long().tolist()
 
 
 __all__ = ["chat_masks", "content_spans"]

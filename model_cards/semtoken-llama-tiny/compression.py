@@ -101,7 +101,7 @@ def compress_prompt(
         merger: the learned residual, if the checkpoint has one.
         details: also record why the plan is as it is.
         planning: `attention_mask`, `read_mask`, `protected_mask`, `span_ids`, `target_ratio`, `opens_row`,
-            `query_mask` of `plan_spans`.
+            `query_mask`, `query_weight` of `plan_spans`.
 
     Raises:
         ValueError: an argument has the wrong shape or values.

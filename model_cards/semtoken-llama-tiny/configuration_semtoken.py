@@ -11,8 +11,13 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from .logging_semtoken import get_logger
+
+logger = get_logger(__name__)
 POSITION_MODES = ("original", "compact")
-SEGMENTATION_MODES = ("greedy", "sentence", "boundary", "uniform")
+SEGMENTATION_MODES = ("sentence", "greedy", "boundary", "uniform")
+OLD_FIELDS = ("recency",)  # still read, see `_read_old_fields`
+TEXT_MARKERS = ("sentence_ends", "line_breaks", "turn_opening", "turn_ending")
 MERGE_MODES = ("mean", "representative", "learned")
 MERGER_BASES = ("mean", "representative")
 ENCODER_DTYPES = ("auto", "float32", "bfloat16")
@@ -73,15 +78,13 @@ class SemTokenConfigMixin:
             None: no ratio; then `max_kept_tokens` or `similarity_threshold` decides.
         max_kept_tokens: absolute budget of slots of a prompt, beside the ratio (the smaller one counts).
         similarity_threshold: tau of the paper, in [-1, 1], for the greedy mode. None: solved for the budget, the
-            highest at which merging every span is enough. A number: at most this, lowered when it is not enough;
-            what it leaves of the budget keeps the spans of highest entropy fine. At -1 spans grow to the cap and
-            entropy alone decides, which measured best.
+            highest at which merging every span is enough. A number: an upper bound on tau, lowered until the budget
+            is met; what it leaves of the budget keeps the spans of highest entropy fine.
         entropy_threshold: delta of the paper, in [0, 1]: spans above it stay fine when no budget is set.
-        recency: how much less a distant span's entropy counts for the budget: it is multiplied by the span's place
-            along the stretch, in (0, 1], to this power. 0 is the paper's budget; 2 measured well.
-        query_weight: how much more a span counts that is like the question: times exp(this * z), z its cosine with the
-            question in standard deviations of the prompt's spans. The question is `query_mask` of the call, or the
-            last `keep_last` tokens. In [0, 16]; 0: no conditioning. Greedy and sentence mode only.
+        query_weight: how much the question decides which sentences stay whole, against how late they stand, which
+            counts up to 1: its relevance (see `sentence_selection.py`) is multiplied by this. The question is
+            `query_mask` of the call, or the end of the last user turn of a chat. In [0, 16]; 0: none is looked for.
+            Sentence mode only.
         max_span_length: L of the paper: no slot holds more tokens. At most 1,024.
         keep_first: tokens at the start of a row that stay whole.
         keep_last: tokens before every position that is read that stay whole.
@@ -90,10 +93,9 @@ class SemTokenConfigMixin:
             there beyond the last `keep_last`, so that the cache grows at 1 / ratio. At least `min_prompt_length -
             keep_last`. None: generated tokens keep slots of their own.
         position_mode: "original": a slot carries the position of one of its tokens; "compact": 0..m-1.
-        segmentation_mode: "greedy" is the paper's anchor clustering with its entropy budget; "sentence" keeps whole
-            sentences, those most relevant to the question or the latest, and merges what lies between in spans of up to
-            `max_span_length` (256 is right); "boundary" cuts between the most dissimilar neighbours; "uniform" makes
-            equal spans without an encoder.
+        segmentation_mode: "sentence" keeps whole sentences, those most relevant to the question or the latest, and
+            merges what lies between; "greedy" is the paper's anchor clustering with its entropy budget; "boundary" cuts
+            between the most dissimilar neighbours; "uniform" makes equal spans without an encoder.
         merge_mode: "mean" of the span's embeddings, its "representative" token, or "learned": one of the two with a
             trained residual (see `learned_merger.py`).
         merger_base: what the residual is added to, "mean" or "representative".
@@ -108,7 +110,9 @@ class SemTokenConfigMixin:
         encoder_overlap: tokens shared by neighbouring windows, in [0, encoder_window).
         fingerprint_radius: k of the paper: a fingerprint is the mean of the states within +-k tokens, k <= 256.
         protected_token_ids: ids that always keep a slot of their own, beside BOS, EOS and padding.
-        sentence_end_token_ids: ids that end a sentence or a line, found at conversion; read in the sentence mode.
+        text_markers: lists of ids, found at conversion and read in the sentence mode: `sentence_ends`, tokens that end
+            a sentence or a line; `line_breaks`; `turn_opening` and `turn_ending`, what the chat template puts before
+            and behind the text of a user.
 
     Raises:
         ValueError: a field is out of its range; the message names the field and the range.
@@ -120,17 +124,16 @@ class SemTokenConfigMixin:
     compression: bool = True
     target_ratio: float | int | None = 2.4
     max_kept_tokens: int | None = None
-    similarity_threshold: float | int | None = -1.0
+    similarity_threshold: float | int | None = None
     entropy_threshold: float | int | None = None
-    recency: float | int = 2.0
-    query_weight: float | int = 0.0
-    max_span_length: int = 16
+    query_weight: float | int = 1.0
+    max_span_length: int = 256
     keep_first: int = 4
     keep_last: int = 64
     min_prompt_length: int = 256
     recompress_every: int | None = None
     position_mode: str = "original"
-    segmentation_mode: str = "greedy"
+    segmentation_mode: str = "sentence"
     merge_mode: str = "representative"
     merger_base: str = "representative"
     merger_rank: int = 128
@@ -143,10 +146,11 @@ class SemTokenConfigMixin:
     encoder_overlap: int = 16
     fingerprint_radius: int = 2
     protected_token_ids: list[int] | None = None
-    sentence_end_token_ids: list[int] | None = None
+    text_markers: dict | None = None
 
     def __post_init__(self, **kwargs):
         check_layers(vars(self))
+        self._read_old_fields(kwargs)
         self.encoder_config = build_encoder_config(self.encoder_config)
         if self.merger_span_length is None:
             self.merger_span_length = self.max_span_length
@@ -154,6 +158,16 @@ class SemTokenConfigMixin:
         self.validate()  # the family's own checks: Transformers runs them for a class marked `@strict` alone
         # Checked here and not only by `@strict`, so that the message always names the field and its range.
         validate_compression_fields(self)
+
+    def _read_old_fields(self, fields: dict[str, Any]) -> None:
+        """What a checkpoint of before says with fields that are gone: its default was blocks with a recency."""
+        if not fields.pop("recency", 0) or self.segmentation_mode != "greedy" or self.similarity_threshold != -1:
+            return
+        self.segmentation_mode, self.similarity_threshold = "sentence", None
+        logger.warning_once(
+            "This checkpoint was converted when `recency` decided what stays whole; it is read with "
+            "segmentation_mode='sentence', which keeps more of what matters. Convert it again to let questions decide."
+        )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
@@ -205,6 +219,12 @@ def check_ratio(value: Any, name: str = "target_ratio") -> None:
         raise ValueError(f"`{name}` must be a finite number >= 1, got {value!r}")
 
 
+def check_query_weight(value: Any) -> None:
+    """Raise ValueError unless `value` is a number in [0, 16]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 16:
+        raise ValueError(f"`query_weight` must be a number in [0, 16], got {value!r}")
+
+
 def validate_compression_fields(config: Any) -> None:
     """Raise ValueError, naming the field and its range, if a compression field makes no sense."""
     _check_single_fields(config)
@@ -240,10 +260,7 @@ def _check_single_fields(config: Any) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (is_number and lowest <= value <= 1):
             raise ValueError(f"`{name}` must be a number in [{lowest:g}, 1] or None, got {value!r}")
-    for name, highest in (("recency", 64), ("query_weight", 16)):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= highest:
-            raise ValueError(f"`{name}` must be a number in [0, {highest}], got {value!r}")
+    check_query_weight(config.query_weight)
     for name, modes in (
         ("position_mode", POSITION_MODES),
         ("segmentation_mode", SEGMENTATION_MODES),
@@ -263,13 +280,20 @@ def _check_single_fields(config: Any) -> None:
         ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
         if not all(isinstance(i, int) and abs(i) <= MOST for i in ids):
             raise ValueError(f"`{name}` must be a token id, a list of token ids or None, got {value!r}")
-    for name in ("protected_token_ids", "sentence_end_token_ids"):
-        ids = getattr(config, name)
-        is_list = isinstance(ids, (list, tuple))
-        if ids is not None and not (
-            is_list and all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MOST for i in ids)
-        ):
-            raise ValueError(f"`{name}` must be a list of token ids >= 0 or None")
+    _check_ids("protected_token_ids", config.protected_token_ids)
+    markers = config.text_markers
+    if markers is not None and not (isinstance(markers, dict) and set(markers) <= set(TEXT_MARKERS)):
+        raise ValueError(f"`text_markers` must be a dict of {list(TEXT_MARKERS)} or None, got {markers!r}")
+    for name, ids in (markers or {}).items():
+        _check_ids(f"text_markers['{name}']", ids)
+
+
+def _check_ids(name: str, ids: Any) -> None:
+    is_list = isinstance(ids, (list, tuple))
+    if ids is not None and not (
+        is_list and all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MOST for i in ids)
+    ):
+        raise ValueError(f"`{name}` must be a list of token ids >= 0 or None")
 
 
 def _check_fields_together(config: Any) -> None:
@@ -282,11 +306,6 @@ def _check_fields_together(config: Any) -> None:
     if longest is not None and config.encoder_window > longest:
         raise ValueError(
             f"`encoder_window` must be at most the encoder's {longest} positions, got {config.encoder_window}"
-        )
-    if config.query_weight and config.segmentation_mode not in ("greedy", "sentence"):
-        raise ValueError(
-            f"`query_weight` must be 0 with segmentation_mode='{config.segmentation_mode}': only the greedy and the "
-            "sentence mode have a budget to condition"
         )
     every = config.recompress_every
     if every is not None and every + config.keep_last < config.min_prompt_length:

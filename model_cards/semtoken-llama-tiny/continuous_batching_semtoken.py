@@ -54,6 +54,7 @@ class SemTokenContinuousBatchingManager(ContinuousBatchingManager):
         *args: Any,
         compression: bool | None = None,
         target_ratio: float | None = None,
+        query_weight: float | None = None,
         span_ids: Any = None,
         protected_mask: Any = None,
         query_mask: Any = None,
@@ -63,7 +64,7 @@ class SemTokenContinuousBatchingManager(ContinuousBatchingManager):
 
         Args:
             input_ids: the n token ids of the prompt.
-            compression, target_ratio: as in the model's `forward`.
+            compression, target_ratio, query_weight: as in the model's `forward`.
             span_ids, protected_mask, query_mask: as there, n numbers each.
 
         Raises:
@@ -71,11 +72,10 @@ class SemTokenContinuousBatchingManager(ContinuousBatchingManager):
         """
         if not self.is_tp_driver:
             return None
-        options = batch_options()
-        compression = options[0] if compression is None else compression
-        target_ratio = options[1] if target_ratio is None else target_ratio
-        planning = {"span_ids": span_ids, "protected_mask": protected_mask, "query_mask": query_mask}
-        prompt = self._compress(input_ids, compression, target_ratio, planning)
+        given = {"compression": compression, "target_ratio": target_ratio, "query_weight": query_weight}
+        options = batch_options() | {name: value for name, value in given.items() if value is not None}
+        masks = {"span_ids": span_ids, "protected_mask": protected_mask, "query_mask": query_mask}
+        prompt = self._compress(input_ids, masks, **options)
         if prompt is None:
             return super().add_request(input_ids, request_id, *args, **kwargs)
         if request_id is None:
@@ -92,7 +92,12 @@ class SemTokenContinuousBatchingManager(ContinuousBatchingManager):
 
     @torch.no_grad()
     def _compress(
-        self, input_ids: list[int], compression: bool | None, target_ratio: float | None, planning: dict[str, Any]
+        self,
+        input_ids: list[int],
+        masks: dict[str, Any],
+        compression: bool | None = None,
+        target_ratio: float | None = None,
+        query_weight: float | None = None,
     ) -> CompressedPrompt | None:
         """The prompt as slots, or None where it is read as it is."""
         model: Any = self.model
@@ -102,10 +107,8 @@ class SemTokenContinuousBatchingManager(ContinuousBatchingManager):
         if (reason := self._why_not()) is not None:
             model._warn_uncompressed(reason)
             return None
-        masks = {
-            name: None if v is None else torch.as_tensor(v, device=ids.device)[None] for name, v in planning.items()
-        }
-        prompt = model.compress(ids, target_ratio=target_ratio, details=False, **masks)
+        rows = {name: None if v is None else torch.as_tensor(v, device=ids.device)[None] for name, v in masks.items()}
+        prompt = model.compress(ids, target_ratio=target_ratio, query_weight=query_weight, details=False, **rows)
         log_prefill(prompt)
         return prompt if prompt.is_merged else None
 

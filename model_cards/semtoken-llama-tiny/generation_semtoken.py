@@ -28,9 +28,17 @@ from .paged_semtoken import PROMPT_ARGUMENTS
 logger = get_logger(__name__)
 
 # What `forward` takes beyond the plain model.
-OWN_ARGUMENTS = ("compression", "target_ratio", "span_ids", "protected_mask", "query_mask", "prefill_chunk_size")
+OWN_ARGUMENTS = (
+    "compression",
+    "target_ratio",
+    "query_weight",
+    "span_ids",
+    "protected_mask",
+    "query_mask",
+    "prefill_chunk_size",
+)
 # Those of them that a generation configuration may hold.
-GENERATION_FIELDS = ("compression", "target_ratio")
+GENERATION_FIELDS = ("compression", "target_ratio", "query_weight")
 
 
 @dataclass

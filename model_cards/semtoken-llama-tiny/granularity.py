@@ -1,12 +1,10 @@
 """Stage 3: which spans stay fine and which merge (SemToken, section 3.3).
 
-- Semantic entropy of a span: H(T) = tr Cov{h_i : i in T}. With unit fingerprints this is 1 - |mean|^2, in [0, 1].
-- Recency: far from where it is read, the same entropy is worth less; a power of the place weighs it.
-- Query: what is like the question is worth more, if the configuration says so (`query_conditioning.py`).
-- Budget: maximise the sum of H of the spans kept fine, subject to kept slots <= B. The greedy mode finds spans at tau
-  (lowered until merging all of them is enough) and spends what is left of the budget on the highest entropies.
-- The boundary and uniform modes reach the budget exactly by themselves and leave nothing to spend. The sentence mode
-  (`sentence_selection.py`) keeps whole sentences, in the order of their relevance.
+- The sentence mode, the default, keeps whole sentences in the order of their relevance (`sentence_selection.py`).
+- The greedy mode is the paper's. Semantic entropy of a span: H(T) = tr Cov{h_i : i in T}. With unit fingerprints this
+  is 1 - |mean|^2, in [0, 1]. Budget: maximise the sum of H of the spans kept fine, subject to kept slots <= B. Spans
+  are found at tau (lowered until merging all of them is enough); what is left goes to the highest entropies.
+- The boundary and uniform modes reach the budget exactly by themselves and leave nothing to spend.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .query_conditioning import query_similarity
 from .sentence_selection import find_sentences, rank_tokens, selected_starts, sentence_relevance
 from .span_clustering import (
     Spans,
@@ -45,18 +42,11 @@ class Granularity:
     max_span_length: int
     min_prompt_length: int
     segmentation_mode: str
-    recency: float = 0.0
     query_weight: float = 0.0
 
     @property
     def has_budget(self) -> bool:
         return self.target_ratio is not None or self.max_kept_tokens is not None
-
-    @property
-    def merges_all(self) -> bool:
-        """Whether every cosine passes: spans grow to the cap, and entropy alone decides."""
-        is_greedy, tau = self.segmentation_mode == "greedy", self.similarity_threshold
-        return is_greedy and self.has_budget and tau is not None and tau <= -1
 
 
 @dataclass(frozen=True)
@@ -66,10 +56,12 @@ class Text:
     Attributes:
         input_ids: int64 [N].
         ends_sentence: bool [N], tokens that end a sentence or a line.
+        query: bool [N], tokens of the question; None: nothing is asked.
     """
 
     input_ids: Tensor
     ends_sentence: Tensor
+    query: Tensor | None = None
 
 
 def stretch_budgets(lengths: Tensor, granularity: Granularity) -> Tensor:
@@ -87,17 +79,14 @@ def stretch_budgets(lengths: Tensor, granularity: Granularity) -> Tensor:
     return lengths.where(lengths < granularity.min_prompt_length, budget)
 
 
-def slots_of_stretches(layout: TokenLayout, granularity: Granularity) -> tuple[Tensor, Tensor]:
-    """What a budget comes to before any fingerprint is known.
+def slots_of_stretches(layout: TokenLayout, granularity: Granularity) -> Tensor:
+    """Slots of each stretch before any fingerprint is known, int64 [S].
 
-    The greedy and the boundary mode keep exactly the budget, or, if joins are forbidden, the fewest spans there can be.
-
-    Returns:
-        slots of each stretch and its fewest spans, both int64 [S].
+    Every mode but the uniform one keeps exactly the budget, or, if joins are forbidden, the fewest spans there can be.
     """
     capped = capped_spans(layout.joinable, granularity.max_span_length) & layout.is_token
     fewest = count_per_stretch(capped, layout.stretch, len(layout.lengths))
-    return stretch_budgets(layout.lengths, granularity).maximum(fewest), fewest
+    return stretch_budgets(layout.lengths, granularity).maximum(fewest)
 
 
 def span_entropy(fingerprints: Tensor, spans: Spans) -> Tensor:
@@ -111,9 +100,8 @@ def find_span_starts(
     fingerprints: Tensor | None,
     layout: TokenLayout,
     granularity: Granularity,
-    query: Tensor | None = None,
-    most_spans: int | None = None,
     text: Text | None = None,
+    most_spans: int | None = None,
 ) -> Tensor:
     """Where the slots of a stream begin.
 
@@ -121,9 +109,8 @@ def find_span_starts(
         fingerprints: float32 [N, D] of unit norm; None in uniform mode.
         layout: the stream's stretches.
         granularity: ratio, thresholds and mode.
-        query: bool [N], tokens of the question; read where `query_weight` is not 0.
-        most_spans: at least as many as the greedy spans before the budget is spent; None: the host waits to learn it.
         text: what the sentence mode reads.
+        most_spans: at least as many as the greedy spans before the budget is spent; None: the host waits to learn it.
 
     Returns:
         bool [N], True at the first token of every slot.
@@ -131,7 +118,7 @@ def find_span_starts(
     if granularity.segmentation_mode == "sentence":
         assert fingerprints is not None
         assert text is not None
-        return _keep_sentences(text, fingerprints, layout, granularity, query)
+        return _keep_sentences(text, fingerprints, layout, granularity)
     starts = candidate_starts(fingerprints, layout, granularity)
     if granularity.segmentation_mode != "greedy":
         return starts
@@ -139,19 +126,17 @@ def find_span_starts(
     if not granularity.has_budget:
         return _keep_above_entropy(starts, fingerprints, granularity.entropy_threshold)
     budget = stretch_budgets(layout.lengths, granularity)
-    return spend_budget(starts, fingerprints, layout, budget, granularity, query, most_spans)
+    return spend_budget(starts, fingerprints, layout, budget, most_spans)
 
 
-def _keep_sentences(
-    text: Text, fingerprints: Tensor, layout: TokenLayout, granularity: Granularity, query: Tensor | None
-) -> Tensor:
-    """The sentence mode: relevance to the question and, among equals, what stands later."""
+def _keep_sentences(text: Text, fingerprints: Tensor, layout: TokenLayout, granularity: Granularity) -> Tensor:
+    """The sentence mode: the question itself, then relevance to it and, among equals, what stands later."""
     sentence = find_sentences(text.ends_sentence, layout)
     place = (sentence - sentence[layout.starts[layout.stretch]] + 1).double()
     worth = place / place[layout.starts[layout.stretch] + layout.lengths[layout.stretch] - 1]
-    if granularity.query_weight and query is not None:
-        relevance = sentence_relevance(text.input_ids, fingerprints, sentence, layout, query)
-        worth = worth + granularity.query_weight * relevance
+    if granularity.query_weight and text.query is not None:
+        relevance = sentence_relevance(text.input_ids, fingerprints, sentence, layout, text.query)
+        worth = (worth + granularity.query_weight * relevance).where(~text.query, math.inf)
     forced = capped_spans(layout.joinable, granularity.max_span_length)
     budget = stretch_budgets(layout.lengths, granularity)
     return selected_starts(rank_tokens(worth, layout), forced, layout, budget)
@@ -171,8 +156,6 @@ def candidate_starts(fingerprints: Tensor | None, layout: TokenLayout, granulari
         before = torch.zeros(len(joinable), device=joinable.device)
         before[1:] = shifted_similarities(fingerprints, 1)[0, :-1]
         return boundary_spans(before, joinable, layout.stretch, budget, cap)
-    if granularity.merges_all:
-        return capped_spans(joinable, cap)
     tau, similarities = granularity.similarity_threshold, shifted_similarities(fingerprints, cap - 1)
     if not granularity.has_budget:
         return greedy_spans(similarities, similarities.new_full((len(joinable),), float(tau or 0.0)), joinable)
@@ -204,42 +187,23 @@ def solve_threshold(similarities: Tensor, layout: TokenLayout, budget: Tensor, h
     return starts_at(low)
 
 
-def span_worth(
-    spans: Spans, fingerprints: Tensor, layout: TokenLayout, granularity: Granularity, query: Tensor | None
-) -> Tensor:
-    """What keeping each span fine is worth, float32 [P].
-
-    Its entropy, which is all there is in the paper, times `place ** recency`, its place in (0, 1] along the stretch,
-    and exp(`query_weight` * its similarity to the question).
-    """
-    worth, span_stretch = span_entropy(fingerprints, spans), layout.stretch_at(spans.first)
-    if granularity.recency:
-        place = (spans.first - layout.starts[span_stretch] + 1) / layout.lengths[span_stretch]
-        worth = worth * place**granularity.recency
-    if granularity.query_weight and query is not None:
-        worth = worth * (granularity.query_weight * query_similarity(fingerprints, spans, layout, query)).exp()
-    return worth
-
-
 def spend_budget(
     starts: Tensor,
     fingerprints: Tensor,
     layout: TokenLayout,
     budget: Tensor,
-    granularity: Granularity,
-    query: Tensor | None = None,
     most_spans: int | None = None,
 ) -> Tensor:
-    """Keep the spans of highest worth fine, in order of worth, as long as the stretch's budget lasts.
+    """Keep the spans of highest entropy fine, in that order, as long as the stretch's budget lasts.
 
     Of the span for which the budget no longer suffices, the last tokens stay fine: every slot is spent.
     """
     spans = Spans.from_starts(starts, most_spans)
     if len(spans) == 0 or len(starts) == 0:
         return starts
-    worth, span_stretch = span_worth(spans, fingerprints, layout, granularity, query), layout.stretch_at(spans.first)
+    entropy, span_stretch = span_entropy(fingerprints, spans), layout.stretch_at(spans.first)
     slack = budget - count_per_stretch(starts, layout.stretch, len(budget))
-    order = worth.sort(descending=True, stable=True).indices
+    order = entropy.sort(descending=True, stable=True).indices
     order = order[span_stretch[order].sort(stable=True).indices]
     costs = (spans.lengths - 1).clamp(min=0)
     cost = costs[order]

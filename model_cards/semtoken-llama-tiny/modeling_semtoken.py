@@ -66,6 +66,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         span_ids: Tensor | None = None,
         protected_mask: Tensor | None = None,
         query_mask: Tensor | None = None,
+        query_weight: float | None = None,
         read_mask: Tensor | None = None,
         prefill_chunk_size: int | None = None,
         states_to_keep: int = 0,
@@ -75,7 +76,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
 
         Args:
             compression: True merges the tokens that `read_mask` and the protections leave free.
-            target_ratio, span_ids, protected_mask, query_mask, read_mask: as in `compress`.
+            target_ratio, span_ids, protected_mask, query_mask, query_weight, read_mask: as in `compress`.
             prefill_chunk_size: run the layers over this many columns at a time, to bound the working memory.
             states_to_keep: the last columns that the caller reads; states of chunks before them are let go. 0: all.
 
@@ -100,6 +101,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 position_ids,
                 past_key_values=past_key_values,
                 query_mask=query_mask,
+                query_weight=query_weight,
                 details=False,
             )
             if prompt.is_merged:

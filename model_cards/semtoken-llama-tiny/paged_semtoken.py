@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .compression import CompressedPrompt
-from .configuration_semtoken import check_ratio
+from .configuration_semtoken import check_query_weight, check_ratio
 
 # Ids travel as int32.
 LAST_ID = 2**31 - 1
@@ -100,8 +100,8 @@ class SlotStep:
 
 # Of the step that this thread runs; None outside a manager of ours.
 _STEP: ContextVar[SlotStep | None] = ContextVar("semtoken_slot_step", default=None)
-# `compression` and `target_ratio` of the `generate_batch` that this thread is in.
-_OPTIONS: ContextVar[tuple[bool | None, float | None]] = ContextVar("semtoken_batch_options", default=(None, None))
+# What the `generate_batch` that this thread is in says for all prompts.
+_OPTIONS: ContextVar[dict[str, Any]] = ContextVar("semtoken_batch_options", default={})  # noqa: B039
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def step_of_call(kwargs: dict[str, Any]) -> SlotStep | None:
     return _STEP.get() if "cache" in kwargs else None
 
 
-def batch_options() -> tuple[bool | None, float | None]:
+def batch_options() -> dict[str, Any]:
     return _OPTIONS.get()
 
 
@@ -255,9 +255,9 @@ class SemTokenContinuousMixin:
     def init_continuous_batching(self, *args: Any, **kwargs: Any):
         """As in Transformers; prompts are compressed in `add_request`, by the thread that calls it.
 
-        `add_request` also takes `compression`, `target_ratio` and, as sequences over the prompt, `span_ids`,
-        `protected_mask` and `query_mask`. Lengths, limits and blocks of the scheduler count slots; results hold the
-        original prompt. CUDA graphs and compiled forwards run every step but those that read slots.
+        `add_request` also takes `compression`, `target_ratio`, `query_weight` and, as sequences over the prompt,
+        `span_ids`, `protected_mask` and `query_mask`. Lengths, limits and blocks of the scheduler count slots; results
+        hold the original prompt. CUDA graphs and compiled forwards run every step but those that read slots.
         """
         manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
         from .continuous_batching_semtoken import take_over
@@ -270,25 +270,29 @@ class SemTokenContinuousMixin:
         *args: Any,
         compression: bool | None = None,
         target_ratio: float | None = None,
+        query_weight: float | None = None,
         **kwargs: Any,
     ):
         """As in Transformers, over slots.
 
         Args:
             inputs: token ids of each prompt.
-            compression, target_ratio: as in `forward`, for all prompts.
+            compression, target_ratio, query_weight: as in `forward`, for all prompts.
 
         Raises:
             ValueError: the ratio is below 1, or there is an argument that belongs to a single prompt.
         """
         if target_ratio is not None:
             check_ratio(target_ratio)
+        if query_weight is not None:
+            check_query_weight(query_weight)
         if given := [name for name in PROMPT_ARGUMENTS if kwargs.get(name) is not None]:
             raise ValueError(
                 f"`generate_batch` has no place for {given}: pass them to `add_request` of the manager from "
                 "`init_continuous_batching()`"
             )
-        token = _OPTIONS.set((compression, target_ratio))
+        options = {"compression": compression, "target_ratio": target_ratio, "query_weight": query_weight}
+        token = _OPTIONS.set({name: value for name, value in options.items() if value is not None})
         try:
             return super().generate_batch(inputs, *args, **kwargs)  # type: ignore[misc]
         finally:

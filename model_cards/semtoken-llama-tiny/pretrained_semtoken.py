@@ -135,6 +135,7 @@ class SemTokenPreTrainedMixin:
         position_mode: str | None = None,
         past_key_values: Any = None,
         query_mask: Tensor | None = None,
+        query_weight: float | None = None,
         details: bool = True,
     ) -> CompressedPrompt:
         """The compression stage alone.
@@ -149,7 +150,9 @@ class SemTokenPreTrainedMixin:
             position_ids: int64 [B, T], positions of the tokens; None: counted along each row.
             position_mode: "original" or "compact", instead of the configuration's.
             past_key_values: a SemTokenCache that the slots will be appended to.
-            query_mask: [B, T], non-zero for the tokens of the question, which stay whole (see `query_weight`).
+            query_mask: [B, T], non-zero for the tokens of the question, which stay whole; None: the end of the last
+                user turn of a chat.
+            query_weight: how much the question decides what else stays whole, instead of the configuration's.
             details: also record why the plan is as it is, which `to_html` shows; the model's own forward does not.
 
         Raises:
@@ -177,6 +180,7 @@ class SemTokenPreTrainedMixin:
             target_ratio=target_ratio,
             opens_row=offset is None,
             query_mask=query_mask,
+            query_weight=query_weight,
         )
 
 

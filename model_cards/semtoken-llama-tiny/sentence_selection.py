@@ -73,14 +73,19 @@ def sentence_relevance(
         layout: the stretches.
         query: bool [N], tokens of the question; a stretch without any has relevance 0 throughout.
     """
-    opens = torch.ones_like(query)
-    opens[1:] = sentence[1:] != sentence[:-1]
-    counted = opens & ~query
+    counted = first_tokens(sentence) & ~query
     match = exact_match(input_ids, sentence, layout, query, counted)
-    likeness = _likeness(fingerprints, sentence, layout, query)
-    both = _standardised(match, counted, layout) + _standardised(likeness, counted, layout)
+    alike = likeness(fingerprints, sentence, layout, query)
+    both = standardised(match, counted, layout) + standardised(alike, counted, layout)
     asked = _per_stretch(query.float(), layout) > 0
     return both.float().where(asked[layout.stretch], 0)
+
+
+def first_tokens(sentence: Tensor) -> Tensor:
+    """bool [N], the first token of every sentence."""
+    first = torch.ones_like(sentence, dtype=torch.bool)
+    first[1:] = sentence[1:] != sentence[:-1]
+    return first
 
 
 def exact_match(input_ids: Tensor, sentence: Tensor, layout: TokenLayout, query: Tensor, counted: Tensor) -> Tensor:
@@ -110,7 +115,7 @@ def exact_match(input_ids: Tensor, sentence: Tensor, layout: TokenLayout, query:
     return zeros.index_add(0, sentence[order], value)[sentence].double() / FIXED_POINT
 
 
-def _likeness(fingerprints: Tensor, sentence: Tensor, layout: TokenLayout, query: Tensor) -> Tensor:
+def likeness(fingerprints: Tensor, sentence: Tensor, layout: TokenLayout, query: Tensor) -> Tensor:
     """Cosine of a sentence's mean fingerprint with the mean fingerprint of the question, float64 [N]."""
     lengths = torch.zeros_like(sentence).index_add_(0, sentence, torch.ones_like(sentence))
     means = torch.segment_reduce(fingerprints, "sum", lengths=lengths, unsafe=True)
@@ -121,7 +126,7 @@ def _likeness(fingerprints: Tensor, sentence: Tensor, layout: TokenLayout, query
     return sums[sentence] / scale
 
 
-def _standardised(values: Tensor, counted: Tensor, layout: TokenLayout) -> Tensor:
+def standardised(values: Tensor, counted: Tensor, layout: TokenLayout) -> Tensor:
     """`values` [N], alike within a sentence, less their mean and in standard deviations over a stretch's sentences."""
     count = _per_stretch(counted.double(), layout).clamp(min=1)
     centred = values - (_per_stretch(values * counted, layout) / count)[layout.stretch]
@@ -134,4 +139,13 @@ def _per_stretch(values: Tensor, layout: TokenLayout) -> Tensor:
     return torch.segment_reduce(values, "sum", lengths=layout.lengths, unsafe=True)
 
 
-__all__ = ["exact_match", "find_sentences", "rank_tokens", "selected_starts", "sentence_relevance"]
+__all__ = [
+    "exact_match",
+    "find_sentences",
+    "first_tokens",
+    "likeness",
+    "rank_tokens",
+    "selected_starts",
+    "sentence_relevance",
+    "standardised",
+]

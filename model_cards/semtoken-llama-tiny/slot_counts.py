@@ -23,7 +23,6 @@ class SlotCounts:
         tokens: of the stream, padding left out.
         stretches: of the stream.
         windows: that the encoder reads.
-        fewest: spans that there are if everything merges that may; all slots where these are known beforehand.
         rows: slots of each row; None where only the fingerprints will tell.
         budgets_met: False where protected tokens or the span cap leave a row more slots than its budget.
         is_valid: whether a ready plan is one.
@@ -33,21 +32,21 @@ class SlotCounts:
     tokens: int
     stretches: int
     windows: int
-    fewest: int
     rows: list[int] | None
     budgets_met: bool
     is_valid: bool
     ids_known: bool
 
-    def most_spans(self, granularity: Granularity) -> int | None:
+    @property
+    def most_spans(self) -> int | None:
         """No fewer than the greedy spans before the budget is spent; None where only the fingerprints will tell."""
-        return self.fewest if granularity.merges_all or self.rows is None else sum(self.rows)
+        return None if self.rows is None else sum(self.rows)
 
-    def most_merged(self, granularity: Granularity) -> int:
+    @property
+    def most_merged(self) -> int:
         """No fewer than the slots of several tokens."""
         assert self.rows is not None
-        bound = min(sum(self.rows), self.tokens - sum(self.rows))
-        return min(bound, self.fewest) if granularity.merges_all else bound
+        return min(sum(self.rows), self.tokens - sum(self.rows))
 
 
 def kept_per_row(starts: Tensor, row: Tensor, batch_size: int) -> Tensor:
@@ -86,23 +85,20 @@ def count_slots(
         is_valid: bool scalar, whether these starts are those of a valid plan.
         is_known: bool scalar, whether every token is of the vocabulary.
     """
-    kept, fewest = slots_of_stretches(layout, granularity)
     if starts is None:
-        rows = _per_row(kept, layout, batch_size)
+        rows = _per_row(slots_of_stretches(layout, granularity), layout, batch_size)
     else:
         rows = kept_per_row(starts & layout.is_token, layout.row, batch_size)
     met = (rows <= budget_per_row(layout, granularity, batch_size)).all()
-    # A ready plan may merge in more places than the longest spans would.
-    spans = fewest if starts is None else rows
-    sizes = [layout.lengths.sum(), (layout.lengths > 0).sum(), windows.to(kept.device), spans.sum()]
+    sizes = [layout.lengths.sum(), (layout.lengths > 0).sum(), windows.to(rows.device)]
     yes = torch.ones_like(sizes[0])
     flags = [met.long(), *(yes if flag is None else flag.long() for flag in (is_valid, is_known))]
     # Here the host waits.
     known = torch.cat([rows, torch.stack([*sizes, *flags])]).tolist()
-    tokens, stretches, read, most, *answers = known[batch_size:]
+    tokens, stretches, read, *answers = known[batch_size:]
     rows_known = starts is not None or granularity.has_budget
     slots = known[:batch_size] if rows_known else None
-    return SlotCounts(tokens, stretches, read, most, slots, *map(bool, answers))
+    return SlotCounts(tokens, stretches, read, slots, *map(bool, answers))
 
 
 __all__ = ["SlotCounts", "count_slots", "kept_per_row"]

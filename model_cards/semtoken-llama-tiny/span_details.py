@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .configuration_semtoken import base_merge_mode
 from .granularity import candidate_starts, span_entropy
+from .sentence_selection import find_sentences, first_tokens
 from .span_clustering import Spans, row_products
-from .span_planner import SpanPlan, always_protected, granularity_of, last_valid_token
+from .span_planner import SpanPlan, always_protected, granularity_of, last_valid_token, read_text
 from .token_layout import on_device
 
 # Why a token shares a slot or not; `SpanDetails.reason` holds places in here.
@@ -91,6 +92,7 @@ def describe_plan(
     target_ratio: float | None = None,
     opens_row: bool = True,
     query_mask: Tensor | None = None,
+    query_weight: float | None = None,
 ) -> SpanDetails:
     """The details of a plan, in O(N) time and memory; the host does not wait for the device.
 
@@ -101,9 +103,14 @@ def describe_plan(
     """
     layout, granularity, device = plan.layout, granularity_of(config, target_ratio), input_ids.device
     candidates, place = plan.spans, torch.arange(len(plan.layout.row), device=device)
-    if plan.fingerprints is not None and span_ids is None and granularity.segmentation_mode == "greedy":
-        # The budget splits candidates: there are no more of them than slots.
-        candidates = Spans.from_starts(candidate_starts(plan.fingerprints, layout, granularity), len(plan.spans))
+    if plan.fingerprints is not None and span_ids is None:
+        if granularity.segmentation_mode == "greedy":
+            # The budget splits candidates: there are no more of them than slots.
+            candidates = Spans.from_starts(candidate_starts(plan.fingerprints, layout, granularity), len(plan.spans))
+        elif granularity.segmentation_mode == "sentence":
+            text = read_text(config, input_ids.flatten()[layout.token_index], None, layout)
+            sentence = find_sentences(text.ends_sentence, layout)
+            candidates = Spans.from_starts(first_tokens(sentence), len(place))
     entropy, similarity = _entropy_and_similarity(plan.fingerprints, candidates, place)
     valid = plan.span_ids >= 0
     masks = {

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configuration_semtoken import base_merge_mode, check_ratio
+from .configuration_semtoken import base_merge_mode, check_query_weight, check_ratio
 from .granularity import Granularity, Text, find_span_starts
+from .question_finding import find_question
 from .semantic_encoder import SemanticEncoder
 from .slot_counts import SlotCounts, budget_per_row, count_slots, kept_per_row
 from .span_clustering import Spans
@@ -55,14 +56,16 @@ def needs_encoder(config: Any) -> bool:
     return config.segmentation_mode != "uniform"
 
 
-def granularity_of(config: Any, target_ratio: float | None) -> Granularity:
-    """The configuration's granularity, with the ratio of this call if one is given.
+def granularity_of(config: Any, target_ratio: float | None, query_weight: float | None = None) -> Granularity:
+    """The configuration's granularity, with the ratio and the weight of this call if they are given.
 
     Raises:
-        ValueError: `target_ratio` is not a finite number >= 1.
+        ValueError: `target_ratio` is not a finite number >= 1, or `query_weight` is out of its range.
     """
     if target_ratio is not None:
         check_ratio(target_ratio)
+    if query_weight is not None:
+        check_query_weight(query_weight)
     return Granularity(
         target_ratio=config.target_ratio if target_ratio is None else target_ratio,
         max_kept_tokens=config.max_kept_tokens,
@@ -71,8 +74,7 @@ def granularity_of(config: Any, target_ratio: float | None) -> Granularity:
         max_span_length=config.max_span_length,
         min_prompt_length=config.min_prompt_length,
         segmentation_mode=config.segmentation_mode,
-        recency=config.recency,
-        query_weight=config.query_weight,
+        query_weight=config.query_weight if query_weight is None else query_weight,
     )
 
 
@@ -117,6 +119,7 @@ def plan_spans(
     target_ratio: float | None = None,
     opens_row: bool = True,
     query_mask: Tensor | None = None,
+    query_weight: float | None = None,
 ) -> SpanPlan:
     """Plan the slots of a batch of prompts.
 
@@ -131,8 +134,9 @@ def plan_spans(
             that are read or protected are still taken out of their spans.
         target_ratio: tokens per slot, instead of the configuration's.
         opens_row: False for a later turn, where `keep_first` has had its effect.
-        query_mask: [B, T], non-zero for the tokens of the question, which stay whole; None: the last `keep_last`
-            tokens before what is read. Read where `query_weight` is not 0.
+        query_mask: [B, T], non-zero for the tokens of the question, which stay whole; None: what `find_question`
+            finds in a chat.
+        query_weight: how much the question decides, instead of the configuration's.
 
     Raises:
         ValueError: ids, a mask or `span_ids` have the wrong shape or values, or the ratio is below 1.
@@ -143,7 +147,7 @@ def plan_spans(
         valid = check_mask(attention_mask, input_ids, "attention_mask")
     if query_mask is not None:
         query_mask = check_mask(query_mask, input_ids, "query_mask")
-    granularity = granularity_of(config, target_ratio)
+    granularity = granularity_of(config, target_ratio, query_weight)
     layout = _lay_out(config, input_ids, valid, read_mask, protected_mask, query_mask, opens_row)
     # A ready plan says which tokens merge, but not which of them represents the others.
     if not needs_encoder(config) or (span_ids is not None and base_merge_mode(config) != "representative"):
@@ -168,14 +172,8 @@ def plan_spans(
     if encoder is not None:
         fingerprints = encoder(ids, layout, windows=counts.windows).to(input_ids.device)
     if starts is None:
-        query = None
-        if config.query_weight:
-            tail = layout.to_end < config.keep_last
-            query = tail if query_mask is None else query_mask.flatten()[layout.token_index]
-        text = None
-        if granularity.segmentation_mode == "sentence":
-            text = Text(ids, torch.isin(ids, on_device(config.sentence_end_token_ids or [], ids.device)))
-        starts = find_span_starts(fingerprints, layout, granularity, query, counts.most_spans(granularity), text)
+        text = read_text(config, ids, query_mask, layout) if granularity.segmentation_mode == "sentence" else None
+        starts = find_span_starts(fingerprints, layout, granularity, text, counts.most_spans)
     return _finish_plan(starts[: counts.tokens], fingerprints, layout, granularity, valid, counts)
 
 
@@ -196,6 +194,21 @@ def _lay_out(
         protected = protected | query_mask
     keep_first = config.keep_first if opens_row else 0
     return build_layout(valid, read, protected, keep_first, config.keep_last, config.min_prompt_length)
+
+
+def read_text(config: Any, ids: Tensor, query_mask: Tensor | None, layout: TokenLayout) -> Text:
+    """What the sentence mode reads of a trimmed stream of the ids [N]; `query_mask` bool [B, T] or None."""
+    markers = config.text_markers or {}
+
+    def marked(name: str) -> Tensor:
+        return torch.isin(ids, on_device(markers.get(name) or [], ids.device))
+
+    if query_mask is not None:
+        query = query_mask.flatten()[layout.token_index]
+    else:
+        opening, ending = markers.get("turn_opening") or [], markers.get("turn_ending") or []
+        query = find_question(ids, marked("line_breaks"), opening, ending, layout)
+    return Text(ids, marked("sentence_ends"), query)
 
 
 def _starts_without_encoder(
@@ -267,8 +280,8 @@ def _finish_plan(
         budget_met=kept <= budgets,
         slot_counts=counts.rows,
         all_budgets_met=counts.budgets_met,
-        most_merged=counts.most_merged(granularity),
+        most_merged=counts.most_merged,
     )
 
 
-__all__ = ["SpanPlan", "last_valid_token", "needs_encoder", "plan_spans"]
+__all__ = ["SpanPlan", "last_valid_token", "needs_encoder", "plan_spans", "read_text"]

@@ -66,8 +66,8 @@ class SemTokenFastTokenizer(PreTrainedTokenizerFast):
 
         Args:
             protect_template: add `protected_mask`, 1 for the tokens of the template: they never merge.
-            mark_question: add `query_mask`, 1 for the tokens of the last user turn: they never merge, and with
-                `query_weight` they steer what else stays whole.
+            mark_question: add `query_mask`, 1 for the tokens of the question at the end of the last user turn: they
+                never merge and decide what else stays whole. Without it the model finds them by itself.
 
         Raises:
             ValueError: the output is no dict of tokens, or the template changes the messages' text.
@@ -94,7 +94,10 @@ class SemTokenFastTokenizer(PreTrainedTokenizerFast):
         is_batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
         chats = [getattr(chat, "messages", chat) for chat in conversation] if is_batched else [conversation]
         rows = offsets if is_batched else [offsets]
-        masks = [chat_masks(row, content_spans(render, chat), chat) for chat, row in zip(chats, rows, strict=True)]
+        masks = [
+            chat_masks(row, content_spans(render, chat), chat, render(chat))
+            for chat, row in zip(chats, rows, strict=True)
+        ]
         for number, name in enumerate(("protected_mask", "query_mask")):
             if (protect_template, mark_question)[number]:
                 values = [row[number] for row in masks]

@@ -16,6 +16,7 @@ from .logging_semtoken import get_logger
 logger = get_logger(__name__)
 POSITION_MODES = ("original", "compact")
 SEGMENTATION_MODES = ("sentence", "greedy", "boundary", "uniform")
+OLD_FIELDS = ("recency",)  # still read, see `_read_old_fields`
 TEXT_MARKERS = ("sentence_ends", "line_breaks", "turn_opening", "turn_ending")
 MERGE_MODES = ("mean", "representative", "learned")
 MERGER_BASES = ("mean", "representative")

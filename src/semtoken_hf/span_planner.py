@@ -172,7 +172,7 @@ def plan_spans(
     if encoder is not None:
         fingerprints = encoder(ids, layout, windows=counts.windows).to(input_ids.device)
     if starts is None:
-        text = _read_text(config, ids, query_mask, layout) if granularity.segmentation_mode == "sentence" else None
+        text = read_text(config, ids, query_mask, layout) if granularity.segmentation_mode == "sentence" else None
         starts = find_span_starts(fingerprints, layout, granularity, text, counts.most_spans)
     return _finish_plan(starts[: counts.tokens], fingerprints, layout, granularity, valid, counts)
 
@@ -196,7 +196,7 @@ def _lay_out(
     return build_layout(valid, read, protected, keep_first, config.keep_last, config.min_prompt_length)
 
 
-def _read_text(config: Any, ids: Tensor, query_mask: Tensor | None, layout: TokenLayout) -> Text:
+def read_text(config: Any, ids: Tensor, query_mask: Tensor | None, layout: TokenLayout) -> Text:
     """What the sentence mode reads of a trimmed stream of the ids [N]; `query_mask` bool [B, T] or None."""
     markers = config.text_markers or {}
 
@@ -284,4 +284,4 @@ def _finish_plan(
     )
 
 
-__all__ = ["SpanPlan", "last_valid_token", "needs_encoder", "plan_spans"]
+__all__ = ["SpanPlan", "last_valid_token", "needs_encoder", "plan_spans", "read_text"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .configuration_semtoken import SemTokenConfigMixin
+from .configuration_semtoken import OLD_FIELDS, SemTokenConfigMixin
 from .semantic_encoder import SemanticEncoder
 from .span_planner import SpanPlan, always_protected, needs_encoder, plan_spans
 
@@ -67,8 +67,8 @@ class SpanPlanner:
             ValueError: it holds no encoder, or one that does not fit its configuration; or a field is unknown or makes
                 no sense.
         """
-        known = SpanPlannerConfig.__dataclass_fields__
-        if unknown := sorted(set(config_fields or ()) - set(known)):
+        known = {*SpanPlannerConfig.__dataclass_fields__, *OLD_FIELDS}
+        if unknown := sorted(set(config_fields or ()) - known):
             raise ValueError(f"the configuration has no fields {unknown}")
         try:
             fields = PreTrainedConfig.get_config_dict(name_or_path, **hub)[0]

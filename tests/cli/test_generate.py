@@ -101,7 +101,7 @@ def test_prompts_come_from_three_places(semtoken, text_file):
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_tokens_of_the_question_are_marked(semtoken, chat):
-    _, tokenizer = load(str(semtoken), {}, True, False, None)
+    _, tokenizer = load(str(semtoken), {}, False, None)
     prompt = "the cat sat on the mat. " * 4 + "who sat? "
     inputs = encode(tokenizer, prompt, "who sat?", chat)
     marked = inputs["input_ids"][0][inputs["query_mask"][0].bool()]
@@ -113,16 +113,8 @@ def test_the_tokens_of_the_question_are_marked(semtoken, chat):
 
 
 def test_a_question_steers(semtoken, text_file):
-    model, tokenizer = load(str(semtoken), {"segmentation_mode": "greedy"}, True, False, None)
-    assert model.config.query_weight == 1.0
-    assert (
-        load(str(semtoken), {"segmentation_mode": "greedy", "query_weight": 3.0}, True, False, None)[
-            0
-        ].config.query_weight
-        == 3
-    )
-    assert load(str(semtoken), {}, True, False, None)[0].config.query_weight == 0  # boundary mode has none
-    fields = ["--set", "segmentation_mode=greedy", "--question", "the dog ran?"]
+    model, tokenizer = load(str(semtoken), {"segmentation_mode": "sentence"}, False, None)
+    fields = ["--set", "segmentation_mode=sentence", "--question", "the dog ran?"]
     record = run_json("generate", semtoken, "--file", text_file, *NEW, *fields)
     inputs = encode(tokenizer, text_file.read_text(), "the dog ran?", False)
     reading, ids = read_on(model, inputs, max_new_tokens=6)

@@ -17,7 +17,8 @@ FOLDER = ROOT / "model_cards" / "semtoken-llama-tiny"
 
 @pytest.fixture(scope="session")
 def planner() -> SpanPlanner:
-    return SpanPlanner.from_pretrained(FOLDER)
+    # Short spans of several sizes.
+    return SpanPlanner.from_pretrained(FOLDER, {"segmentation_mode": "greedy", "max_span_length": 16})
 
 
 @pytest.fixture(scope="session")

@@ -133,7 +133,7 @@ def test_notes_say_what_a_reader_may_wonder_about():
     assert notes_on(tight, model.config, False) == [
         "not met: 60; protected tokens or max_span_length (8) forbid it",
     ]
-    assert "query_weight is 0" in notes_on(tight[:1], model.config, True)[0]
+    assert "does not decide" in notes_on(tight[:1], model.config, True)[0]
     short = model.compress(random_ids(1, 9)).details
     assert "9 tokens are fewer than min_prompt_length (16)" in notes_on([short], model.config, False)[0]
     shorter = model.compress(random_ids(1, 2)).details

@@ -1,0 +1,93 @@
+"""Where the question of a chat stands, if nobody says: at the end of the last turn of the user.
+
+The turn lies between the tokens that the chat template puts before and behind it (found at conversion). A short turn is
+the question as a whole; of a long one, which holds a document as well, the last lines are, or, where the last line is
+as long as a paragraph, the first. A text without such a turn asks nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .token_layout import TokenLayout
+
+# In tokens. A line of fewer than LEAST, such as "Answer:", is no question by itself.
+LEAST, MOST = 8, 128
+
+
+def find_question(
+    input_ids: Tensor, ends_line: Tensor, turn_opening: list[int], turn_ending: list[int], layout: TokenLayout
+) -> Tensor:
+    """The tokens of the question of every stretch.
+
+    Args:
+        input_ids: int64 [N].
+        ends_line: bool [N], tokens that break the line.
+        turn_opening: ids that the chat template puts before the text of a user; empty: nothing is found.
+        turn_ending: ids that it puts behind it; a turn without them goes on to the end of its stretch.
+        layout: the stretches, which are searched each by itself.
+
+    Returns:
+        bool [N].
+    """
+    if not turn_opening:
+        return torch.zeros_like(ends_line)
+    stretch, place = layout.stretch, torch.arange(len(input_ids), device=input_ids.device)
+    ends = layout.starts + layout.lengths
+    opens = _begins(input_ids, turn_opening, ends[stretch])
+    begin = _last(opens, stretch, ends) + len(turn_opening)
+    found = begin >= len(turn_opening)
+    end = _first(_begins(input_ids, turn_ending, ends[stretch]) & (place >= begin[stretch]), stretch, ends)
+    return question_of_turn(begin, end, ends_line, stretch) & found[stretch]
+
+
+def question_of_turn(begin: Tensor, end: Tensor, ends_line: Tensor, stretch: Tensor) -> Tensor:
+    """The tokens of the question in the turn from `begin` to before `end`, int64 [S] each, of every stretch.
+
+    Args:
+        ends_line: bool [N], tokens that break the line.
+        stretch: int64 [N], stretch of each token.
+
+    Returns:
+        bool [N].
+    """
+    place = torch.arange(len(stretch), device=stretch.device)
+    inside = (place >= begin[stretch]) & (place < end[stretch])
+    # Line breaks at the end belong to nothing.
+    end = _last(inside & ~ends_line, stretch, end) + 1
+    inside &= place < end[stretch]
+    opens_line = inside & ~ends_line
+    opens_line[1:] &= ends_line[:-1]
+    last_line = _last(opens_line & (end[stretch] - place >= LEAST), stretch, end).maximum(begin)
+    second_line = _first(opens_line & (place > begin[stretch]), stretch, end)
+
+    is_short, first_is_short = end - last_line <= MOST, second_line - begin <= MOST
+    start = last_line.where(is_short, begin.where(first_is_short, end - MOST // 2))
+    stop = end.where(is_short | ~first_is_short, second_line)
+    is_whole = end - begin <= MOST
+    start, stop = begin.where(is_whole, start), end.where(is_whole, stop)
+    return (place >= start[stretch]) & (place < stop[stretch])
+
+
+def _begins(input_ids: Tensor, pattern: list[int], end: Tensor) -> Tensor:
+    """Where `pattern` begins, and ends before `end` [N]: bool [N]; nowhere if it is empty."""
+    found = torch.arange(len(input_ids), device=input_ids.device) + len(pattern) <= end
+    for offset, token in enumerate(pattern):
+        found &= input_ids.roll(-offset) == token
+    return found if pattern else torch.zeros_like(found)
+
+
+def _last(flags: Tensor, stretch: Tensor, like: Tensor) -> Tensor:
+    """Place of the last True of each stretch, or -1: int64, shaped as `like` [S]."""
+    place = torch.arange(len(flags), device=flags.device)
+    return torch.full_like(like, -1).scatter_reduce_(0, stretch, place.where(flags, -1), "amax")
+
+
+def _first(flags: Tensor, stretch: Tensor, otherwise: Tensor) -> Tensor:
+    """Place of the first True of each stretch, or `otherwise` [S], whichever is smaller: int64 [S]."""
+    place = torch.arange(len(flags), device=flags.device)
+    return otherwise.scatter_reduce(0, stretch, place.where(flags, len(flags)), "amin")
+
+
+__all__ = ["find_question", "question_of_turn"]
