@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from ..conversion.staging import check_output, remove_stale, staged_folder
 from ..evaluation.files import only_run_in, write_text
 from ..evaluation.named_values import read_fields
 from .adaptation_arguments import LEARNING_RATES, AdaptationArguments, AdaptationTrainingArguments
-from .adaptation_data import ContextCollator, TextBlocks, begin_id, export_dataset, load_blocks
+from .adaptation_data import ContextCollator, PackedCollator, TextBlocks, begin_id, export_dataset, load_blocks
 from .adaptation_trainer import AdaptationTrainer, rotate_checkpoints
 from .distillation import DistillationModel
-from .trainable_parts import choose_trainable
+from .instruction_data import InstructionBlocks
+from .packed_objective import PackedDistillationModel
+from .trainable_parts import choose_trainable, leave_casts_to_autocast
 
 
 def load_student(arguments: AdaptationArguments) -> Any:
@@ -47,10 +50,6 @@ def load_student(arguments: AdaptationArguments) -> Any:
     if unknown := [name for name in fields if not hasattr(config, name)]:
         raise ValueError(f"the configuration has no fields {unknown}")
     dtype = getattr(torch, arguments.model_dtype)
-    if dtype not in (torch.float32, config.dtype):
-        raise ValueError(
-            f"model_dtype {arguments.model_dtype} would round the weights, which are {config.dtype}: use float32"
-        )
     if config.merge_mode != "learned":
         # The residual is added to what the checkpoint merges by now.
         fields.setdefault("merger_base", config.merge_mode)
@@ -74,8 +73,8 @@ def build_trainer(arguments: AdaptationArguments, training: AdaptationTrainingAr
     if arguments.trainable == "full":
         teacher = copy.deepcopy(student).requires_grad_(False).eval()
     choose_trainable(student, arguments.trainable, arguments.lora_rank, arguments.lora_alpha)
-    module = DistillationModel(student, teacher, arguments.cross_entropy_weight, arguments.tasks != "none")
-
+    if arguments.trainable == "lora" and (training.bf16 or training.fp16):
+        leave_casts_to_autocast(student)
     folder = Path(arguments.text)
     if not folder.is_dir():
         folder = export_dataset(
@@ -86,7 +85,19 @@ def build_trainer(arguments: AdaptationArguments, training: AdaptationTrainingAr
             output_dir / "data",
             arguments.text_documents,
         )
-    length = context + arguments.target_length
+    rows = training.per_device_train_batch_size
+    window, tasks = context + arguments.target_length, arguments.tasks != "none"
+    module: DistillationModel
+    if arguments.objective == "packed":
+        packed = arguments.packed_shape(student.config.max_position_embeddings, rows, training.seed)
+        module = PackedDistillationModel(student, teacher, arguments.cross_entropy_weight)
+        collate, length, targets = PackedCollator(packed), packed.sequence_length, packed.targets
+        share = arguments.instruction_share(tokenizer)
+        rows_of = partial(InstructionBlocks, tokenizer=tokenizer, shape=packed, share=share)
+    else:
+        module = DistillationModel(student, teacher, arguments.cross_entropy_weight, tasks)
+        collate, length = ContextCollator(arguments.batch_shape(context, rows, training.seed)), window
+        targets, rows_of = arguments.target_length, lambda blocks: blocks
     sampler, held_out = load_blocks(
         folder,
         tokenizer,
@@ -95,9 +106,9 @@ def build_trainer(arguments: AdaptationArguments, training: AdaptationTrainingAr
         arguments.file_weights(),
         arguments.held_out_share,
         training.seed,
+        window,
     )
     training.learning_rate = training.learning_rate or LEARNING_RATES[arguments.trainable]
-    rows = training.per_device_train_batch_size
     blocks = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     return AdaptationTrainer(
         windows=held_out[: arguments.evaluation_windows],
@@ -105,12 +116,14 @@ def build_trainer(arguments: AdaptationArguments, training: AdaptationTrainingAr
         target_ratio=student.config.target_ratio or 2.4,
         schedule=arguments.schedule(),
         merger_learning_rate=arguments.merger_learning_rate,
+        merger_only_share=arguments.merger_only_share,
+        targets_per_row=targets,
         count_flops=arguments.count_flops,
         model=module,
         args=training,
-        train_dataset=TextBlocks(sampler, begin_id(tokenizer), blocks),
+        train_dataset=rows_of(TextBlocks(sampler, begin_id(tokenizer), blocks)),
         eval_dataset=[],
-        data_collator=ContextCollator(arguments.batch_shape(context, rows, training.seed)),
+        data_collator=collate,
         processing_class=tokenizer,
     )
 
@@ -135,24 +148,36 @@ def _context_length(arguments: AdaptationArguments, config: Any) -> int:
 def save_adapted(trainer: AdaptationTrainer, arguments: AdaptationArguments) -> Path:
     """The adapted checkpoint as a folder of its own, in the dtype of the original; written whole or not at all."""
     student = trainer.accelerator.unwrap_model(trainer.model).student
+    dtype = AutoConfig.from_pretrained(arguments.checkpoint).dtype or torch.float32
+    if student.dtype not in (torch.float32, dtype):
+        student = _on_exact_base(student, arguments)
     config = student.config
     config.adapted_for = {
         "position_mode": config.position_mode,
         "segmentation_mode": config.segmentation_mode,
         "trainable": arguments.trainable,
+        "objective": arguments.objective,
         "ratios": list(arguments.ratios),
         "steps": trainer.state.global_step,
     }
     output_dir, tokenizer = trainer.output_dir, trainer.processing_class
     assert tokenizer is not None
     target = output_dir / "model"
-    dtype = AutoConfig.from_pretrained(arguments.checkpoint).dtype or torch.float32
     student.to(dtype)
     with staged_folder(target, overwrite=True) as staged:
         tokenizer.save_pretrained(staged)
         # Last, and the weights are its last: without them nobody takes what a kill leaves for a checkpoint.
         student.save_pretrained(staged)
     return target
+
+
+def _on_exact_base(student: Any, arguments: AdaptationArguments) -> Any:
+    """What was trained, on the base as it was before `model_dtype` rounded it."""
+    trained = {name: p.data for name, p in student.named_parameters() if p.requires_grad}
+    exact = load_student(replace(arguments, model_dtype="float32"))
+    choose_trainable(exact, arguments.trainable, arguments.lora_rank, arguments.lora_alpha)
+    exact.load_state_dict(trained, strict=False)
+    return exact
 
 
 def adapt(arguments: AdaptationArguments, training: AdaptationTrainingArguments) -> Path:
