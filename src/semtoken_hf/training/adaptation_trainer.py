@@ -187,7 +187,7 @@ class AdaptationTrainer(Trainer):
         """Losses in nats of one window, int64 [1, C + T]."""
         targets = window[0, -self.target_length :]
         call = {"input_ids": window, "logits_to_keep": self.target_length + 1, "use_cache": False}
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             full = module.teacher(**call, compression=False).logits[0, :-1]
             read = module.student(**call, target_ratio=self.target_ratio).logits[0, :-1]
             scores = {"kl": kl_divergence(read, full)}
