@@ -65,7 +65,7 @@ SUITES = {
         "mean + residual": Variant({"merger_base": "mean"}),
         "span cap 8 (two slots per long span)": Variant({"max_span_length": 8}),
         "span cap 4 (four slots per long span)": Variant({"max_span_length": 4}),
-        "wider residual (rank 512)": Variant({"merger_rank": 512}),
+        "narrower residual (rank 128)": Variant({"merger_rank": 128}),
         "cross entropy beside the KL": Variant(options={"cross_entropy_weight": 0.5}),
         "ratios 2 to 3 only": Variant(options={"ratios": [2.0, 3.0]}),
         "compact positions": Variant({"position_mode": "compact"}),
@@ -111,6 +111,7 @@ def train(name: str, variant: Variant, seed: int, arguments: argparse.Namespace)
         (folder / "tokens").symlink_to((arguments.runs / "tokens").resolve())
     checkpoint = arguments.transformer_checkpoint if variant.with_transformer else arguments.checkpoint
     options = {
+        "objective": "window",
         "context_length": arguments.context,
         "min_context_length": arguments.context // 2,
         "target_length": arguments.target,

@@ -13,11 +13,11 @@ import copy
 import json
 import shutil
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -65,67 +65,68 @@ def build_trainer(arguments: AdaptationArguments, training: AdaptationTrainingAr
         ImportError: PEFT or `datasets` is needed and missing.
     """
     set_seed(training.seed)
-    output_dir = Path(training.output_dir or "runs/adapt")
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     student = load_student(arguments)
-    context = _context_length(arguments, student.config)
-    teacher = None
-    if arguments.trainable == "full":
-        teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    window = _context_length(arguments, student.config) + arguments.target_length
+    teacher = copy.deepcopy(student).requires_grad_(False).eval() if arguments.trainable == "full" else None
     choose_trainable(student, arguments.trainable, arguments.lora_rank, arguments.lora_alpha)
     if arguments.trainable == "lora" and (training.bf16 or training.fp16):
         leave_casts_to_autocast(student)
-    folder = Path(arguments.text)
-    if not folder.is_dir():
-        folder = export_dataset(
-            arguments.text,
-            arguments.text_config,
-            arguments.text_split,
-            arguments.text_column,
-            output_dir / "data",
-            arguments.text_documents,
-        )
-    rows = training.per_device_train_batch_size
-    window, tasks = context + arguments.target_length, arguments.tasks != "none"
-    module: DistillationModel
-    if arguments.objective == "packed":
-        packed = arguments.packed_shape(student.config.max_position_embeddings, rows, training.seed)
-        module = PackedDistillationModel(student, teacher, arguments.cross_entropy_weight)
-        collate, length, targets = PackedCollator(packed), packed.sequence_length, packed.targets
-        share = arguments.instruction_share(tokenizer)
-        rows_of = partial(InstructionBlocks, tokenizer=tokenizer, shape=packed, share=share)
-    else:
-        module = DistillationModel(student, teacher, arguments.cross_entropy_weight, tasks)
-        collate, length = ContextCollator(arguments.batch_shape(context, rows, training.seed)), window
-        targets, rows_of = arguments.target_length, lambda blocks: blocks
-    sampler, held_out = load_blocks(
-        folder,
-        tokenizer,
-        output_dir / "tokens",
-        length,
+    objective = _packed_objective if arguments.objective == "packed" else _window_objective
+    module, collate, row, targets = objective(arguments, training, student, teacher)
+    output_dir, weights, share = (
+        Path(training.output_dir or "runs/adapt"),
         arguments.file_weights(),
         arguments.held_out_share,
-        training.seed,
-        window,
     )
+    folder, cache = _text_folder(arguments, output_dir), output_dir / "tokens"
+    sampler, held_out = load_blocks(folder, tokenizer, cache, row, weights, share, training.seed, window)
     training.learning_rate = training.learning_rate or LEARNING_RATES[arguments.trainable]
-    blocks = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    rows = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    data: Dataset = (blocks := TextBlocks(sampler, begin_id(tokenizer), rows))
+    if isinstance(collate, PackedCollator):
+        data = InstructionBlocks(blocks, tokenizer, collate.shape, arguments.instruction_share(tokenizer))
     return AdaptationTrainer(
-        windows=held_out[: arguments.evaluation_windows],
-        target_length=arguments.target_length,
+        arguments,
+        held_out[: arguments.evaluation_windows],
         target_ratio=student.config.target_ratio or 2.4,
-        schedule=arguments.schedule(),
-        merger_learning_rate=arguments.merger_learning_rate,
-        merger_only_share=arguments.merger_only_share,
         targets_per_row=targets,
-        count_flops=arguments.count_flops,
         model=module,
         args=training,
-        train_dataset=rows_of(TextBlocks(sampler, begin_id(tokenizer), blocks)),
+        train_dataset=data,
         eval_dataset=[],
         data_collator=collate,
         processing_class=tokenizer,
     )
+
+
+def _packed_objective(
+    arguments: AdaptationArguments, training: AdaptationTrainingArguments, student: Any, teacher: Any
+) -> tuple[DistillationModel, PackedCollator, int, int]:
+    """The module, the collator, the tokens of a row and the targets among them."""
+    rows, positions = training.per_device_train_batch_size, student.config.max_position_embeddings
+    shape = arguments.packed_shape(positions, rows, training.seed)
+    module = PackedDistillationModel(student, teacher, arguments.cross_entropy_weight)
+    return module, PackedCollator(shape), shape.sequence_length, shape.targets
+
+
+def _window_objective(
+    arguments: AdaptationArguments, training: AdaptationTrainingArguments, student: Any, teacher: Any
+) -> tuple[DistillationModel, ContextCollator, int, int]:
+    """As `_packed_objective`."""
+    context, targets = _context_length(arguments, student.config), arguments.target_length
+    shape = arguments.batch_shape(context, training.per_device_train_batch_size, training.seed)
+    module = DistillationModel(student, teacher, arguments.cross_entropy_weight, arguments.tasks != "none")
+    return module, ContextCollator(shape), context + targets, targets
+
+
+def _text_folder(arguments: AdaptationArguments, output_dir: Path) -> Path:
+    """The folder with the text, exported from its data set where it is none."""
+    folder, source = Path(arguments.text), arguments
+    if folder.is_dir():
+        return folder
+    named = source.text, source.text_config, source.text_split, source.text_column
+    return export_dataset(*named, output_dir / "data", source.text_documents)
 
 
 def _context_length(arguments: AdaptationArguments, config: Any) -> int:

@@ -70,7 +70,9 @@ class AdaptationArguments:
     merger_only_share: float = field(
         default=0.2, metadata={"help": "of the steps, at the start: the merger learns alone"}
     )
-    tasks: str = field(default="none", metadata={"help": "window: auxiliary tasks: none, fixed, diminish or switch (MT2ST)"})
+    tasks: str = field(
+        default="none", metadata={"help": "window: auxiliary tasks: none, fixed, diminish or switch (MT2ST)"}
+    )
     task_weight: float = 0.3
     task_rate: float = field(default=5.0, metadata={"help": "decay of `diminish`"})
     task_power: float = field(default=1.0, metadata={"help": "power of progress in `diminish`"})

@@ -16,9 +16,9 @@ from torch.utils.data import SequentialSampler
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import Trainer, get_scheduler
 
+from .adaptation_arguments import AdaptationArguments
 from .adaptation_curve import write_curve
 from .distillation import DistillationModel, kl_divergence
-from .task_schedule import TaskSchedule
 from .trainable_parts import parameter_groups
 
 TRAINED = "trained.safetensors"
@@ -59,34 +59,21 @@ class AdaptationTrainer(Trainer):
     """Trains a `DistillationModel`.
 
     Args:
+        arguments: of the adaptation.
         windows: int64 [W, C + T] held-out windows.
         target_ratio: at which they are evaluated.
-        schedule: of the auxiliary tasks.
-        merger_learning_rate: of what starts from nothing.
-        merger_only_share: of the steps, at the start, in which nothing else learns.
         targets_per_row: scored tokens of a training row.
-        count_flops: count every step.
         kwargs: of `Trainer`.
     """
 
     def __init__(
-        self,
-        windows: Tensor,
-        target_length: int,
-        target_ratio: float,
-        schedule: TaskSchedule,
-        merger_learning_rate: float,
-        merger_only_share: float,
-        targets_per_row: int,
-        count_flops: bool,
-        **kwargs: Any,
+        self, arguments: AdaptationArguments, windows: Tensor, target_ratio: float, targets_per_row: int, **kwargs: Any
     ):
         super().__init__(**kwargs)
         self.output_dir = Path(self.args.output_dir or ".")
-        self.windows, self.target_length, self.target_ratio = windows, target_length, target_ratio
-        self.schedule, self.merger_learning_rate = schedule, merger_learning_rate
-        self.merger_only_share, self.targets_per_row = merger_only_share, targets_per_row
-        self.count_flops, self._flops_of_step = count_flops, 0
+        self.arguments, self.schedule = arguments, arguments.schedule()
+        self.windows, self.target_ratio, self.targets_per_row = windows, target_ratio, targets_per_row
+        self._flops_of_step = 0
         self._components: dict[str, list[Tensor]] = {}
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
@@ -96,7 +83,7 @@ class AdaptationTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         assert self.model is not None
         if self.optimizer is None:
-            groups = parameter_groups(self.model, self.merger_learning_rate)
+            groups = parameter_groups(self.model, self.arguments.merger_learning_rate)
             self.optimizer = torch.optim.AdamW(
                 groups,
                 lr=self.args.learning_rate,
@@ -106,27 +93,29 @@ class AdaptationTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The schedule that was asked for; of what is not the merger, squeezed into the steps behind the merger's own."""
-        start = round(self.merger_only_share * num_training_steps)
+        """The schedule that was asked for; what is not the merger follows it in the steps behind the merger's own."""
+        start = round(self.arguments.merger_only_share * num_training_steps)
         is_first = self.lr_scheduler is None
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if is_first and start and len(scheduler.base_lrs) > 1:
             if not isinstance(scheduler, LambdaLR):
                 raise ValueError(f"merger_only_share must be 0 with lr_scheduler_type={self.args.lr_scheduler_type}")
+            warmup = self.args.get_warmup_steps(num_training_steps)
             idle = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+            specific: Any = self.args.lr_scheduler_kwargs
             late = get_scheduler(
                 self.args.lr_scheduler_type,
-                optimizer=idle,
-                num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
-                num_training_steps=num_training_steps - start,
-                scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+                idle,
+                warmup,
+                num_training_steps - start,
+                scheduler_specific_kwargs=specific,
             ).lr_lambdas[0]
             scheduler.lr_lambdas[1] = lambda step: late(step - start) if step >= start else 0.0
             scheduler.optimizer.param_groups[1]["lr"] = 0.0
         return scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.count_flops:
+        if not self.arguments.count_flops:
             return super().training_step(*args, **kwargs)
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             loss = super().training_step(*args, **kwargs)
@@ -173,7 +162,7 @@ class AdaptationTrainer(Trainer):
         }
         if has_teacher:
             metrics["eval_uncompressed_drift"] = math.exp(totals["uncompressed"] - totals["full"]) - 1
-        if self.count_flops:
+        if self.arguments.count_flops:
             self.store_flos()
             metrics["flops"] = self.state.total_flos
         self.log(metrics)
@@ -185,8 +174,8 @@ class AdaptationTrainer(Trainer):
 
     def _score(self, module: DistillationModel, window: Tensor, has_teacher: bool) -> dict[str, Tensor]:
         """Losses in nats of one window, int64 [1, C + T]."""
-        targets = window[0, -self.target_length :]
-        call = {"input_ids": window, "logits_to_keep": self.target_length + 1, "use_cache": False}
+        targets = window[0, -self.arguments.target_length :]
+        call = {"input_ids": window, "logits_to_keep": self.arguments.target_length + 1, "use_cache": False}
         with self.accelerator.autocast():
             full = module.teacher(**call, compression=False).logits[0, :-1]
             read = module.student(**call, target_ratio=self.target_ratio).logits[0, :-1]
@@ -198,7 +187,7 @@ class AdaptationTrainer(Trainer):
 
     def _truncated(self, teacher: Any, window: Tensor, call: dict[str, Any]) -> Tensor:
         """Logits [T, V] behind the first tokens and the last of the context, as many as the slots that it would get."""
-        context, first = window.shape[1] - self.target_length, teacher.config.keep_first
+        context, first = window.shape[1] - self.arguments.target_length, teacher.config.keep_first
         budget = math.ceil(context / self.target_ratio)
         place = torch.arange(window.shape[1], device=window.device)
         kept = place[(place < first) | (place >= context - (budget - first))][None]

@@ -76,7 +76,8 @@ def instruction_row(tokenizer: Any, input_ids: Tensor, chunk_length: int, genera
     questions = find_questions(passage, max(0, offsets[min(last_chunk, behind - 1)][0] - start), generator)
     if not questions:
         return input_ids
-    messages, ids = [], []
+    messages: list[dict[str, str]] = []
+    ids: list[int] = []
     while len(ids) < length:
         for question, answer in questions:
             content = question if messages else f"{passage}\n\n{question}"
@@ -105,7 +106,5 @@ class InstructionBlocks(Dataset):
         block = self.blocks[index]
         if is_of_share(index, self.share):
             generator = np.random.default_rng((self.shape.seed, index, 1))
-            block["input_ids"] = instruction_row(
-                self.tokenizer, block["input_ids"], self.shape.chunk_length, generator
-            )
+            block["input_ids"] = instruction_row(self.tokenizer, block["input_ids"], self.shape.chunk_length, generator)
         return block

@@ -61,7 +61,8 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     end = packed_views[0].start
     # Slots first; what pads them follows the last, where none of them looks.
-    parts = [sdpa_attention_forward(module, *(x[:, :, :end] for x in (query, key, value)), None, **kwargs)[0]]
+    slots = (query[:, :, :end], key[:, :, :end], value[:, :, :end])
+    parts = [sdpa_attention_forward(module, *slots, attention_mask=None, **kwargs)[0]]
     for view in packed_views:
         raw = slice(view.start, view.start + view.mask.shape[2])
         keys, values = (torch.cat([x[:, :, : view.slots], x[:, :, raw]], dim=2) for x in (key, value))
