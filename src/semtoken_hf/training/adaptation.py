@@ -72,8 +72,7 @@ def build_trainer(arguments: AdaptationArguments, training: AdaptationTrainingAr
     choose_trainable(student, arguments.trainable, arguments.lora_rank, arguments.lora_alpha)
     if arguments.trainable == "lora" and (training.bf16 or training.fp16):
         leave_casts_to_autocast(student)
-    objective = _packed_objective if arguments.objective == "packed" else _window_objective
-    module, collate, row, targets = objective(arguments, training, student, teacher)
+    module, collate, row, targets = build_objective(arguments, training, student, teacher)
     output_dir, weights, share = (
         Path(training.output_dir or "runs/adapt"),
         arguments.file_weights(),
@@ -100,24 +99,22 @@ def build_trainer(arguments: AdaptationArguments, training: AdaptationTrainingAr
     )
 
 
-def _packed_objective(
+def build_objective(
     arguments: AdaptationArguments, training: AdaptationTrainingArguments, student: Any, teacher: Any
-) -> tuple[DistillationModel, PackedCollator, int, int]:
-    """The module, the collator, the tokens of a row and the targets among them."""
-    rows, positions = training.per_device_train_batch_size, student.config.max_position_embeddings
-    shape = arguments.packed_shape(positions, rows, training.seed)
-    module = PackedDistillationModel(student, teacher, arguments.cross_entropy_weight)
-    return module, PackedCollator(shape), shape.sequence_length, shape.targets
+) -> tuple[DistillationModel, PackedCollator | ContextCollator, int, int]:
+    """The module, the collator, the tokens of a block and the targets among them; `teacher` as in the module.
 
-
-def _window_objective(
-    arguments: AdaptationArguments, training: AdaptationTrainingArguments, student: Any, teacher: Any
-) -> tuple[DistillationModel, ContextCollator, int, int]:
-    """As `_packed_objective`."""
-    context, targets = _context_length(arguments, student.config), arguments.target_length
-    shape = arguments.batch_shape(context, training.per_device_train_batch_size, training.seed)
-    module = DistillationModel(student, teacher, arguments.cross_entropy_weight, arguments.tasks != "none")
-    return module, ContextCollator(shape), context + targets, targets
+    Raises:
+        ValueError: lengths do not fit the model.
+    """
+    rows, config, weight = training.per_device_train_batch_size, student.config, arguments.cross_entropy_weight
+    if arguments.objective == "packed":
+        packed = arguments.packed_shape(config.max_position_embeddings, rows, training.seed)
+        module = PackedDistillationModel(student, teacher, weight)
+        return module, PackedCollator(packed), packed.sequence_length, packed.targets
+    context, targets = _context_length(arguments, config), arguments.target_length
+    window = ContextCollator(arguments.batch_shape(context, rows, training.seed))
+    return DistillationModel(student, teacher, weight, arguments.tasks != "none"), window, context + targets, targets
 
 
 def _text_folder(arguments: AdaptationArguments, output_dir: Path) -> Path:
