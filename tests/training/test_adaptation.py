@@ -92,7 +92,7 @@ def test_the_folder_says_what_it_was_adapted_for(run):
         "segmentation_mode": "boundary",
         "trainable": trainable,
         "objective": "packed",
-        "ratios": OPTIONS["ratios"],
+        "span_lengths": OPTIONS["span_lengths"],
         "steps": STEPS,
     }
     assert AutoTokenizer.from_pretrained(output_dir / "model")("the cat")["input_ids"]

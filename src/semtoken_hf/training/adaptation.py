@@ -5,6 +5,8 @@ The teacher is the same checkpoint without compression. Three amounts of trainin
 - `merger`: the learned merger alone; the uncompressed model stays bit-identical.
 - `lora`: merger and a PEFT adapter that acts on compressed rows alone; likewise bit-identical.
 - `full`: everything but the encoder; a quarter of the steps keep the uncompressed model where it was.
+
+Two objectives: `packed_objective.py` scores every token of a row, `distillation.py` those behind a context.
 """
 
 from __future__ import annotations
@@ -73,12 +75,9 @@ def build_trainer(arguments: AdaptationArguments, training: AdaptationTrainingAr
     if arguments.trainable == "lora" and (training.bf16 or training.fp16):
         leave_casts_to_autocast(student)
     module, collate, row, targets = build_objective(arguments, training, student, teacher)
-    output_dir, weights, share = (
-        Path(training.output_dir or "runs/adapt"),
-        arguments.file_weights(),
-        arguments.held_out_share,
-    )
-    folder, cache = _text_folder(arguments, output_dir), output_dir / "tokens"
+    output_dir = Path(training.output_dir or "runs/adapt")
+    folder, share = _text_folder(arguments, output_dir), arguments.held_out_share
+    cache, weights = output_dir / "tokens", arguments.file_weights()
     sampler, held_out = load_blocks(folder, tokenizer, cache, row, weights, share, training.seed, window)
     training.learning_rate = training.learning_rate or LEARNING_RATES[arguments.trainable]
     rows = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps * training.world_size
@@ -119,11 +118,10 @@ def build_objective(
 
 def _text_folder(arguments: AdaptationArguments, output_dir: Path) -> Path:
     """The folder with the text, exported from its data set where it is none."""
-    folder, source = Path(arguments.text), arguments
-    if folder.is_dir():
-        return folder
-    named = source.text, source.text_config, source.text_split, source.text_column
-    return export_dataset(*named, output_dir / "data", source.text_documents)
+    if Path(arguments.text).is_dir():
+        return Path(arguments.text)
+    named = arguments.text, arguments.text_config, arguments.text_split, arguments.text_column
+    return export_dataset(*named, output_dir / "data", arguments.text_documents)
 
 
 def _context_length(arguments: AdaptationArguments, config: Any) -> int:
@@ -155,7 +153,7 @@ def save_adapted(trainer: AdaptationTrainer, arguments: AdaptationArguments) -> 
         "segmentation_mode": config.segmentation_mode,
         "trainable": arguments.trainable,
         "objective": arguments.objective,
-        "ratios": list(arguments.ratios),
+        **arguments.trained_lengths(),
         "steps": trainer.state.global_step,
     }
     output_dir, tokenizer = trainer.output_dir, trainer.processing_class

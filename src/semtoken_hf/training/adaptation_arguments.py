@@ -124,6 +124,11 @@ class AdaptationArguments:
     def schedule(self) -> TaskSchedule:
         return TaskSchedule(self.tasks, self.task_weight, self.task_rate, self.task_power, self.switch_at)
 
+    def trained_lengths(self) -> dict[str, list]:
+        """How much a slot stood for in training, for the record."""
+        is_packed = self.objective == "packed"
+        return {"span_lengths": list(self.span_lengths)} if is_packed else {"ratios": list(self.ratios)}
+
     def file_weights(self) -> dict[str, float]:
         return read_numbers(self.weights, "weights")
 
