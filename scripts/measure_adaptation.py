@@ -6,15 +6,21 @@
         --adapted "merger only=runs/merger/model" "full=runs/full/model" --output model_cards/NAME/adaptation.md
 
 Every text is read by the same windows in every way. Baselines are read by the checkpoint itself, uncompressed.
+
+    python scripts/measure_adaptation.py --checkpoint semtoken --objectives 4
+
+measures instead what a step of either objective costs, over 4 of each: targets a second and a TFLOP.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import semtoken_hf  # noqa: F401 (registers the classes)
@@ -29,12 +35,17 @@ from semtoken_hf.evaluation.methods import METHODS
 from semtoken_hf.evaluation.named_values import read_fields, read_pairs
 from semtoken_hf.evaluation.provenance import publish_report
 from semtoken_hf.evaluation.texts import add_text_arguments, load_windows
+from semtoken_hf.training.adaptation import build_objective, load_student
+from semtoken_hf.training.adaptation_arguments import OBJECTIVES, AdaptationArguments, AdaptationTrainingArguments
+from semtoken_hf.training.adaptation_trainer import CPU_ATTENTION
+from semtoken_hf.training.trainable_parts import choose_trainable, leave_casts_to_autocast
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="the checkpoint before its adaptation")
-    parser.add_argument("--adapted", nargs="+", required=True, metavar="NAME=FOLDER")
+    parser.add_argument("--adapted", nargs="+", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--objectives", type=int, default=0, metavar="STEPS", help="measure the cost of so many steps")
     add_text_arguments(parser, context=1792, target=256)
     parser.add_argument("--ratios", type=float, nargs="+", default=[2.4, 4.0])
     parser.add_argument("--set_fields", nargs="*", default=[], help="FIELD=VALUE for every checkpoint: query_weight=0")
@@ -68,8 +79,49 @@ def measure(arguments: argparse.Namespace, windows: dict[str, torch.Tensor]) -> 
     return results
 
 
+def measure_objective(objective: str, checkpoint: str, steps: int) -> str:
+    """A line of the table: one row a step, LoRA in bfloat16, on random tokens; the first step warms up."""
+    arguments = AdaptationArguments(checkpoint, "", objective=objective, model_dtype="bfloat16")
+    training = AdaptationTrainingArguments(per_device_train_batch_size=1)
+    student = load_student(arguments)
+    choose_trainable(student, "lora", arguments.lora_rank, arguments.lora_alpha)
+    leave_casts_to_autocast(student)
+    module, collate, length, per_row = build_objective(arguments, training, student, None)
+    device = training.device
+    module.to(device).train()
+    generator = torch.Generator().manual_seed(0)
+    tokens, flops, seconds = 0, 0, 0.0
+    for index in range(steps + 1):
+        ids = torch.randint(student.config.vocab_size, (length,), generator=generator)
+        batch = collate([{"input_ids": ids, "index": index}])
+        batch["input_ids"] = batch["input_ids"].to(device)
+        start, counter = time.perf_counter(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        with counter, torch.autocast(device.type, torch.bfloat16):
+            loss = module(**batch)["loss"]
+            loss.backward()
+        float(loss)
+        if index:
+            tokens, flops = tokens + batch["input_ids"].shape[1], flops + counter.get_total_flops()
+            seconds += time.perf_counter() - start
+    targets = steps * per_row
+    return (
+        f"| {objective} | {seconds / steps:.1f} | {tokens / seconds:.0f} | {targets / seconds:.0f} "
+        f"| {flops / steps / 1e12:.2f} | {targets / flops * 1e12:.0f} |"
+    )
+
+
+def objectives_table(arguments: argparse.Namespace) -> list[str]:
+    lines = ["# Objectives", ""]
+    lines.append("| objective | seconds a row | tokens/s | targets/s | TFLOP a row | targets/TFLOP |")
+    lines.append("|---|---|---|---|---|---|")
+    return lines + [measure_objective(name, arguments.checkpoint, arguments.objectives) for name in OBJECTIVES]
+
+
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.objectives:
+        publish_report(objectives_table(arguments), arguments.output)
+        return
     windows = load_windows(arguments, AutoTokenizer.from_pretrained(arguments.checkpoint))
     lines = ["# Adaptation", ""]
     lines.append(

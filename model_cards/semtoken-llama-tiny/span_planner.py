@@ -125,7 +125,8 @@ def plan_spans(
 
     Args:
         config: a SemToken configuration.
-        encoder: the frozen encoder; None where `needs_encoder(config)` is False, or `span_ids` is given for means.
+        encoder: the frozen encoder; None where `needs_encoder(config)` is False, or `span_ids` is given for means. A
+            learned merger reads its fingerprints whatever made the plan.
         input_ids: int64 [B, T].
         attention_mask: [B, T], 0 for padding on any side; None: no padding.
         read_mask: bool [B, T], positions whose logits are asked for; None: the last token of each row.
@@ -150,9 +151,10 @@ def plan_spans(
     granularity = granularity_of(config, target_ratio, query_weight)
     layout = _lay_out(config, input_ids, valid, read_mask, protected_mask, query_mask, opens_row)
     # A ready plan says which tokens merge, but not which of them represents the others.
-    if not needs_encoder(config) or (span_ids is not None and base_merge_mode(config) != "representative"):
+    needed = needs_encoder(config) if span_ids is None else base_merge_mode(config) == "representative"
+    if not needed and config.merge_mode != "learned":
         encoder = None
-    elif encoder is None:
+    elif needed and encoder is None:
         raise ValueError("planning needs the encoder: pass it, or use segmentation_mode='uniform'")
     starts, is_valid = _starts_without_encoder(layout, granularity, span_ids, valid)
     windows = layout.lengths.new_zeros(()) if encoder is None else encoder.count_windows(layout)

@@ -100,7 +100,6 @@ class SemTokenConfigMixin:
             trained residual (see `learned_merger.py`).
         merger_base: what the residual is added to, "mean" or "representative".
         merger_rank: width of the residual's hidden layer, at most 8,192.
-        merger_span_length: longest span that the residual knows; None: `max_span_length`.
         adapter_subfolder: folder inside the checkpoint with a PEFT adapter that acts on compressed rows alone.
         adapted_for: what `semtoken_hf.training.adaptation` trained the checkpoint for (`position_mode` and more).
         encoder_config: configuration of the frozen encoder, on the model's own vocabulary. None: a static encoder.
@@ -136,8 +135,7 @@ class SemTokenConfigMixin:
     segmentation_mode: str = "sentence"
     merge_mode: str = "representative"
     merger_base: str = "representative"
-    merger_rank: int = 128
-    merger_span_length: int | None = None
+    merger_rank: int = 512
     adapter_subfolder: str | None = None
     adapted_for: dict | None = None
     encoder_config: dict | PreTrainedConfig | None = None
@@ -152,8 +150,6 @@ class SemTokenConfigMixin:
         check_layers(vars(self))
         self._read_old_fields(kwargs)
         self.encoder_config = build_encoder_config(self.encoder_config)
-        if self.merger_span_length is None:
-            self.merger_span_length = self.max_span_length
         super().__post_init__(**kwargs)
         self.validate()  # the family's own checks: Transformers runs them for a class marked `@strict` alone
         # Checked here and not only by `@strict`, so that the message always names the field and its range.
@@ -247,7 +243,6 @@ def _check_single_fields(config: Any) -> None:
         ("encoder_overlap", 0, MOST, False),
         ("fingerprint_radius", 0, 256, False),
         ("merger_rank", 1, 8192, False),
-        ("merger_span_length", 1, 1024, False),
     ):
         value = getattr(config, name)
         if value is None and optional:

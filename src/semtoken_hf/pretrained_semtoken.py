@@ -53,6 +53,12 @@ class SemTokenPreTrainedMixin:
             ValueError: the checkpoint holds no encoder, as a plain one does, or it is split into pipeline stages.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        is_old = any(key.endswith("learned_merger.place_mix") for key in info["unexpected_keys"])
+        if is_old and model.config.merge_mode == "learned":
+            raise ValueError(
+                "the checkpoint's learned merger is of an earlier kind, which reads no context: adapt the checkpoint "
+                "again, or load it with `merge_mode='representative'` to go without"
+            )
         missing = [key for key in info["missing_keys"] if "semantic_encoder." in key]
         if missing and model.config.segmentation_mode != "uniform":
             raise ValueError(

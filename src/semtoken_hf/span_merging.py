@@ -8,12 +8,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .learned_merger import LearnedMerger
+from .learned_merger import LearnedMerger, read_places
 from .span_clustering import Spans, row_products
 from .token_layout import indices_where
 
@@ -56,7 +55,7 @@ def merge_spans(
         embed: indices of tokens of the stream, int64 [n] -> their embeddings [n, H]; gradients flow back to them.
         spans: its P spans.
         base: "mean" or "representative".
-        fingerprints: float32 [N, D], for the representative.
+        fingerprints: float32 [N, D], for the representative and the merger, which needs them.
         merger: the learned residual; None: the slots are their bases.
         most_merged: at least as many as the spans of several tokens; None: the host waits to learn it.
 
@@ -69,29 +68,34 @@ def merge_spans(
     else:
         anchors = last_tokens(spans)
         slots = spans.mean(embed(torch.arange(len(spans.index), device=spans.index.device)))
-    return (slots if merger is None else _with_residual(slots, embed, spans, merger, most_merged)), anchors
+    if merger is not None:
+        slots = _with_residual(slots, embed, spans, fingerprints, merger, most_merged)
+    return slots, anchors
 
 
 def _with_residual(
-    slots: Tensor, embed: Callable[[Tensor], Tensor], spans: Spans, merger: LearnedMerger, most_merged: int | None
+    slots: Tensor,
+    embed: Callable[[Tensor], Tensor],
+    spans: Spans,
+    fingerprints: Tensor | None,
+    merger: LearnedMerger,
+    most_merged: int | None,
 ) -> Tensor:
     """`slots` [P, H] with the residual of those that stand for several tokens."""
     is_merged = spans.lengths > 1
     count = int(is_merged.sum()) if most_merged is None else most_merged
     if not count:
         return slots
+    if fingerprints is None:
+        raise ValueError("the learned merger reads fingerprints: pass the encoder")
     index = indices_where(is_merged, count)
     # Beyond the last merged span: any will do, it is given nothing.
     is_real, index = index < len(spans), index.clamp(max=len(spans) - 1)
-    # PEFT wraps a module whose parameters it adapts.
-    bare: Any = merger
-    longest = (bare.get_base_layer() if hasattr(bare, "get_base_layer") else bare).longest
-    residuals = []
+    states, residuals = spans.mean(fingerprints), []
     for some in index.split(SLOTS_PER_CALL):
-        lengths = spans.lengths[some].clamp(max=longest)
-        place = torch.arange(longest, device=lengths.device).minimum(lengths[:, None] - 1)
-        tokens = spans.first[some, None] + place
-        residuals.append(merger(embed(tokens.flatten()).unflatten(0, tokens.shape), lengths))
+        lengths = spans.lengths[some]
+        tokens = spans.first[some, None] + read_places(lengths)
+        residuals.append(merger(embed(tokens.flatten()).unflatten(0, tokens.shape), states[some], lengths))
     # The merger may live on another device than the embeddings.
     residual = torch.cat(residuals).to(slots)
     return slots.index_add(0, index, residual.where(is_real[:, None], 0))

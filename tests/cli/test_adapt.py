@@ -9,7 +9,7 @@ from semtoken_hf.training.adaptation_curve import read_curve
 from tests.fixtures.command_line import run_command, run_json
 from tests.training.adaptation_runs import make_inputs
 
-LENGTHS = ("--context_length", "64", "--min_context_length", "48", "--target_length", "16", "--ratios", "2", "4")
+LENGTHS = ("--context_length", "64", "--chunk_length", "16", "--target_length", "16", "--span_lengths", "1", "4")
 TRAINING = (
     *("--max_steps", "2", "--per-device-train-batch-size", "2", "--eval_steps", "1", "--save_steps", "1"),
     *("--bf16", "False", "--use_cpu", "--warmup_steps=1"),

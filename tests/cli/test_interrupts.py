@@ -61,7 +61,7 @@ def test_convert_keeps_what_it_would_have_replaced(make_llama, encoder_folder, t
 def test_adapt_goes_on_where_it_was(tmp_path, monkeypatch, number, code, word):
     inputs = make_inputs(tmp_path)
     arguments = ["adapt", "--checkpoint", inputs / "checkpoint", "--text", inputs / "text", "--trainable", "merger"]
-    arguments += ["--context_length", "64", "--min_context_length", "48", "--target_length", "16", "--ratios", "2", "4"]
+    arguments += ["--context_length", "64", "--chunk_length", "16", "--target_length", "16"]
     arguments += ["--held_out_share", "0.3", "--evaluation_windows", "1", "--max_steps", "4", "--save_steps", "1"]
     arguments += ["--bf16", "False", "--use_cpu", "--eval_strategy", "no", "--output_dir", tmp_path / "run", "--quiet"]
     step = AdaptationTrainer.training_step

@@ -98,7 +98,6 @@ SPECIFICATION: dict[str, tuple[Callable[[Any], bool], st.SearchStrategy[Any]]] =
     ),
     "merger_base": (_choice("mean", "representative"), st.sampled_from(["mean", "representative"])),
     "merger_rank": (_integer(1, 8192), st.integers(1, 32)),
-    "merger_span_length": (_integer(1, 1024, True), st.none() | st.integers(1, 20)),
     "adapter_subfolder": (_is_folder, st.sampled_from([None, "adapter", "a-b_1"])),
     "adapted_for": (
         lambda v: v is None or isinstance(v, dict),
@@ -129,7 +128,6 @@ LIMITS = {
     "encoder_window": (1, 8192),
     "fingerprint_radius": (0, 256),
     "merger_rank": (1, 8192),
-    "merger_span_length": (1, 1024),
 }
 NUMERIC = {
     name for name in FIELDS if not name.endswith(("mode", "config", "dtype", "base", "ids", "for", "folder", "markers"))
@@ -164,10 +162,7 @@ def cases(draw: Any) -> Case:
 def _values(case: Case) -> dict[str, Any]:
     defaults = {field.name: field.default for field in dataclasses.fields(SemTokenConfigMixin)}
     base = {k: v for k, v in tiny_config().to_dict().items() if k in defaults and k != "encoder_config"}
-    given = {**base, "encoder_config": None, "encoder_window": 32, **case.fields}
-    if case.fields.get("merger_span_length") is None:
-        given["merger_span_length"] = given["max_span_length"]
-    return given
+    return {**base, "encoder_config": None, "encoder_window": 32, **case.fields}
 
 
 def invalid(case: Case) -> tuple[str, ...]:
@@ -200,7 +195,7 @@ def run(case: Case) -> str:
     # Of an odd encoder, its own configuration decides.
     require(not set(invalid(case)) - {"encoder_config", "encoder_window", "model_type"}, f"accepted {invalid(case)}")
     for name, value in case.fields.items():
-        if name not in ("encoder_config", "merger_span_length"):
+        if name != "encoder_config":
             require(getattr(config, name) == value, f"`{name}` was changed")
     written = config.to_dict()
     again = [type(config).from_dict(written), CONFIG_MAPPING[config.model_type](**written)]

@@ -128,7 +128,7 @@ class Adapt(Job):
         make_inputs(inputs)
 
     def run(self, inputs: Path, work: Path, variant: str) -> None:
-        arguments = {"trainable": variant, "tasks": "diminish", "evaluation_windows": 1}
+        arguments = {"trainable": variant, "objective": "window", "tasks": "diminish", "evaluation_windows": 1}
         adapt(*options(inputs, work, arguments, max_steps=4, eval_steps=2, save_steps=2))
 
     def result(self, work: Path) -> Any:

@@ -101,7 +101,7 @@ def weights_of(family: str) -> dict[str, Tensor]:
     model = tiny_model(family=family, **MERGES["learned"])
     merger = model.base_model.learned_merger
     torch.nn.init.normal_(merger.out_proj, std=0.3, generator=torch.Generator().manual_seed(1))
-    torch.nn.init.normal_(merger.length_bias, std=0.5, generator=torch.Generator().manual_seed(2))
+    torch.nn.init.normal_(merger.length_vectors, std=0.5, generator=torch.Generator().manual_seed(2))
     return model.state_dict()
 
 

@@ -24,6 +24,10 @@ MODEL = {
 OPTIONS = {
     "trainable": "merger",
     "held_out_share": 0.3,
+    "chunk_length": 16,
+    "sequence_length": 80,
+    "span_lengths": [1, 2, 4],
+    "merger_only_share": 0.0,
     "context_length": 64,
     "min_context_length": 48,
     "target_length": 16,

@@ -91,7 +91,8 @@ def test_the_folder_says_what_it_was_adapted_for(run):
         "position_mode": "original",
         "segmentation_mode": "boundary",
         "trainable": trainable,
-        "ratios": OPTIONS["ratios"],
+        "objective": "packed",
+        "span_lengths": OPTIONS["span_lengths"],
         "steps": STEPS,
     }
     assert AutoTokenizer.from_pretrained(output_dir / "model")("the cat")["input_ids"]
@@ -127,10 +128,31 @@ def test_a_bfloat16_checkpoint_stays_one(tmp_path, trainable):
         assert torch.equal(*(m(ids, compression=False).logits for m in (original, adapted)))
 
 
-def test_weights_are_never_rounded_in_memory(inputs, tmp_path):
-    """A float32 base in bfloat16 would not be bit-identical on disk."""
-    with pytest.raises(ValueError, match="would round the weights"):
-        adapt(*options(inputs, tmp_path, {"model_dtype": "bfloat16"}, max_steps=1, eval_strategy="no"))
+@pytest.mark.parametrize("trainable", ["merger", "lora"])
+def test_a_base_that_is_rounded_in_memory_stays_exact_on_disk(inputs, tmp_path, trainable):
+    arguments = {"trainable": trainable, "model_dtype": "bfloat16"}
+    folder = adapt(*options(inputs, tmp_path, arguments, max_steps=2, eval_strategy="no", bf16=True))
+    before, after = weights(inputs / "checkpoint"), weights(folder)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    trained = load_file(tmp_path / "checkpoint-2" / "trained.safetensors")
+    assert torch.equal(after["model.learned_merger.out_proj"], trained["student.model.learned_merger.out_proj"])
+    assert has_adapter(loaded(folder)) == (trainable == "lora")
+
+
+def test_the_merger_learns_alone_at_first(inputs, tmp_path):
+    """Half of the steps; then the adapter follows the whole schedule in the other half."""
+    arguments = {"trainable": "lora", "merger_only_share": 0.5}
+    training = {"eval_strategy": "no", "save_steps": 1, "save_total_limit": None, "lr_scheduler_type": "linear"}
+    adapt(*options(inputs, tmp_path, arguments, warmup_steps=2, learning_rate=1.0, **training))
+    is_there, rates = [], []
+    for step in range(1, 9):
+        state = load_file(tmp_path / f"checkpoint-{step}" / "trained.safetensors")
+        is_there.append(any(tensor.any() for name, tensor in state.items() if "lora_B" in name))
+        state = torch.load(tmp_path / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)
+        rates.append(state["param_groups"][1]["lr"])
+    # The first step of a warm-up has a rate of zero.
+    assert is_there == [False] * 5 + [True] * 3
+    assert rates == pytest.approx([0, 0, 0, 0, 0.5, 1, 0.5, 0])
 
 
 def test_position_mode_is_recorded(inputs, tmp_path):
@@ -146,7 +168,7 @@ def test_flops(inputs, tmp_path):
     """The tasks cost; dropped ones cost nothing."""
     spent = {}
     for tasks in ("none", "fixed", "switch"):
-        arguments = {"tasks": tasks, "switch_at": 0.5, "count_flops": True}
+        arguments = {"objective": "window", "tasks": tasks, "switch_at": 0.5, "count_flops": True}
         adapt(*options(inputs, tmp_path / tasks, arguments))
         spent[tasks] = [row["flops"] for row in curve(tmp_path / tasks)]
         assert spent[tasks][0] == 0
@@ -163,7 +185,7 @@ def history(output_dir):
 
 
 def test_accumulated_batches_are_one_big_batch(inputs, tmp_path):
-    arguments = {"ratios": [3.0, 3.0], "min_context_length": 64}
+    arguments = {"span_lengths": [3]}
     logs, merger = [], []
     for rows, accumulation in ((4, 1), (2, 2), (1, 4)):
         training = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
@@ -198,7 +220,7 @@ def test_the_command_explains_itself():
 
 def test_the_script_runs(inputs, tmp_path):
     fields = ("--set_fields", "position_mode=compact", "--ratios", "2", "4", "--weights", "novel.txt=1.5")
-    lengths = ("--context_length", "64", "--min_context_length", "48", "--target_length", "16")
+    lengths = ("--context_length", "64", "--target_length", "16", "--chunk_length", "32", "--span_lengths", "1", "4")
     sizes = ("--max_steps", "2", "--per_device_train_batch_size", "2", "--evaluation_windows", "1")
     paths = ("--checkpoint", inputs / "checkpoint", "--text", inputs / "text", "--output_dir", tmp_path / "run")
     rest = ("--held_out_share", "0.3", "--bf16", "False", "--trainable", "lora", "--use_cpu")

@@ -31,8 +31,14 @@ def inputs(tmp_path_factory):
         ({"min_context_length": 0}, "at least 1"),
         ({"target_length": 0}, "at least 1"),
         ({"evaluation_windows": 0}, "at least 1"),
-        ({"tasks": "often"}, "task schedule"),
+        ({"objective": "window", "tasks": "often"}, "task schedule"),
         ({"switch_at": 2.0}, "task schedule"),
+        ({"objective": "prefix"}, "objective must be one of"),
+        ({"tasks": "fixed"}, "need objective='window'"),
+        ({"chunk_length": 1}, "chunk_length must be at least 2"),
+        ({"span_lengths": [0, 2]}, "span_lengths must be numbers >= 1"),
+        ({"instructions": 1.5}, r"instructions must be in \[0, 1\]"),
+        ({"merger_only_share": 1.0}, "merger_only_share must be in"),
     ],
 )
 def test_nonsense_is_refused(fields, message):
@@ -67,7 +73,10 @@ def test_learning_rates(inputs, tmp_path, trainable):
     [
         ({"context_length": 120}, r"120 \+ target_length 16 exceed the model's 128 positions"),
         ({"context_length": 12}, "min_prompt_length 16"),
-        ({"min_context_length": 65}, r"min_context_length \(65\)"),
+        ({"objective": "window", "min_context_length": 65}, r"min_context_length \(65\)"),
+        ({"sequence_length": 144}, "144 exceeds the model's 128 positions"),
+        ({"sequence_length": 40}, "two chunks or more of chunk_length 16"),
+        ({"instructions": 0.5}, "chat template"),
         ({"set_fields": ["merge_mode=mean"]}, "leave merge_mode out"),
         ({"set_fields": ["merger_base=best"]}, "`merger_base`"),
         ({"set_fields": ["position_mode=near"]}, "`position_mode`"),
@@ -88,9 +97,12 @@ def test_a_folder_without_text(inputs, tmp_path):
 
 
 def test_the_longest_context_fits_the_model(inputs, tmp_path):
-    trainer = build_trainer(*options(inputs, tmp_path, {"context_length": None}))
+    window = {"objective": "window", "context_length": None}
+    trainer = build_trainer(*options(inputs, tmp_path, window))
     assert trainer.windows.shape == (2, 128)
     assert trainer.data_collator.shape.context_length == 112
+    trainer = build_trainer(*options(inputs, tmp_path, {"sequence_length": None}))
+    assert trainer.data_collator.shape.sequence_length == 128
 
 
 @pytest.mark.parametrize("mode", ["mean", "representative"])

@@ -14,7 +14,7 @@ from semtoken_hf.training.adaptation_data import (
     TextBlocks,
     begin_id,
     export_dataset,
-    is_uncompressed,
+    is_of_share,
     load_blocks,
 )
 from semtoken_hf.training.corpus import BlockSampler, read_documents
@@ -93,7 +93,7 @@ def test_fixed_lengths_and_ratios():
 def test_the_uncompressed_share_is_exact(share, expected, batch_size):
     flags = [not b["compression"] for b in batches(100, uncompressed_share=share, batch_size=batch_size)]
     assert sum(flags) == expected
-    assert flags == [is_uncompressed(i, share) for i in range(100)]
+    assert flags == [is_of_share(i, share) for i in range(100)]
     if share == 0.25:
         assert flags == [i % 4 == 3 for i in range(100)]
 

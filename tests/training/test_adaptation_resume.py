@@ -57,9 +57,10 @@ def checkpoints(output_dir):
     return sorted(p.name for p in output_dir.glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize("objective", [{"merger_only_share": 0.25}, {"objective": "window", "tasks": "diminish"}])
 @pytest.mark.parametrize("trainable", ["merger", "lora", "full"])
-def test_a_killed_run_ends_with_the_same_weights(inputs, tmp_path, monkeypatch, trainable):
-    arguments = {"trainable": trainable, "tasks": "diminish", "count_flops": True}
+def test_a_killed_run_ends_with_the_same_weights(inputs, tmp_path, monkeypatch, trainable, objective):
+    arguments = {"trainable": trainable, "count_flops": True, **objective}
     whole = adapt(*options(inputs, tmp_path / "whole", arguments))
     broken = options(inputs, tmp_path / "broken", arguments)
     with monkeypatch.context() as patch:
@@ -131,7 +132,8 @@ def test_half_a_checkpoint_is_never_taken_for_a_whole_one(inputs, tmp_path):
     [
         ({"ratios": [2.0, 5.0]}, {}, "ratios"),
         ({"trainable": "lora"}, {}, "trainable"),
-        ({"tasks": "fixed"}, {}, "tasks"),
+        ({"objective": "window", "tasks": "fixed"}, {}, "tasks"),
+        ({"span_lengths": [2]}, {}, "span_lengths"),
         ({"set_fields": ["position_mode=compact"]}, {}, "set_fields"),
         ({}, {"max_steps": 9}, "max_steps"),
         ({}, {"seed": 1}, "seed"),

@@ -16,9 +16,17 @@ from .output import USAGE, bars, console, ending_well, fail, only_json
 RESUMING = "start the same command again to go on from the last saved step"
 PANELS = {
     "Text": ("text_config", "text_split", "text_column", "text_documents", "weights", "held_out_share"),
+    "Packed rows": ("objective", "sequence_length", "chunk_length", "span_lengths", "instructions"),
     "Contexts": ("context_length", "min_context_length", "target_length", "ratios", "uncompressed_share"),
     "Training": (
-        *("lora_rank", "lora_alpha", "merger_learning_rate", "cross_entropy_weight", "model_dtype"),
+        *(
+            "lora_rank",
+            "lora_alpha",
+            "merger_learning_rate",
+            "merger_only_share",
+            "cross_entropy_weight",
+            "model_dtype",
+        ),
         *("evaluation_windows", "count_flops"),
     ),
     "Auxiliary tasks": ("tasks", "task_weight", "task_rate", "task_power", "switch_at"),

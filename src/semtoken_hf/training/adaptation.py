@@ -5,6 +5,8 @@ The teacher is the same checkpoint without compression. Three amounts of trainin
 - `merger`: the learned merger alone; the uncompressed model stays bit-identical.
 - `lora`: merger and a PEFT adapter that acts on compressed rows alone; likewise bit-identical.
 - `full`: everything but the encoder; a quarter of the steps keep the uncompressed model where it was.
+
+Two objectives: `packed_objective.py` scores every token of a row, `distillation.py` those behind a context.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -25,10 +28,12 @@ from ..conversion.staging import check_output, remove_stale, staged_folder
 from ..evaluation.files import only_run_in, write_text
 from ..evaluation.named_values import read_fields
 from .adaptation_arguments import LEARNING_RATES, AdaptationArguments, AdaptationTrainingArguments
-from .adaptation_data import ContextCollator, TextBlocks, begin_id, export_dataset, load_blocks
+from .adaptation_data import ContextCollator, PackedCollator, TextBlocks, begin_id, export_dataset, load_blocks
 from .adaptation_trainer import AdaptationTrainer, rotate_checkpoints
 from .distillation import DistillationModel
-from .trainable_parts import choose_trainable
+from .instruction_data import InstructionBlocks
+from .packed_objective import PackedDistillationModel
+from .trainable_parts import choose_trainable, leave_casts_to_autocast
 
 
 def load_student(arguments: AdaptationArguments) -> Any:
@@ -47,10 +52,6 @@ def load_student(arguments: AdaptationArguments) -> Any:
     if unknown := [name for name in fields if not hasattr(config, name)]:
         raise ValueError(f"the configuration has no fields {unknown}")
     dtype = getattr(torch, arguments.model_dtype)
-    if dtype not in (torch.float32, config.dtype):
-        raise ValueError(
-            f"model_dtype {arguments.model_dtype} would round the weights, which are {config.dtype}: use float32"
-        )
     if config.merge_mode != "learned":
         # The residual is added to what the checkpoint merges by now.
         fields.setdefault("merger_base", config.merge_mode)
@@ -66,53 +67,61 @@ def build_trainer(arguments: AdaptationArguments, training: AdaptationTrainingAr
         ImportError: PEFT or `datasets` is needed and missing.
     """
     set_seed(training.seed)
-    output_dir = Path(training.output_dir or "runs/adapt")
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     student = load_student(arguments)
-    context = _context_length(arguments, student.config)
-    teacher = None
-    if arguments.trainable == "full":
-        teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    window = _context_length(arguments, student.config) + arguments.target_length
+    teacher = copy.deepcopy(student).requires_grad_(False).eval() if arguments.trainable == "full" else None
     choose_trainable(student, arguments.trainable, arguments.lora_rank, arguments.lora_alpha)
-    module = DistillationModel(student, teacher, arguments.cross_entropy_weight, arguments.tasks != "none")
-
-    folder = Path(arguments.text)
-    if not folder.is_dir():
-        folder = export_dataset(
-            arguments.text,
-            arguments.text_config,
-            arguments.text_split,
-            arguments.text_column,
-            output_dir / "data",
-            arguments.text_documents,
-        )
-    length = context + arguments.target_length
-    sampler, held_out = load_blocks(
-        folder,
-        tokenizer,
-        output_dir / "tokens",
-        length,
-        arguments.file_weights(),
-        arguments.held_out_share,
-        training.seed,
-    )
+    if arguments.trainable == "lora" and (training.bf16 or training.fp16):
+        leave_casts_to_autocast(student)
+    module, collate, row, targets = build_objective(arguments, training, student, teacher)
+    output_dir = Path(training.output_dir or "runs/adapt")
+    folder, share = _text_folder(arguments, output_dir), arguments.held_out_share
+    cache, weights = output_dir / "tokens", arguments.file_weights()
+    sampler, held_out = load_blocks(folder, tokenizer, cache, row, weights, share, training.seed, window)
     training.learning_rate = training.learning_rate or LEARNING_RATES[arguments.trainable]
-    rows = training.per_device_train_batch_size
-    blocks = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    rows = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    data: Dataset = (blocks := TextBlocks(sampler, begin_id(tokenizer), rows))
+    if isinstance(collate, PackedCollator):
+        data = InstructionBlocks(blocks, tokenizer, collate.shape, arguments.instruction_share(tokenizer))
     return AdaptationTrainer(
-        windows=held_out[: arguments.evaluation_windows],
-        target_length=arguments.target_length,
+        arguments,
+        held_out[: arguments.evaluation_windows],
         target_ratio=student.config.target_ratio or 2.4,
-        schedule=arguments.schedule(),
-        merger_learning_rate=arguments.merger_learning_rate,
-        count_flops=arguments.count_flops,
+        targets_per_row=targets,
         model=module,
         args=training,
-        train_dataset=TextBlocks(sampler, begin_id(tokenizer), blocks),
+        train_dataset=data,
         eval_dataset=[],
-        data_collator=ContextCollator(arguments.batch_shape(context, rows, training.seed)),
+        data_collator=collate,
         processing_class=tokenizer,
     )
+
+
+def build_objective(
+    arguments: AdaptationArguments, training: AdaptationTrainingArguments, student: Any, teacher: Any
+) -> tuple[DistillationModel, PackedCollator | ContextCollator, int, int]:
+    """The module, the collator, the tokens of a block and the targets among them; `teacher` as in the module.
+
+    Raises:
+        ValueError: lengths do not fit the model.
+    """
+    rows, config, weight = training.per_device_train_batch_size, student.config, arguments.cross_entropy_weight
+    if arguments.objective == "packed":
+        packed = arguments.packed_shape(config.max_position_embeddings, rows, training.seed)
+        module = PackedDistillationModel(student, teacher, weight)
+        return module, PackedCollator(packed), packed.sequence_length, packed.targets
+    context, targets = _context_length(arguments, config), arguments.target_length
+    window = ContextCollator(arguments.batch_shape(context, rows, training.seed))
+    return DistillationModel(student, teacher, weight, arguments.tasks != "none"), window, context + targets, targets
+
+
+def _text_folder(arguments: AdaptationArguments, output_dir: Path) -> Path:
+    """The folder with the text, exported from its data set where it is none."""
+    if Path(arguments.text).is_dir():
+        return Path(arguments.text)
+    named = arguments.text, arguments.text_config, arguments.text_split, arguments.text_column
+    return export_dataset(*named, output_dir / "data", arguments.text_documents)
 
 
 def _context_length(arguments: AdaptationArguments, config: Any) -> int:
@@ -135,24 +144,36 @@ def _context_length(arguments: AdaptationArguments, config: Any) -> int:
 def save_adapted(trainer: AdaptationTrainer, arguments: AdaptationArguments) -> Path:
     """The adapted checkpoint as a folder of its own, in the dtype of the original; written whole or not at all."""
     student = trainer.accelerator.unwrap_model(trainer.model).student
+    dtype = AutoConfig.from_pretrained(arguments.checkpoint).dtype or torch.float32
+    if student.dtype not in (torch.float32, dtype):
+        student = _on_exact_base(student, arguments)
     config = student.config
     config.adapted_for = {
         "position_mode": config.position_mode,
         "segmentation_mode": config.segmentation_mode,
         "trainable": arguments.trainable,
-        "ratios": list(arguments.ratios),
+        "objective": arguments.objective,
+        **arguments.trained_lengths(),
         "steps": trainer.state.global_step,
     }
     output_dir, tokenizer = trainer.output_dir, trainer.processing_class
     assert tokenizer is not None
     target = output_dir / "model"
-    dtype = AutoConfig.from_pretrained(arguments.checkpoint).dtype or torch.float32
     student.to(dtype)
     with staged_folder(target, overwrite=True) as staged:
         tokenizer.save_pretrained(staged)
         # Last, and the weights are its last: without them nobody takes what a kill leaves for a checkpoint.
         student.save_pretrained(staged)
     return target
+
+
+def _on_exact_base(student: Any, arguments: AdaptationArguments) -> Any:
+    """What was trained, on the base as it was before `model_dtype` rounded it."""
+    trained = {name: p.data for name, p in student.named_parameters() if p.requires_grad}
+    exact = load_student(replace(arguments, model_dtype="float32"))
+    choose_trainable(exact, arguments.trainable, arguments.lora_rank, arguments.lora_alpha)
+    exact.load_state_dict(trained, strict=False)
+    return exact
 
 
 def adapt(arguments: AdaptationArguments, training: AdaptationTrainingArguments) -> Path:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from ..evaluation.named_values import read_fields, read_numbers
-from .adaptation_data import BatchShape
+from .adaptation_data import BatchShape, PackedShape
 from .task_schedule import TaskSchedule
 
 TRAINABLE = ("merger", "lora", "full")
+OBJECTIVES = ("packed", "window")
 # Tried on the embedded checkpoint: ten times these undo what they should keep. The merger starts from zero.
 LEARNING_RATES = {"merger": 1e-3, "lora": 3e-4, "full": 5e-5}
 
@@ -31,10 +33,30 @@ class AdaptationArguments:
     text_documents: int = field(default=20000, metadata={"help": "documents taken from the data set"})
     weights: list[str] = field(default_factory=list, metadata={"help": "FILE=WEIGHT, how often a file is passed over"})
     held_out_share: float = field(default=0.01, metadata={"help": "of the documents, for the evaluation"})
-    context_length: int | None = field(default=None, metadata={"help": "longest context; what fits the model if unset"})
-    min_context_length: int = field(default=384, metadata={"help": "shortest context"})
+    objective: str = field(
+        default="packed",
+        metadata={"help": "packed: every token of a row is scored; window: its last ones", "choices": OBJECTIVES},
+    )
+    sequence_length: int | None = field(
+        default=None, metadata={"help": "packed: tokens of a row; 2,048 or what fits the model if unset"}
+    )
+    chunk_length: int = field(default=256, metadata={"help": "packed: tokens that are read whole at a time"})
+    span_lengths: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8, 16, 32],
+        metadata={"help": "packed: tokens of a span, drawn for each chunk; 1 keeps it whole"},
+    )
+    instructions: float | None = field(
+        default=None,
+        metadata={"help": "packed: share of rows that ask about the text; 0.25 where there is a chat template"},
+    )
+    context_length: int | None = field(
+        default=None, metadata={"help": "longest context, of the evaluation, too; what fits the model if unset"}
+    )
+    min_context_length: int = field(default=384, metadata={"help": "window: shortest context"})
     target_length: int = field(default=256, metadata={"help": "tokens scored behind the context"})
-    ratios: list[float] = field(default_factory=lambda: [1.5, 6.0], metadata={"help": "lowest and highest ratio"})
+    ratios: list[float] = field(
+        default_factory=lambda: [1.5, 6.0], metadata={"help": "window: lowest and highest ratio"}
+    )
     uncompressed_share: float | None = field(
         default=None, metadata={"help": "of the steps; a quarter with --trainable full, none where it cannot change"}
     )
@@ -42,10 +64,15 @@ class AdaptationArguments:
     set_fields: list[str] = field(
         default_factory=list, metadata={"help": "FIELD=VALUE of the configuration, such as position_mode=compact"}
     )
-    lora_rank: int = 16
-    lora_alpha: int = 32
+    lora_rank: int = 12
+    lora_alpha: int = 24
     merger_learning_rate: float = field(default=1e-3, metadata={"help": "of the learned merger, whatever is trained"})
-    tasks: str = field(default="none", metadata={"help": "auxiliary tasks: none, fixed, diminish or switch (MT2ST)"})
+    merger_only_share: float = field(
+        default=0.2, metadata={"help": "of the steps, at the start: the merger learns alone"}
+    )
+    tasks: str = field(
+        default="none", metadata={"help": "window: auxiliary tasks: none, fixed, diminish or switch (MT2ST)"}
+    )
     task_weight: float = 0.3
     task_rate: float = field(default=5.0, metadata={"help": "decay of `diminish`"})
     task_power: float = field(default=1.0, metadata={"help": "power of progress in `diminish`"})
@@ -63,6 +90,11 @@ class AdaptationArguments:
             raise ValueError(f"model_dtype must be float32, bfloat16 or float16, got {self.model_dtype!r}")
         if self.model_dtype != "float32" and self.trainable == "full":
             raise ValueError("with trainable='full' the weights must be float32: updates would be lost in rounding")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {self.objective!r}")
+        if self.objective == "packed" and self.tasks != "none":
+            raise ValueError("auxiliary tasks need objective='window'")
+        self._check_packed()
         if len(self.ratios) != 2 or not 1 <= self.ratios[0] <= self.ratios[1]:
             raise ValueError(f"ratios must be two numbers, 1 <= lowest <= highest, got {self.ratios}")
         if self.uncompressed_share is None:
@@ -79,8 +111,23 @@ class AdaptationArguments:
             raise ValueError("min_context_length, target_length and evaluation_windows must be at least 1")
         self.schedule()
 
+    def _check_packed(self) -> None:
+        if self.chunk_length < 2:
+            raise ValueError(f"chunk_length must be at least 2, got {self.chunk_length}")
+        if not self.span_lengths or min(self.span_lengths) < 1:
+            raise ValueError(f"span_lengths must be numbers >= 1, got {self.span_lengths}")
+        if not 0 <= (self.instructions or 0.0) <= 1:
+            raise ValueError(f"instructions must be in [0, 1], got {self.instructions}")
+        if not 0 <= self.merger_only_share < 1:
+            raise ValueError(f"merger_only_share must be in [0, 1), got {self.merger_only_share}")
+
     def schedule(self) -> TaskSchedule:
         return TaskSchedule(self.tasks, self.task_weight, self.task_rate, self.task_power, self.switch_at)
+
+    def trained_lengths(self) -> dict[str, list]:
+        """How much a slot stood for in training, for the record."""
+        is_packed = self.objective == "packed"
+        return {"span_lengths": list(self.span_lengths)} if is_packed else {"ratios": list(self.ratios)}
 
     def file_weights(self) -> dict[str, float]:
         return read_numbers(self.weights, "weights")
@@ -105,6 +152,35 @@ class AdaptationArguments:
             batch_size,
             seed,
         )
+
+    def instruction_share(self, tokenizer: Any) -> float:
+        """Share of packed rows that ask about their text.
+
+        Raises:
+            ValueError: some are asked for, and the tokenizer has no chat template.
+        """
+        has_template = getattr(tokenizer, "chat_template", None) is not None
+        if self.instructions and not has_template:
+            raise ValueError("instructions need a tokenizer with a chat template: set instructions to 0")
+        return (0.25 if has_template else 0.0) if self.instructions is None else self.instructions
+
+    def packed_shape(self, positions: int, batch_size: int, seed: int) -> PackedShape:
+        """The shape of packed batches for a model of so many `positions`.
+
+        Raises:
+            ValueError: a row does not fit the model, or is no whole number of chunks, two at least.
+        """
+        chunk = self.chunk_length
+        length = min(2048, positions) // chunk * chunk if self.sequence_length is None else self.sequence_length
+        if length > positions:
+            raise ValueError(f"sequence_length {length} exceeds the model's {positions} positions")
+        if length % chunk or length < 2 * chunk:
+            raise ValueError(
+                f"a row must be two chunks or more of chunk_length {chunk}, got sequence_length {length} "
+                f"(the model has {positions} positions)"
+            )
+        assert self.uncompressed_share is not None
+        return PackedShape(length, chunk, tuple(self.span_lengths), self.uncompressed_share, batch_size, seed)
 
 
 @dataclass

@@ -10,7 +10,15 @@ from typing import Any
 from ..conversion.staging import staged_file
 from ..evaluation.files import write_text
 
-COLUMNS = ("step", "eval_cost", "eval_kl", "eval_perplexity", "eval_full_perplexity", "eval_uncompressed_drift")
+COLUMNS = (
+    *("step", "targets", "eval_cost", "eval_truncation_cost", "eval_kl", "eval_perplexity", "eval_full_perplexity"),
+    "eval_uncompressed_drift",
+)
+LINES = (
+    ("compressed", "eval_cost", "o"),
+    ("truncated to as many slots", "eval_truncation_cost", ""),
+    ("uncompressed (drift)", "eval_uncompressed_drift", "."),
+)
 
 
 def write_curve(history: list[dict[str, Any]], folder: Path) -> None:
@@ -38,12 +46,12 @@ def _plot(records: list[dict[str, Any]], file: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([r["step"] for r in records], [100 * r["eval_cost"] for r in records], marker="o", label="compressed")
-    if any("eval_uncompressed_drift" in r for r in records):
-        drift = [100 * r.get("eval_uncompressed_drift", float("nan")) for r in records]
-        axes.plot([r["step"] for r in records], drift, marker=".", label="uncompressed (drift)")
+    seen = [r["targets"] for r in records]
+    for name, key, marker in LINES:
+        if any(key in r for r in records):
+            axes.plot(seen, [100 * r.get(key, float("nan")) for r in records], marker=marker, label=name)
     axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set_xlabel("step")
+    axes.set_xlabel("targets seen")
     axes.set_ylabel("perplexity against the teacher, %")
     axes.legend()
     with staged_file(file) as staged:

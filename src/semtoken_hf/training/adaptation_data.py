@@ -44,6 +44,32 @@ class BatchShape:
     seed: int
 
 
+@dataclass(frozen=True)
+class PackedShape:
+    """How packed batches are drawn; lengths in tokens.
+
+    Attributes:
+        sequence_length: of a row, a multiple of `chunk_length`.
+        chunk_length: of a chunk.
+        span_lengths: tokens of a span, drawn for each chunk.
+        uncompressed_share: of the batches read without compression, in [0, 1).
+        batch_size: rows of a batch.
+        seed: of the draws.
+    """
+
+    sequence_length: int
+    chunk_length: int
+    span_lengths: tuple[int, ...]
+    uncompressed_share: float
+    batch_size: int
+    seed: int
+
+    @property
+    def targets(self) -> int:
+        """Scored tokens of a row: all but the first chunk."""
+        return self.sequence_length - self.chunk_length
+
+
 class TextBlocks(Dataset):
     """Blocks `{"input_ids": int64 [n], "index": i}` in the sampler's shuffled order, each opened by BOS."""
 
@@ -76,13 +102,32 @@ class ContextCollator:
             "input_ids": ids[:, : context + shape.target_length],
             "target_length": shape.target_length,
             "target_ratio": ratio,
-            "compression": not is_uncompressed(index // shape.batch_size, shape.uncompressed_share),
+            "compression": not is_of_share(index // shape.batch_size, shape.uncompressed_share),
         }
 
 
-def is_uncompressed(batch: int, share: float) -> bool:
-    """Whether batch number `batch` is one of the evenly spread `share` that is read without compression."""
-    return math.floor((batch + 1) * share) > math.floor(batch * share)
+class PackedCollator:
+    """Blocks -> `input_ids` int64 [B, n], `span_lengths` int64 [B, C - 1], `compression`."""
+
+    def __init__(self, shape: PackedShape):
+        self.shape = shape
+
+    def __call__(self, blocks: list[dict[str, Any]]) -> dict[str, Any]:
+        shape = self.shape
+        earlier = shape.sequence_length // shape.chunk_length - 1
+        drawn = [
+            np.random.default_rng((shape.seed, block["index"])).choice(shape.span_lengths, earlier) for block in blocks
+        ]
+        return {
+            "input_ids": torch.stack([block["input_ids"] for block in blocks]),
+            "span_lengths": torch.from_numpy(np.stack(drawn)).long(),
+            "compression": not is_of_share(blocks[0]["index"] // shape.batch_size, shape.uncompressed_share),
+        }
+
+
+def is_of_share(index: int, share: float) -> bool:
+    """Whether number `index` is one of an evenly spread `share` of them."""
+    return math.floor((index + 1) * share) > math.floor(index * share)
 
 
 def export_dataset(name: str, config: str | None, split: str, column: str, folder: Path, limit: int) -> Path:
@@ -118,8 +163,10 @@ def load_blocks(
     weights: dict[str, float],
     held_out_share: float,
     seed: int,
+    window_length: int | None = None,
 ) -> tuple[BlockSampler, Tensor]:
-    """Training blocks of `length` tokens, and held-out blocks int64 [W, length] opened by BOS, spread over the files.
+    """Training blocks of `length` tokens, and held-out windows int64 [W, window_length] (None: as long) opened by BOS,
+    spread over the files.
 
     Raises:
         FileNotFoundError: no text in the folder.
@@ -129,10 +176,11 @@ def load_blocks(
     bos_id = begin_id(tokenizer)
     sides = {f.name: tokenize_file(f, tokenizer.backend_tokenizer, cache, held_out_share, bos_id) for f in files}
     sampler = BlockSampler({name: side["train"] for name, side in sides.items()}, length, weights, seed)
-    held_out = [side["held_out"] for side in sides.values() if len(side["held_out"]) >= length]
+    window = length if window_length is None else window_length
+    held_out = [side["held_out"] for side in sides.values() if len(side["held_out"]) >= window]
     if not held_out:
-        raise ValueError(f"no held-out document of {length} tokens: raise held_out_share or add text")
-    blocks = BlockSampler({str(i): ids for i, ids in enumerate(held_out)}, length, {}, seed)
+        raise ValueError(f"no held-out document of {window} tokens: raise held_out_share or add text")
+    blocks = BlockSampler({str(i): ids for i, ids in enumerate(held_out)}, window, {}, seed)
     rows = torch.from_numpy(np.stack([blocks[i] for i in range(len(blocks))]))
     rows[:, 0] = bos_id
     return sampler, rows

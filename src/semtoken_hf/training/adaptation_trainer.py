@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import Trainer
+from transformers import Trainer, get_scheduler
 
+from .adaptation_arguments import AdaptationArguments
 from .adaptation_curve import write_curve
 from .distillation import DistillationModel, kl_divergence
-from .task_schedule import TaskSchedule
 from .trainable_parts import parameter_groups
 
 TRAINED = "trained.safetensors"
@@ -58,29 +59,21 @@ class AdaptationTrainer(Trainer):
     """Trains a `DistillationModel`.
 
     Args:
+        arguments: of the adaptation.
         windows: int64 [W, C + T] held-out windows.
         target_ratio: at which they are evaluated.
-        schedule: of the auxiliary tasks.
-        merger_learning_rate: of what starts from nothing.
-        count_flops: count every step.
+        targets_per_row: scored tokens of a training row.
         kwargs: of `Trainer`.
     """
 
     def __init__(
-        self,
-        windows: Tensor,
-        target_length: int,
-        target_ratio: float,
-        schedule: TaskSchedule,
-        merger_learning_rate: float,
-        count_flops: bool,
-        **kwargs: Any,
+        self, arguments: AdaptationArguments, windows: Tensor, target_ratio: float, targets_per_row: int, **kwargs: Any
     ):
         super().__init__(**kwargs)
         self.output_dir = Path(self.args.output_dir or ".")
-        self.windows, self.target_length, self.target_ratio = windows, target_length, target_ratio
-        self.schedule, self.merger_learning_rate = schedule, merger_learning_rate
-        self.count_flops, self._flops_of_step = count_flops, 0
+        self.arguments, self.schedule = arguments, arguments.schedule()
+        self.windows, self.target_ratio, self.targets_per_row = windows, target_ratio, targets_per_row
+        self._flops_of_step = 0
         self._components: dict[str, list[Tensor]] = {}
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
@@ -90,7 +83,7 @@ class AdaptationTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         assert self.model is not None
         if self.optimizer is None:
-            groups = parameter_groups(self.model, self.merger_learning_rate)
+            groups = parameter_groups(self.model, self.arguments.merger_learning_rate)
             self.optimizer = torch.optim.AdamW(
                 groups,
                 lr=self.args.learning_rate,
@@ -99,8 +92,30 @@ class AdaptationTrainer(Trainer):
             )
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The schedule that was asked for; what is not the merger follows it in the steps behind the merger's own."""
+        start = round(self.arguments.merger_only_share * num_training_steps)
+        is_first = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if is_first and start and len(scheduler.base_lrs) > 1:
+            if not isinstance(scheduler, LambdaLR):
+                raise ValueError(f"merger_only_share must be 0 with lr_scheduler_type={self.args.lr_scheduler_type}")
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            idle = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+            specific: Any = self.args.lr_scheduler_kwargs
+            late = get_scheduler(
+                self.args.lr_scheduler_type,
+                idle,
+                warmup,
+                num_training_steps - start,
+                scheduler_specific_kwargs=specific,
+            ).lr_lambdas[0]
+            scheduler.lr_lambdas[1] = lambda step: late(step - start) if step >= start else 0.0
+            scheduler.optimizer.param_groups[1]["lr"] = 0.0
+        return scheduler
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.count_flops:
+        if not self.arguments.count_flops:
             return super().training_step(*args, **kwargs)
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             loss = super().training_step(*args, **kwargs)
@@ -127,23 +142,27 @@ class AdaptationTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Context-compressed perplexity and KL on the held-out windows, and what the uncompressed student has lost."""
+        """Context-compressed perplexity and KL on the held-out windows, beside truncation to as many slots, and what
+        the uncompressed student has lost."""
         module: DistillationModel = self.accelerator.unwrap_model(self.model)
         module.eval()
-        totals: dict[str, float] = {"full": 0.0, "compressed": 0.0, "kl": 0.0, "uncompressed": 0.0}
+        totals = dict.fromkeys(("full", "compressed", "truncated", "kl", "uncompressed"), 0.0)
         has_teacher = module.teacher is not module.student
         for window in self.windows.to(self.args.device).split(1):
             for name, value in self._score(module, window, has_teacher).items():
                 totals[name] += value.item() / len(self.windows)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         metrics = {
             "eval_perplexity": math.exp(totals["compressed"]),
             "eval_full_perplexity": math.exp(totals["full"]),
             "eval_cost": math.exp(totals["compressed"] - totals["full"]) - 1,
+            "eval_truncation_cost": math.exp(totals["truncated"] - totals["full"]) - 1,
             "eval_kl": totals["kl"],
+            "targets": self.state.global_step * rows * self.targets_per_row,
         }
         if has_teacher:
             metrics["eval_uncompressed_drift"] = math.exp(totals["uncompressed"] - totals["full"]) - 1
-        if self.count_flops:
+        if self.arguments.count_flops:
             self.store_flos()
             metrics["flops"] = self.state.total_flos
         self.log(metrics)
@@ -155,16 +174,26 @@ class AdaptationTrainer(Trainer):
 
     def _score(self, module: DistillationModel, window: Tensor, has_teacher: bool) -> dict[str, Tensor]:
         """Losses in nats of one window, int64 [1, C + T]."""
-        targets = window[0, -self.target_length :]
-        call = {"input_ids": window, "logits_to_keep": self.target_length + 1, "use_cache": False}
-        with self.compute_loss_context_manager():
+        targets = window[0, -self.arguments.target_length :]
+        call = {"input_ids": window, "logits_to_keep": self.arguments.target_length + 1, "use_cache": False}
+        with self.accelerator.autocast():
             full = module.teacher(**call, compression=False).logits[0, :-1]
             read = module.student(**call, target_ratio=self.target_ratio).logits[0, :-1]
             scores = {"kl": kl_divergence(read, full)}
-            named = {"full": full, "compressed": read}
+            named = {"full": full, "compressed": read, "truncated": self._truncated(module.teacher, window, call)}
             if has_teacher:
                 named["uncompressed"] = module.student(**call, compression=False).logits[0, :-1]
         return scores | {n: torch.nn.functional.cross_entropy(x.float(), targets) for n, x in named.items()}
+
+    def _truncated(self, teacher: Any, window: Tensor, call: dict[str, Any]) -> Tensor:
+        """Logits [T, V] behind the first tokens and the last of the context, as many as the slots that it would get."""
+        context, first = window.shape[1] - self.arguments.target_length, teacher.config.keep_first
+        budget = math.ceil(context / self.target_ratio)
+        place = torch.arange(window.shape[1], device=window.device)
+        kept = place[(place < first) | (place >= context - (budget - first))][None]
+        call = {**call, "input_ids": window[:, kept[0]], "position_ids": kept}
+        # Explicit: without a mask, gapped positions would be read as packed sequences.
+        return teacher(**call, attention_mask=torch.ones_like(kept), compression=False).logits[0, :-1]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """What was trained, and nothing that the converted folder holds already."""

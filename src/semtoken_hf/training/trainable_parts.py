@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter_semtoken import add_adapter
+from ..adapter_semtoken import adapted_layers, add_adapter
 
 
 def lora_targets(model: Any) -> str:
@@ -38,6 +38,12 @@ def choose_trainable(model: Any, trainable: str, lora_rank: int, lora_alpha: int
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def leave_casts_to_autocast(model: Any) -> None:
+    """Let the adapter read what its layer reads: PEFT would widen it to float32, for autocast to narrow it again."""
+    for layer in adapted_layers(model):
+        layer.cast_input_dtype_enabled = False
 
 
 def parameter_groups(module: nn.Module, merger_learning_rate: float) -> list[dict[str, Any]]:
