@@ -55,6 +55,9 @@ def load_student(arguments: AdaptationArguments) -> Any:
     if config.merge_mode != "learned":
         # The residual is added to what the checkpoint merges by now.
         fields.setdefault("merger_base", config.merge_mode)
+    if arguments.objective == "packed":
+        # No slot holds more tokens than those that it learns to read.
+        fields.setdefault("max_span_length", min(config.max_span_length, max(arguments.span_lengths)))
     return AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=dtype, **fields)
 
 
