@@ -105,7 +105,7 @@ def test_slots_begin_around_the_tokens_of_highest_rank_until_the_budget_is_spent
     for number, (start, length) in enumerate(zip(layout.starts.tolist(), lengths, strict=True)):
         part = slice(start, start + length)
         assert starts[part].sum() == max(int(budget[number]), int(forced[part].sum()))
-        order = sorted(range(start, start + length), key=lambda i: (-float(relevance[i]), i))
+        order = sorted(range(start, start + length), key=lambda i: (-float(relevance[i]), -i))
         # By a loop: a token more is whole as long as that needs no more slots than there are.
         wanted, kept = set(forced[part].nonzero().flatten().add(start).tolist()), set()
         for token in order:

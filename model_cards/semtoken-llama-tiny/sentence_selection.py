@@ -35,8 +35,8 @@ def find_sentences(ends: Tensor, layout: TokenLayout) -> Tensor:
 
 
 def rank_tokens(relevance: Tensor, layout: TokenLayout) -> Tensor:
-    """Order in which tokens are kept, int64 [N]: by stretch, then by falling relevance, then as they stand."""
-    order = relevance.argsort(descending=True, stable=True)
+    """Order in which tokens are kept, int64 [N]: by stretch, then by falling relevance, the later one first."""
+    order = len(relevance) - 1 - relevance.flip(0).argsort(descending=True, stable=True)
     order = order[layout.stretch[order].argsort(stable=True)]
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
