@@ -177,7 +177,7 @@ class SemTokenPreTrainedMixin:
             position_ids=position_ids,
             position_offset=offset,
             position_mode=mode,
-            merger=model.learned_merger,
+            merger=model.learned_merger if self.config.merge_mode == "learned" else None,
             details=details,
             attention_mask=attention_mask,
             read_mask=read_mask,

@@ -20,6 +20,8 @@ from .token_layout import TokenLayout
 LONGEST_SENTENCE = 48
 # Rarities are added as integers, whose order of adding does not matter on any device.
 FIXED_POINT = 2**20
+# Bounds what a part of the stream needs beside its fingerprints.
+TOKENS_PER_PART = 16384
 
 
 def find_sentences(ends: Tensor, layout: TokenLayout) -> Tensor:
@@ -117,13 +119,38 @@ def exact_match(input_ids: Tensor, sentence: Tensor, layout: TokenLayout, query:
 
 def likeness(fingerprints: Tensor, sentence: Tensor, layout: TokenLayout, query: Tensor) -> Tensor:
     """Cosine of a sentence's mean fingerprint with the mean fingerprint of the question, float64 [N]."""
+    question = F.normalize(_question_sums(fingerprints, layout, query), dim=-1)
+    products = row_products(fingerprints, question, layout.stretch)
     lengths = torch.zeros_like(sentence).index_add_(0, sentence, torch.ones_like(sentence))
-    means = torch.segment_reduce(fingerprints, "sum", lengths=lengths, unsafe=True)
-    question = torch.segment_reduce(fingerprints * query[:, None], "sum", lengths=layout.lengths, unsafe=True)
-    scale = torch.linalg.vector_norm(means, dim=-1)[sentence].clamp(min=1e-6)
-    products = row_products(fingerprints, F.normalize(question, dim=-1), layout.stretch)
     sums = torch.segment_reduce(products.double(), "sum", lengths=lengths, unsafe=True)
-    return sums[sentence] / scale
+    return sums[sentence] / _sentence_norms(fingerprints, sentence).clamp(min=1e-6)
+
+
+def _question_sums(fingerprints: Tensor, layout: TokenLayout, query: Tensor) -> Tensor:
+    """Sum of the question's fingerprints in each stretch, [S, D], part by part of the stream."""
+    sums = fingerprints.new_zeros((len(layout.lengths), fingerprints.shape[1]))
+    ends = layout.starts + layout.lengths
+    for start in range(0, len(query), TOKENS_PER_PART):
+        part = slice(start, start + TOKENS_PER_PART)
+        asked = fingerprints[part] * query[part, None]
+        inside = ends.clamp(start, start + len(asked)) - layout.starts.clamp(start, start + len(asked))
+        sums += torch.segment_reduce(asked, "sum", lengths=inside, unsafe=True)
+    return sums
+
+
+def _sentence_norms(fingerprints: Tensor, sentence: Tensor) -> Tensor:
+    """Norm of the sum of the fingerprints of every token's sentence, [N], part by part of the stream."""
+    norms = fingerprints.new_empty(len(sentence))
+    for start in range(0, len(sentence), TOKENS_PER_PART):
+        # Every sentence that begins in this part ends in it, or a sentence's length later.
+        part = slice(start, start + TOKENS_PER_PART + LONGEST_SENTENCE)
+        number = sentence[part] - sentence[start]
+        lengths = torch.zeros_like(number).index_add_(0, number, torch.ones_like(number))
+        sums = torch.segment_reduce(fingerprints[part], "sum", lengths=lengths, unsafe=True)
+        own = torch.linalg.vector_norm(sums, dim=-1)[number[:TOKENS_PER_PART]]
+        norms[start : start + TOKENS_PER_PART] = own
+    place = torch.arange(len(sentence), device=sentence.device)
+    return norms[place.where(first_tokens(sentence), 0).cummax(0).values]
 
 
 def standardised(values: Tensor, counted: Tensor, layout: TokenLayout) -> Tensor:

@@ -205,11 +205,11 @@ def read_text(config: Any, ids: Tensor, query_mask: Tensor | None, layout: Token
     def marked(name: str) -> Tensor:
         return torch.isin(ids, on_device(markers.get(name) or [], ids.device))
 
+    opening, query = markers.get("turn_opening") or [], None
     if query_mask is not None:
         query = query_mask.flatten()[layout.token_index]
-    else:
-        opening, ending = markers.get("turn_opening") or [], markers.get("turn_ending") or []
-        query = find_question(ids, marked("line_breaks"), opening, ending, layout)
+    elif opening:
+        query = find_question(ids, marked("line_breaks"), opening, markers.get("turn_ending") or [], layout)
     return Text(ids, marked("sentence_ends"), query)
 
 

@@ -30,29 +30,6 @@ def costs_of(report: str) -> dict[str, str]:
     return {row[0].removeprefix("| "): row[1].removesuffix(" |") for row in rows}
 
 
-def test_an_ablation_trains_every_variant_once_and_reports_it(inputs: Path, tmp_path: Path) -> None:
-    def ablate(*more: str | Path) -> str:
-        return run_script(
-            "ablate_adaptation.py",
-            *("--checkpoint", inputs / "semtoken", "--text", inputs / "corpus", "--text_file", inputs / "test.txt"),
-            *("--runs", tmp_path / "runs", "--suite", "tasks", "--seeds", "0", "--steps", "2", "--windows", "2"),
-            *("--context", "64", "--target", "16", "--held_out_share", "0.2", *more),
-        ).stdout
-
-    assert "# Ablation" not in ablate("--shard", "0/2")
-    done = {f: f.stat().st_mtime_ns for f in (tmp_path / "runs" / "tasks").glob("*/model/config.json")}
-    assert len(done) == 2
-    report = ablate("--output", tmp_path / "report.md")
-    assert (tmp_path / "report.md").read_text() in report
-    costs = costs_of(report)
-    assert {"single task", "fixed multi-task", "diminish", "switch"} <= costs.keys()
-    assert costs["(full context)"] == "+0.00 %"
-    assert all(f.stat().st_mtime_ns == time for f, time in done.items())
-    flops = [line for line in report.splitlines() if line.startswith("| single task | 0 |")]
-    assert len(flops) == 1
-    assert float(flops[0].split(" | ")[2].removesuffix(" T")) >= 0
-
-
 def test_the_table_of_adapted_checkpoints(inputs: Path, tmp_path: Path) -> None:
     report = run_script(
         "measure_adaptation.py",
