@@ -84,25 +84,3 @@ def test_every_message_that_is_quoted_is_said(document):
         for part in re.split(r"\.\.\.", re.sub(r"['\"]", "", message)):
             words = part.strip(" ()[];:,")
             assert words in said, f"{document} quotes {message!r}, but nothing says {words!r}"
-
-
-def test_the_drawing_says_what_the_example_prints():
-    drawing = (ROOT / "docs" / "stages.svg").read_text(encoding="utf-8")
-    printed = "".join(block.text for block in read_blocks("docs/how_it_works.md") if block.language == "text")
-    figures = re.findall(r"H (0\.\d+), worth (0\.\d+)", drawing)
-    assert len(figures) == 3
-    rows = {entropy: float(worth) for entropy, worth in re.findall(r"H (0\.\d+)  worth (0\.\d+)", printed)}
-    assert [f"{rows[entropy]:.3f}" for entropy, _ in figures] == [worth for _, worth in figures]
-    slots = re.findall(r'text-anchor="middle">([^<]+)<', drawing)[-11:]
-    assert slots[0] == "the watermark was invent"
-    assert slots[7] == "on the screen"
-    second = printed.split("46 tokens, ")[2]
-    assert "|".join(slots) in second.replace("| ", "|").replace(" |", "|")
-
-
-def test_the_drawing_has_words_for_those_who_do_not_see_it():
-    drawing = (ROOT / "docs" / "stages.svg").read_text(encoding="utf-8")
-    assert 'role="img"' in drawing
-    assert "<title" in drawing
-    assert "<desc" in drawing
-    assert "prefers-color-scheme: dark" in drawing

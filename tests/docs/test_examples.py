@@ -40,14 +40,14 @@ def numbers(pattern, text):
 def test_document_qa(run):
     printed = run("document_qa")
     losses = numbers(r"(\d+\.\d+) nats per token of the answer", printed)
-    means = numbers(r"(?m)^  (?:plain|SemToken|query-conditioned) +(\d+\.\d+)$", printed)
+    means = numbers(r"(?m)^  (?:plain|the latest|SemToken) +(\d+\.\d+)$", printed)
     assert len(losses) == 9
     for way, (mean,) in enumerate(means):
         assert mean == pytest.approx(sum(loss for (loss,) in losses[way::3]) / 3, abs=0.01)
     assert len(means) == 3
-    # The first question keeps its answer whole, which makes it likelier; without the question it is merged.
+    # The first question keeps its answer whole, which makes it likelier; the latest sentences leave it merged.
     merged, whole = re.findall(r"\.\.\.(.+)\.\.\.", printed.split("\n\n")[0])
-    assert "the Jun|ior Carlton" in merged
+    assert "the Junior Carlton" in merged
     assert "| the| J|un|ior| Car|l|ton|" in whole
     assert losses[2] < losses[1]
 
@@ -73,7 +73,7 @@ def test_rag(run):
     titles = [title for title in rows if title != "together"]
     assert max(titles, key=lambda title: rows[title][1]) == titles[-1] == "Maps"
     assert max(titles, key=lambda title: rows[title][3]) == "Lighthouses"
-    assert rows["Lighthouses"][1] < rows["Lighthouses"][2] < rows["Lighthouses"][3]
+    assert rows["Lighthouses"][1] < rows["Lighthouses"][2] <= rows["Lighthouses"][3]
     for column, total in enumerate(rows.pop("together")):
         assert total == sum(row[column] for row in rows.values())
     assert "answer:" in printed
