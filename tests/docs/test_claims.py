@@ -9,7 +9,7 @@ import re
 import pytest
 from transformers import TrainingArguments
 
-from tests.docs.blocks import documents, read_blocks
+from tests.docs.blocks import documents
 from tests.docs.test_links import FENCED
 from tests.fixtures.children import ROOT
 
