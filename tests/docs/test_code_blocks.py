@@ -67,10 +67,10 @@ def test_a_pinned_commit_is_there(reader):
 
 
 def test_digests_are_those_of_the_files(reader):
-    digest = hashlib.sha256((ROOT / "docs" / "stages.svg").read_bytes()).hexdigest()
-    reader.run(block(f"{digest}  stages.svg\n", "text"))
+    digest = hashlib.sha256((ROOT / "docs" / "inspect.png").read_bytes()).hexdigest()
+    reader.run(block(f"{digest}  inspect.png\n", "text"))
     with pytest.raises(subprocess.CalledProcessError):
-        reader.run(block(f"{digest[::-1]}  stages.svg\n", "text"))
+        reader.run(block(f"{digest[::-1]}  inspect.png\n", "text"))
 
 
 def test_blocks_of_a_document_share_their_names(reader):

@@ -12,7 +12,7 @@ from semtoken_hf.evaluation.provenance import command_line
         ),
         (["semtoken", "evaluate", "--checkpoints", "mini=/tmp/x/mini"], "semtoken evaluate --checkpoints mini=mini"),
         (["/usr/bin/semtoken", "evaluate", "--checkpoint", "model"], "semtoken evaluate --checkpoint model"),
-        (["/lib/semtoken_hf/__main__.py", "benchmark"], "python -m semtoken_hf benchmark"),
+        (["/lib/semtoken_hf/__main__.py", "benchmark"], "semtoken benchmark"),
     ],
 )
 def test_a_command_is_what_one_types(argv, command):

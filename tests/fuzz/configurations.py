@@ -179,8 +179,6 @@ def invalid(case: Case) -> tuple[str, ...]:
         bad.append("encoder_overlap")
     if values["encoder_window"] > longest:
         bad.append("encoder_window")
-    if values["query_weight"] and values["segmentation_mode"] not in ("greedy", "sentence"):
-        bad.append("query_weight")
     every, tau = values["recompress_every"], values["similarity_threshold"]
     if every is not None and every + values["keep_last"] < values["min_prompt_length"]:
         bad.append("recompress_every")

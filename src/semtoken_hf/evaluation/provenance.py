@@ -45,8 +45,8 @@ def command_line(argv: list[str]) -> str:
     """What was run, as one types it: without the folders of this machine."""
     program = Path(argv[0])
     start = f"python scripts/{program.name}" if program.suffix == ".py" else program.name
-    if program.name == "__main__.py":
-        start = f"python -m {program.parent.name}"
+    if program.name == "__main__.py":  # the same as the console script
+        start = "semtoken"
     arguments = shlex.join(map(without_folder, argv[1:]))
     return f"{start} {arguments}".rstrip()
 
