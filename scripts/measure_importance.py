@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import semtoken_hf  # noqa: F401 (registers the classes)
+from semtoken_hf.evaluation.continuation import score_target
+from semtoken_hf.evaluation.methods.selection import FullContext, Selection, Truncation
+from semtoken_hf.evaluation.prompts import Prompt
 from semtoken_hf.evaluation.provenance import publish_report
-from semtoken_hf.evaluation.texts import add_text_arguments, load_windows
+from semtoken_hf.evaluation.texts import add_text_arguments, load_windows, window_prompt
 from semtoken_hf.sentence_selection import find_sentences
 from semtoken_hf.token_layout import build_layout
 
@@ -68,58 +70,53 @@ def attention_scores(model: Any, window: Tensor, context: int) -> dict[str, Tens
     return collector.scores
 
 
-def loss_of(model: Any, window: Tensor, context: int, kept: Tensor) -> float:
-    """Mean loss in nats of the target behind the `kept` context tokens (bool [context]) at their own places."""
-    index = torch.cat([kept.nonzero()[:, 0], torch.arange(context, len(window))])
-    target = window[context:]
-    logits = model(
-        window[index][None],
-        position_ids=index[None],
-        attention_mask=torch.ones(1, len(index), dtype=torch.long),
-        compression=False,
-        use_cache=False,
-        logits_to_keep=len(target) + 1,
-    ).logits[0, :-1]
-    return F.cross_entropy(logits.float(), target).item()
+@dataclass
+class BySentence(Selection):
+    """Whole sentences of the context by their mean score, the `latest` tokens in any case.
+
+    Attributes:
+        scores: float32 [context].
+        latest: tokens.
+    """
+
+    scores: Tensor = field(default_factory=lambda: torch.zeros(0))
+    latest: int = 0
+
+    def choose(self, model: Any, prompt: Prompt, free: Tensor, count: int) -> Tensor:
+        everything = torch.ones_like(prompt.ids, dtype=torch.bool)[None]
+        layout = build_layout(everything, ~everything, ~everything, 0, 0, 0).trim(prompt.length, 1)
+        ends = torch.tensor(model.config.text_markers["sentence_ends"])
+        sentence = find_sentences(torch.isin(prompt.ids, ends), layout)
+        totals = torch.zeros(int(sentence[-1]) + 1).index_add_(0, sentence, self.scores)
+        order = (totals / sentence.bincount())[sentence]
+        order[len(order) - self.latest :] = math.inf
+        return free[order[free].argsort(descending=True, stable=True)[:count]]
 
 
-def keep_best(scores: Tensor, sentence: Tensor, slots: int, latest: int, first: int) -> Tensor:
-    """bool [context]: the first tokens, the `latest`, then sentences by their mean score until the slots are spent."""
-    ones = torch.ones_like(scores)
-    totals = torch.zeros(int(sentence[-1]) + 1).index_add_(0, sentence, scores)
-    means = totals / torch.zeros_like(totals).index_add_(0, sentence, ones)
-    order = means[sentence]
-    order[:first] = order[len(order) - latest :] = math.inf
-    kept = torch.zeros_like(sentence, dtype=torch.bool)
-    kept[order.argsort(descending=True, stable=True)[:slots]] = True
-    return kept
-
-
-def choose(name: str, scores: dict[str, Tensor], sentence: Tensor, slots: int, config: Any) -> Tensor:
-    """What one of CHOICES keeps: bool [context]."""
-    place = torch.arange(len(sentence))
+def method_of(name: str, scores: dict[str, Tensor], slots: int) -> Selection:
+    """How one of CHOICES reads a window with these attention scores."""
     if name == "latest":
-        return (place < config.keep_first) | (place >= len(place) - (slots - config.keep_first))
-    latest = slots // 2 if name.endswith("latest") else config.keep_last
-    return keep_best(scores[name.split(",")[0]], sentence, slots, latest, config.keep_first)
+        return Truncation(CHOICES[name])
+    latest = slots // 2 if name.endswith("latest") else 0
+    return BySentence(CHOICES[name], scores=scores[name.split(",")[0]], latest=latest)
 
 
 @torch.no_grad()
 def measure(model: Any, rows: Tensor, context: int, ratios: list[float]) -> dict[str, list[float]]:
-    """Losses of every window, by choice and ratio."""
+    """Mean losses in nats of every window's target, by choice and ratio."""
     losses: dict[str, list[float]] = {}
-    flags: Callable[[], Tensor] = lambda: torch.zeros(1, context, dtype=torch.bool)  # noqa: E731
-    layout = build_layout(~flags(), flags(), flags(), 0, 0, 0)
-    layout = layout.trim(context, 1)
-    ends = torch.tensor(model.config.text_markers["sentence_ends"])
-    for window in tqdm(rows, desc="window"):
-        scores = attention_scores(model, window, context)
-        sentence = find_sentences(torch.isin(window[:context], ends), layout)
-        losses.setdefault("full", []).append(loss_of(model, window, context, ~flags()[0]))
+
+    def read(name: str, method: Selection, prompt: Prompt, slots: int) -> None:
+        nats = score_target(model, method.read(model, prompt, slots), prompt.target)
+        losses.setdefault(name, []).append(float(nats.mean()))
+
+    for number, window in enumerate(tqdm(rows, desc="window")):
+        scores, prompt = attention_scores(model, window, context), window_prompt(number, window, context)
+        read("full", FullContext("full"), prompt, context)
         for ratio in ratios:
+            slots = prompt.budget(ratio)
             for name in CHOICES:
-                kept = choose(name, scores, sentence, math.ceil(context / ratio), model.config)
-                losses.setdefault(f"{name} {ratio:g}", []).append(loss_of(model, window, context, kept))
+                read(f"{name} {ratio:g}", method_of(name, scores, slots), prompt, slots)
     return losses
 
 
