@@ -38,8 +38,7 @@ def find_sentences(ends: Tensor, layout: TokenLayout) -> Tensor:
 
 def rank_tokens(relevance: Tensor, layout: TokenLayout) -> Tensor:
     """Order in which tokens are kept, int64 [N]: by stretch, then by falling relevance, the later one first."""
-    order = len(relevance) - 1 - relevance.flip(0).argsort(descending=True, stable=True)
-    order = order[layout.stretch[order].argsort(stable=True)]
+    order = _by_stretch(len(relevance) - 1 - relevance.flip(0).argsort(descending=True, stable=True), layout)
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
@@ -57,10 +56,14 @@ def selected_starts(rank: Tensor, forced: Tensor, layout: TokenLayout, budget: T
     """
     wanted = rank.clone()
     wanted[1:] = wanted[1:].minimum(rank[:-1])
-    order = wanted.where(~forced, -1).argsort(stable=True)
-    order = order[layout.stretch[order].argsort(stable=True)]
+    order = _by_stretch(wanted.where(~forced, -1).argsort(stable=True), layout)
     number = torch.arange(len(order), device=order.device) - layout.starts[layout.stretch[order]]
     return forced | torch.zeros_like(forced).scatter_(0, order, number < budget[layout.stretch[order]])
+
+
+def _by_stretch(order: Tensor, layout: TokenLayout) -> Tensor:
+    """`order` int64 [N] of tokens with those of a stretch together."""
+    return order[layout.stretch[order].argsort(stable=True)]
 
 
 def sentence_relevance(
@@ -101,8 +104,7 @@ def exact_match(input_ids: Tensor, sentence: Tensor, layout: TokenLayout, query:
         float64 [N]. The question's own tokens match nothing.
     """
     # By stretch and token; within, as they stand, so by sentence.
-    order = input_ids.argsort(stable=True)
-    order = order[layout.stretch[order].argsort(stable=True)]
+    order = _by_stretch(input_ids.argsort(stable=True), layout)
     new_token, new_sentence = torch.ones_like(query), torch.ones_like(query)
     new_token[1:] = input_ids[order].diff().bool() | layout.stretch[order].diff().bool()
     new_sentence[1:] = new_token[1:] | sentence[order].diff().bool()

@@ -12,7 +12,7 @@ from .configuration_semtoken import base_merge_mode
 from .granularity import candidate_starts, span_entropy
 from .sentence_selection import find_sentences, first_tokens
 from .span_clustering import Spans, row_products
-from .span_planner import SpanPlan, always_protected, granularity_of, last_valid_token, read_text
+from .span_planner import SpanPlan, always_protected, granularity_of, is_marker, last_valid_token
 from .token_layout import on_device
 
 # Why a token shares a slot or not; `SpanDetails.reason` holds places in here.
@@ -108,8 +108,8 @@ def describe_plan(
             # The budget splits candidates: there are no more of them than slots.
             candidates = Spans.from_starts(candidate_starts(plan.fingerprints, layout, granularity), len(plan.spans))
         elif granularity.segmentation_mode == "sentence":
-            text = read_text(config, input_ids.flatten()[layout.token_index], None, layout)
-            sentence = find_sentences(text.ends_sentence, layout)
+            ends = is_marker(config, input_ids.flatten()[layout.token_index], "sentence_ends")
+            sentence = find_sentences(ends, layout)
             candidates = Spans.from_starts(first_tokens(sentence), len(place))
     entropy, similarity = _entropy_and_similarity(plan.fingerprints, candidates, place)
     valid = plan.span_ids >= 0

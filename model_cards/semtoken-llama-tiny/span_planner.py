@@ -201,16 +201,18 @@ def _lay_out(
 def read_text(config: Any, ids: Tensor, query_mask: Tensor | None, layout: TokenLayout) -> Text:
     """What the sentence mode reads of a trimmed stream of the ids [N]; `query_mask` bool [B, T] or None."""
     markers = config.text_markers or {}
-
-    def marked(name: str) -> Tensor:
-        return torch.isin(ids, on_device(markers.get(name) or [], ids.device))
-
     opening, query = markers.get("turn_opening") or [], None
     if query_mask is not None:
         query = query_mask.flatten()[layout.token_index]
     elif opening:
-        query = find_question(ids, marked("line_breaks"), opening, markers.get("turn_ending") or [], layout)
-    return Text(ids, marked("sentence_ends"), query)
+        breaks, ending = is_marker(config, ids, "line_breaks"), markers.get("turn_ending") or []
+        query = find_question(ids, breaks, opening, ending, layout)
+    return Text(ids, is_marker(config, ids, "sentence_ends"), query)
+
+
+def is_marker(config: Any, ids: Tensor, name: str) -> Tensor:
+    """Which of the ids [N] `config.text_markers` lists under `name`: bool [N]."""
+    return torch.isin(ids, on_device((config.text_markers or {}).get(name) or [], ids.device))
 
 
 def _starts_without_encoder(
@@ -286,4 +288,4 @@ def _finish_plan(
     )
 
 
-__all__ = ["SpanPlan", "last_valid_token", "needs_encoder", "plan_spans", "read_text"]
+__all__ = ["SpanPlan", "is_marker", "last_valid_token", "needs_encoder", "plan_spans", "read_text"]

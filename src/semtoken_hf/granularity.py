@@ -132,8 +132,9 @@ def find_span_starts(
 def _keep_sentences(text: Text, fingerprints: Tensor, layout: TokenLayout, granularity: Granularity) -> Tensor:
     """The sentence mode: the question itself, then relevance to it and, among equals, what stands later."""
     sentence = find_sentences(text.ends_sentence, layout)
-    place = (sentence - sentence[layout.starts[layout.stretch]] + 1).double()
-    worth = place / place[layout.starts[layout.stretch] + layout.lengths[layout.stretch] - 1]
+    last = layout.starts + layout.lengths - 1
+    place = (sentence - sentence[layout.starts][layout.stretch] + 1).double()
+    worth = place / place[last][layout.stretch]
     if granularity.query_weight and text.query is not None:
         relevance = sentence_relevance(text.input_ids, fingerprints, sentence, layout, text.query)
         worth = (worth + granularity.query_weight * relevance).where(~text.query, math.inf)

@@ -31,8 +31,6 @@ def find_question(
     Returns:
         bool [N].
     """
-    if not turn_opening:
-        return torch.zeros_like(ends_line)
     stretch, place = layout.stretch, torch.arange(len(input_ids), device=input_ids.device)
     ends = layout.starts + layout.lengths
     opens = _begins(input_ids, turn_opening, ends[stretch])

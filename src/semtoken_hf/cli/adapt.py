@@ -19,15 +19,8 @@ PANELS = {
     "Packed rows": ("objective", "sequence_length", "chunk_length", "span_lengths", "instructions"),
     "Contexts": ("context_length", "min_context_length", "target_length", "ratios", "uncompressed_share"),
     "Training": (
-        *(
-            "lora_rank",
-            "lora_alpha",
-            "merger_learning_rate",
-            "merger_only_share",
-            "cross_entropy_weight",
-            "model_dtype",
-        ),
-        *("evaluation_windows", "count_flops"),
+        *("lora_rank", "lora_alpha", "merger_learning_rate", "merger_only_share"),
+        *("cross_entropy_weight", "model_dtype", "evaluation_windows", "count_flops"),
     ),
     "Auxiliary tasks": ("tasks", "task_weight", "task_rate", "task_power", "switch_at"),
 }

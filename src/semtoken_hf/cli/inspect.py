@@ -74,10 +74,8 @@ def inspect(
         if (text is None) == (text_file is None):
             fail("give the text once: as a file, as - for standard input, or with --text", USAGE)
         logging.set_verbosity_error()
-        planner, tokenizer = (
-            SpanPlanner.from_pretrained(checkpoint, given),
-            load_tokenizer(checkpoint, trust_remote_code),
-        )
+        planner = SpanPlanner.from_pretrained(checkpoint, given)
+        tokenizer = load_tokenizer(checkpoint, trust_remote_code)
         inputs = encode(tokenizer, read_prompt(text, text_file), question, chat)
         ratios = sorted(set(target_ratio)) if target_ratio else default_ratios(planner.config)
         shown = ratios.index(target_ratio[0] if target_ratio else planner.config.target_ratio)

@@ -16,6 +16,9 @@ from torch.utils.data import SequentialSampler
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import Trainer, get_scheduler
 
+from ..evaluation.continuation import score_target
+from ..evaluation.methods import METHODS
+from ..evaluation.texts import window_prompt
 from .adaptation_arguments import AdaptationArguments
 from .adaptation_curve import write_curve
 from .distillation import DistillationModel, kl_divergence
@@ -180,20 +183,13 @@ class AdaptationTrainer(Trainer):
             full = module.teacher(**call, compression=False).logits[0, :-1]
             read = module.student(**call, target_ratio=self.target_ratio).logits[0, :-1]
             scores = {"kl": kl_divergence(read, full)}
-            named = {"full": full, "compressed": read, "truncated": self._truncated(module.teacher, window, call)}
+            prompt = window_prompt(0, window[0], window.shape[1] - len(targets))
+            truncated = METHODS["truncation"].read(module.teacher, prompt, prompt.budget(self.target_ratio))
+            scores["truncated"] = score_target(module.teacher, truncated, targets).mean()
+            named = {"full": full, "compressed": read}
             if has_teacher:
                 named["uncompressed"] = module.student(**call, compression=False).logits[0, :-1]
         return scores | {n: torch.nn.functional.cross_entropy(x.float(), targets) for n, x in named.items()}
-
-    def _truncated(self, teacher: Any, window: Tensor, call: dict[str, Any]) -> Tensor:
-        """Logits [T, V] behind the first tokens and the last of the context, as many as the slots that it would get."""
-        context, first = window.shape[1] - self.arguments.target_length, teacher.config.keep_first
-        budget = math.ceil(context / self.target_ratio)
-        place = torch.arange(window.shape[1], device=window.device)
-        kept = place[(place < first) | (place >= context - (budget - first))][None]
-        call = {**call, "input_ids": window[:, kept[0]], "position_ids": kept}
-        # Explicit: without a mask, gapped positions would be read as packed sequences.
-        return teacher(**call, attention_mask=torch.ones_like(kept), compression=False).logits[0, :-1]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """What was trained, and nothing that the converted folder holds already."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,11 +79,8 @@ class DistillationModel(nn.Module):
         with_tasks = compression and task_weight > 0
         call = {"input_ids": input_ids, "logits_to_keep": target_length + 1, "use_cache": False}
         call["output_hidden_states"] = with_tasks
-        self.teacher.to(input_ids.device)
-        training = self.teacher.training
-        with torch.no_grad():  # and without dropout, where the student teaches itself
-            taught = self.teacher.eval()(**call, compression=False)
-        self.teacher.train(training)
+        with self.teaching(input_ids.device) as teacher:
+            taught = teacher(**call, compression=False)
         read = self.student(**call, compression=compression, target_ratio=target_ratio)
         logits = read.logits[:, :-1]
         losses = {"kl": kl_divergence_by_row(logits, taught.logits[:, :-1])}
@@ -93,6 +92,21 @@ class DistillationModel(nn.Module):
         if with_tasks and (tasks := self._task_losses(read, taught, input_ids)):
             losses |= tasks
             loss = loss + task_weight * sum(tasks.values())
+        return self.outcome(loss, losses)
+
+    @contextmanager
+    def teaching(self, device: torch.device) -> Iterator[Any]:
+        """The teacher on `device`, without gradients, and without dropout where the student teaches itself."""
+        teacher = self.teacher.to(device)
+        training = teacher.training
+        try:
+            with torch.no_grad():
+                yield teacher.eval()
+        finally:
+            teacher.train(training)
+
+    def outcome(self, loss: Tensor, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`loss` with a gradient, and `losses` without."""
         if not loss.requires_grad:  # nothing merged, and what is trained acts on merged slots alone
             loss = loss + 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
         return {"loss": loss, **{name: value.detach() for name, value in losses.items()}}

@@ -125,7 +125,8 @@ class PackedDistillationModel(DistillationModel):
             `loss`, and detached `kl` and `cross_entropy` (where it counts), means over the n - c targets in nats.
         """
         length = input_ids.shape[1] // (span_lengths.shape[1] + 1)
-        taught = self._teach(input_ids)[:, length:]
+        with self.teaching(input_ids.device) as teacher:
+            taught = teacher.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, length:]
         if compression:
             read = packed_states(self.student, input_ids, span_lengths)
         else:
@@ -136,18 +137,7 @@ class PackedDistillationModel(DistillationModel):
         if self.cross_entropy_weight:
             losses["cross_entropy"] = self._cross_entropy(read[:, :-1], input_ids[:, length + 1 :])
             loss = loss + self.cross_entropy_weight * losses["cross_entropy"]
-        if not loss.requires_grad:  # nothing merged, and what is trained acts on merged slots alone
-            loss = loss + 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
-        return {"loss": loss, **{name: value.detach() for name, value in losses.items()}}
-
-    @torch.no_grad()
-    def _teach(self, input_ids: Tensor) -> Tensor:
-        """The teacher's last states [B, n, H], without dropout where the student teaches itself."""
-        teacher = self.teacher.to(input_ids.device)
-        training = teacher.training
-        states = teacher.eval().base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        teacher.train(training)
-        return states
+        return self.outcome(loss, losses)
 
     def _cross_entropy(self, states: Tensor, targets: Tensor) -> Tensor:
         logits = self.student.get_output_embeddings()(states)
