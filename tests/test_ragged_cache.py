@@ -142,7 +142,7 @@ def test_crop_over_what_was_left_out(models, batch):
         decode(model, cache, batch[0][:, -1:])
         mask = torch.nn.functional.pad(batch[1], (0, 4), value=1)
         mask[1, -3:] = 0
-        cache.leave_out(mask)
+        cache.drop_masked(mask)
         cache.crop(-2)
     assert caches[0].ragged_rows.lengths == [42, 19, 12]
     assert_goes_on_alike(models, caches)

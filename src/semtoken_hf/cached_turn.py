@@ -31,15 +31,15 @@ def mask_of_turn(mask: Tensor | None, input_ids: Tensor, cache: Any) -> Tensor |
     return mask[:, -tokens:]
 
 
-def heed_mask_of_past(mask: Tensor | None, columns: Tensor | None, cache: Any) -> None:
-    """Let a cache leave out what the mask of a new turn hides of earlier ones; single steps of decoding have no say."""
+def apply_past_mask(mask: Tensor | None, columns: Tensor | None, cache: Any) -> None:
+    """Drop from a cache what the mask of a new turn hides of earlier ones; ignored when decoding."""
     if mask is None or columns is None or not tracks_slots(cache):
         return
     if getattr(mask, "ndim", 0) != 2 or columns.shape[1] == 1:
         return
     held = cache.get_seq_length()
     if held and mask.shape[1] == held + columns.shape[1]:
-        cache.leave_out(mask[:, :held])
+        cache.drop_masked(mask[:, :held])
 
 
 def counts_of_turn(cache: Any, tokens: Tensor, is_masked: bool) -> tuple[list[int], Tensor | None]:
@@ -81,4 +81,4 @@ def append_plain(
     return (cache.attention_mask if cache.is_compressed else attention_mask), position_ids
 
 
-__all__ = ["append_plain", "check_chunk_size", "counts_of_turn", "heed_mask_of_past", "mask_of_turn"]
+__all__ = ["append_plain", "apply_past_mask", "check_chunk_size", "counts_of_turn", "mask_of_turn"]

@@ -17,12 +17,12 @@ from transformers.utils import can_return_tuple
 from .adapter_semtoken import adapter_acts_on
 from .attention_semtoken import flash_attention_kwargs
 from .cache_semtoken import SemTokenCache, tracks_slots
-from .cached_turn import append_plain, check_chunk_size, counts_of_turn, heed_mask_of_past, mask_of_turn
+from .cached_turn import append_plain, apply_past_mask, check_chunk_size, counts_of_turn
 from .compression import CompressedPrompt
 from .learned_merger import LearnedMerger
 from .logging_semtoken import get_logger, log_prefill
 from .paged_semtoken import step_of_call
-from .pretrained_semtoken import SemTokenPreTrainedMixin
+from .pretrained_semtoken import PlainTuple, SemTokenPreTrainedMixin
 from .ragged_cache_semtoken import ranges
 from .ragged_modeling_semtoken import SemTokenRaggedMixin
 from .semantic_encoder import SemanticEncoder
@@ -31,14 +31,15 @@ logger = get_logger(__name__)
 
 
 @dataclass
-class SemTokenModelOutputWithPast(BaseModelOutputWithPast):
-    """`BaseModelOutputWithPast` over slots.
+class SemTokenModelOutputWithPast(PlainTuple, BaseModelOutputWithPast):
+    """`BaseModelOutputWithPast`, over slots where tokens merged; as a tuple, exactly that.
 
     Args:
         span_ids: int64 [B, T], slot of every token, -1 for padding; None where nothing merged.
         compressed_lengths: int64 [B], slots of each row; None where nothing merged.
     """
 
+    cross_attentions: Any = None  # of GPT-2, whose head looks for it
     span_ids: Tensor | None = None
     compressed_lengths: Tensor | None = None
 
@@ -61,7 +62,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        compression: bool = False,
+        compression: bool | None = None,
         target_ratio: float | None = None,
         span_ids: Tensor | None = None,
         protected_mask: Tensor | None = None,
@@ -69,31 +70,45 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         query_weight: float | None = None,
         read_mask: Tensor | None = None,
         prefill_chunk_size: int | None = None,
-        states_to_keep: int = 0,
+        slot_reading: Any = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """The family's forward over every token, or with `compression=True` over the slots of `compress`.
+    ) -> SemTokenModelOutputWithPast:
+        """The family's forward, over the slots of `compress` where tokens may merge.
 
         Args:
-            compression: True merges the tokens that `read_mask` and the protections leave free.
+            compression: False is exactly the plain model; None takes the configuration's.
             target_ratio, span_ids, protected_mask, query_mask, query_weight, read_mask: as in `compress`.
             prefill_chunk_size: run the layers over this many columns at a time, to bound the working memory.
-            states_to_keep: the last columns that the caller reads; states of chunks before them are let go. 0: all.
+            slot_reading: what the head reads of a prompt that it has compressed (see `read_positions.py`).
 
         Returns:
-            `last_hidden_state` [B, T, H] and no `span_ids` where nothing merged; else [B, M, H] over the slots. With
-            `states_to_keep` and chunks, only the last columns of that.
+            `last_hidden_state` [B, T, H] and no `span_ids` where nothing merged; else [B, M, H] over the slots, or what
+            `slot_reading` makes of them.
 
         Raises:
             ValueError: an argument has the wrong shape or values.
         """
+        call = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            **kwargs,
+        }
+        layers: dict[str, Any] = {**kwargs, "use_cache": use_cache, "chunk_size": prefill_chunk_size}
+        layers.pop("shift_labels", None)  # of the head's loss
+        if slot_reading is not None:
+            outputs = self._forward_slots(slot_reading.prompt, past_key_values, slot_reading.last_columns, **layers)
+            outputs.last_hidden_state = slot_reading.states(outputs.last_hidden_state)
+            return outputs
         check_chunk_size(prefill_chunk_size)
-        heed_mask_of_past(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
+        apply_past_mask(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
         prompt = None
-        if compression and input_ids is not None:
+        if self._wants_compression(compression, target_ratio, query_weight) and self._is_compressible(call):
             prompt = self.compress(
-                input_ids,
-                mask_of_turn(attention_mask, input_ids, past_key_values),
+                call["input_ids"],
+                attention_mask,
                 span_ids,
                 target_ratio,
                 protected_mask,
@@ -105,19 +120,9 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 details=False,
             )
             if prompt.is_merged:
-                return self._forward_slots(
-                    prompt, past_key_values, use_cache, prefill_chunk_size, states_to_keep, **kwargs
-                )
+                return self._forward_slots(prompt, past_key_values, 0, **layers)
         outputs = self._forward_tokens(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            prefill_chunk_size,
-            states_to_keep,
-            **kwargs,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **layers
         )
         if prompt is not None:
             log_prefill(prompt, outputs.past_key_values)
@@ -132,9 +137,8 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         inputs_embeds: Tensor | None,
         use_cache: bool | None,
         chunk_size: int | None,
-        states_to_keep: int,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> SemTokenModelOutputWithPast:
         """The family's forward over every token, behind slots where the cache holds some."""
         adapted: Tensor | bool = False
         if (step := step_of_call(kwargs)) is not None and not step.is_plain:
@@ -157,31 +161,22 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 counts, index = counts_of_turn(past_key_values, tokens, is_masked)
                 gate = self._rows_of_adapter(past_key_values)
                 turn = name, columns, position_ids, past_key_values, counts, index
-                return self._run_ragged(*turn, use_cache, chunk_size, states_to_keep, gate, **kwargs)
+                return _own_output(self._run_ragged(*turn, use_cache, chunk_size, 0, gate, **kwargs))
         has_gaps = tracks_slots(past_key_values) and past_key_values.is_compressed
         with adapter_acts_on(self._rows_of_adapter(past_key_values) if has_gaps else adapted):
-            return self._run_layers(
-                name,
-                columns,
-                attention_mask,
-                position_ids,
-                past_key_values,
-                use_cache,
-                chunk_size,
-                states_to_keep,
-                has_gaps,
-                **kwargs,
-            )
+            turn = name, columns, attention_mask, position_ids, past_key_values
+            return _own_output(self._run_layers(*turn, use_cache, chunk_size, 0, has_gaps, **kwargs))
 
     def _forward_slots(
         self,
         prompt: CompressedPrompt,
         past_key_values: Any,
+        last_columns: int,
         use_cache: bool | None,
         chunk_size: int | None,
-        states_to_keep: int,
         **kwargs: Any,
     ) -> SemTokenModelOutputWithPast:
+        """The family's forward over slots; states of chunks before the `last_columns` are freed, unless that is 0."""
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if past_key_values is None and use_cache and not (self.training and self.is_gradient_checkpointing):
             past_key_values = SemTokenCache(config=self.config)
@@ -204,14 +199,14 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             starts = [(row + 1) * width - count for row, count in enumerate(counts)]
             index = ranges(starts, counts, prompt.position_ids.device) if prompt.is_padded else None
             packed = "inputs_embeds", prompt.inputs_embeds, prompt.position_ids, past_key_values, counts, index
-            outputs = self._run_ragged(*packed, use_cache, chunk_size, states_to_keep, gate, **kwargs)
+            outputs = self._run_ragged(*packed, use_cache, chunk_size, last_columns, gate, **kwargs)
         else:
             columns, positions = prompt.inputs_embeds, prompt.position_ids
             with adapter_acts_on(gate):
                 turn = "inputs_embeds", columns, mask, positions, past_key_values
-                outputs = self._run_layers(*turn, use_cache, chunk_size, states_to_keep, True, **kwargs)
+                outputs = self._run_layers(*turn, use_cache, chunk_size, last_columns, True, **kwargs)
         log_prefill(prompt, past_key_values)
-        return SemTokenModelOutputWithPast(**outputs, span_ids=prompt.span_ids, compressed_lengths=prompt.kept_lengths)
+        return _own_output(outputs, prompt)
 
     def _rows_of_adapter(self, cache: Any, prompt: CompressedPrompt | None = None) -> Tensor | None:
         """bool [B], rows with merged slots, on which an adapter acts; None where there is no adapter."""
@@ -230,7 +225,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         past_key_values: Any,
         use_cache: bool | None,
         chunk_size: int | None,
-        states_to_keep: int,
+        last_columns: int,
         has_gaps: bool,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -257,11 +252,18 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 use_cache=use_cache,
                 **{**kwargs, "return_dict": True},
             )
-            if not states_to_keep or end > length - states_to_keep:
+            if not last_columns or end > length - last_columns:
                 states.append(outputs.last_hidden_state)
         if len(states) > 1:
             outputs.last_hidden_state = torch.cat(states, dim=1)
         return outputs
+
+
+def _own_output(outputs: Any, prompt: CompressedPrompt | None = None) -> SemTokenModelOutputWithPast:
+    """The family's output, and what became of the prompt."""
+    if prompt is None:
+        return SemTokenModelOutputWithPast(**outputs)
+    return SemTokenModelOutputWithPast(**outputs, span_ids=prompt.span_ids, compressed_lengths=prompt.kept_lengths)
 
 
 __all__ = ["SemTokenModelMixin", "SemTokenModelOutputWithPast"]

@@ -1,6 +1,5 @@
 """SemToken on GPTNeoX: the difference from `GPTNeoXModel` and `GPTNeoXForCausalLM`, nothing else."""
 
-from torch import nn
 from transformers import GenerationMixin, GPTNeoXForCausalLM, GPTNeoXModel
 
 from .causal_lm_semtoken import SemTokenForCausalLMMixin
@@ -13,7 +12,6 @@ class SemTokenGPTNeoXModel(SemTokenModelMixin, GPTNeoXModel):
 
     config: SemTokenGPTNeoXConfig
     config_class = SemTokenGPTNeoXConfig
-    _no_split_modules = ["GPTNeoXLayer", "SemanticEncoder"]
 
 
 class SemTokenGPTNeoXForCausalLM(SemTokenForCausalLMMixin, GPTNeoXForCausalLM, GenerationMixin):
@@ -21,14 +19,7 @@ class SemTokenGPTNeoXForCausalLM(SemTokenForCausalLMMixin, GPTNeoXForCausalLM, G
 
     config: SemTokenGPTNeoXConfig
     config_class = SemTokenGPTNeoXConfig
-    _no_split_modules = ["GPTNeoXLayer", "SemanticEncoder"]
-
-    def __init__(self, config: SemTokenGPTNeoXConfig):
-        # Past GPTNeoXForCausalLM, which would build a plain GPTNeoXModel first.
-        super(GPTNeoXForCausalLM, self).__init__(config)
-        self.gpt_neox = SemTokenGPTNeoXModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    base_class = SemTokenGPTNeoXModel
 
 
 __all__ = ["SemTokenGPTNeoXForCausalLM", "SemTokenGPTNeoXModel"]

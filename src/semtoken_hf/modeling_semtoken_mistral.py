@@ -1,6 +1,5 @@
 """SemToken on Mistral: the difference from `MistralModel` and `MistralForCausalLM`, nothing else."""
 
-from torch import nn
 from transformers import GenerationMixin, MistralForCausalLM, MistralModel
 
 from .causal_lm_semtoken import SemTokenForCausalLMMixin
@@ -13,7 +12,6 @@ class SemTokenMistralModel(SemTokenModelMixin, MistralModel):
 
     config: SemTokenMistralConfig
     config_class = SemTokenMistralConfig
-    _no_split_modules = ["MistralDecoderLayer", "SemanticEncoder"]
 
 
 class SemTokenMistralForCausalLM(SemTokenForCausalLMMixin, MistralForCausalLM, GenerationMixin):
@@ -21,15 +19,7 @@ class SemTokenMistralForCausalLM(SemTokenForCausalLMMixin, MistralForCausalLM, G
 
     config: SemTokenMistralConfig
     config_class = SemTokenMistralConfig
-    _no_split_modules = ["MistralDecoderLayer", "SemanticEncoder"]
-
-    def __init__(self, config: SemTokenMistralConfig):
-        # Past MistralForCausalLM, which would build a plain MistralModel first.
-        super(MistralForCausalLM, self).__init__(config)
-        self.model = SemTokenMistralModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    base_class = SemTokenMistralModel
 
 
 __all__ = ["SemTokenMistralForCausalLM", "SemTokenMistralModel"]

@@ -52,7 +52,7 @@ class SemTokenRaggedMixin:
         index: Tensor | None,
         use_cache: bool | None,
         chunk_size: int | None,
-        states_to_keep: int,
+        last_columns: int,
         gate: Tensor | None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -65,7 +65,7 @@ class SemTokenRaggedMixin:
             counts: columns of each row that are no padding.
             index: int64 [N], those of all rows, in the flattened [B * Q]; None where no column is padding.
             chunk_size: run over this many slots a row at a time.
-            states_to_keep: of a single row without padding, the last columns whose states are read; 0: all of them.
+            last_columns: of a single row without padding, the last columns whose states are read; 0: all of them.
             gate: bool [B], rows on which the adapter acts, or None.
 
         Returns:
@@ -88,7 +88,7 @@ class SemTokenRaggedMixin:
             gate = None if gate is None else gate.to(index.device)[index]
         cache.ragged_rows.reserve(cache.layers, counts)
         chunk, states = (chunk_size or width) * rows, []
-        keeps_all = not states_to_keep or rows > 1 or index is not None
+        keeps_all = not last_columns or rows > 1 or index is not None
         for start in range(0, len(packed), chunk):
             part = slice(start, start + chunk)
             step = cache.ragged_rows.advance(_overlap(counts, part))
@@ -101,7 +101,7 @@ class SemTokenRaggedMixin:
                     use_cache=use_cache,
                     **{**kwargs, "return_dict": True, "ragged_attention": partial(attend_ragged, step=step)},
                 )
-            if keeps_all or part.stop > len(packed) - states_to_keep:
+            if keeps_all or part.stop > len(packed) - last_columns:
                 states.append(outputs.last_hidden_state)
         outputs.last_hidden_state = _lay_out(torch.cat(states, 1), index, rows, width)
         if outputs.hidden_states is not None and len(states) == 1:

@@ -1,21 +1,23 @@
 """The axes of the matrix of laws, said once: families x attention x position mode x merge mode x road.
 
-A model, its plain twin and what a road comes to are made once for each case; no test may change them.
+The shipped default on Llama meets every attention, position mode and road; the other families, merge modes and windows
+are spread over them pairwise. A model, its plain twin and what a road comes to are made once for each case; no test may
+change them.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.fixtures.tiny import FAMILIES, plain_twin, tiny_model
+from tests.fixtures.tiny import FAMILIES, WITH_WINDOWS, plain_twin, tiny_model
 
 from .roads import ROADS, Outcome
 
@@ -27,13 +29,21 @@ SLIDING: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 sliding": ("qwen3", {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1}),
 }
 FAMILY_FIELDS: dict[str, tuple[str, dict[str, Any]]] = {**{name: (name, {}) for name in FAMILIES}, **SLIDING}
-# The last one holds each row's slots alone; the windows of SLIDING it pads, as `sdpa` does.
-PADDED, VARLEN = ("eager", "sdpa"), "semtoken_varlen"
-ATTENTIONS = (*PADDED, VARLEN)
+OTHERS = [name for name in FAMILY_FIELDS if name != "llama"]
+VARLEN = "semtoken_varlen"
+# The last one holds each row's slots alone; windows it pads, as `sdpa` does.
+ATTENTIONS = ("eager", "sdpa", VARLEN)
 POSITIONS = ("original", "compact")
+# The modes that a checkpoint is converted with; some ids end a sentence.
+SHIPPED = {
+    "segmentation_mode": "sentence",
+    "merge_mode": "representative",
+    "max_span_length": 256,
+    "text_markers": {"sentence_ends": list(range(3, 30))},
+}
 MERGES: dict[str, dict[str, Any]] = {
-    "mean": {},
-    "representative": {"merge_mode": "representative"},
+    "representative": {},
+    "mean": {"merge_mode": "mean"},
     "learned": {"merge_mode": "learned", "merger_base": "mean", "merger_rank": 8},
 }
 RATIO = 2.4
@@ -46,7 +56,7 @@ class Case:
     family: str
     attention: str = "sdpa"
     positions: str = "original"
-    merge: str = "mean"
+    merge: str = "representative"
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
@@ -54,51 +64,65 @@ class Case:
 
     @property
     def is_sliding(self) -> bool:
-        return self.family in SLIDING
+        return self.family in WITH_WINDOWS
 
     @property
     def is_ragged(self) -> bool:
         return self.attention == VARLEN and not self.is_sliding
 
 
+def case_of(family: str, attention: str = "sdpa", positions: str = "original", **axes: Any) -> Case:
+    """A case in modes that its family knows: GPT-2 counts positions, and SDPA has no soft cap."""
+    attention = "eager" if family == "gemma2" else attention
+    return Case(family, attention, "compact" if family == "gpt2" else positions, **axes)
+
+
+def other_cases() -> Iterator[Case]:
+    """Families beside Llama without an end, every attention, position mode and merge mode among them."""
+    axes = itertools.cycle(itertools.product(ATTENTIONS, POSITIONS, MERGES))
+    for family in itertools.cycle(OTHERS):
+        attention, positions, merge = next(axes)
+        yield case_of(family, attention, positions, merge=merge)
+
+
 def every_case() -> list[Case]:
-    """The full product; how slots were merged cannot matter to what a window forgets, nor to how rows lie."""
-    full = itertools.product(FAMILIES, PADDED, POSITIONS, MERGES)
-    spread = [case for case in spread_cases() if case.attention == VARLEN]
-    return [Case(*axes) for axes in [*full, *itertools.product(SLIDING, PADDED, POSITIONS, ["mean"])]] + spread
+    """For what sees how slots were merged."""
+    llama = [Case("llama", *axes) for axes in itertools.product(ATTENTIONS, POSITIONS, MERGES)]
+    return llama + list(itertools.islice(other_cases(), 2 * len(OTHERS)))
 
 
 def spread_cases() -> list[Case]:
-    """Families x attention x positions, the merge modes spread over them: for what only sees finished slots."""
+    """For what sees finished slots alone."""
     merges = itertools.cycle(MERGES)
-    windows = [Case(*axes) for axes in itertools.product(SLIDING, PADDED, POSITIONS)]
-    cases = [Case(*axes, merge=next(merges)) for axes in itertools.product(FAMILIES, PADDED, POSITIONS)]
-    ragged = [Case(*axes, merge=next(merges)) for axes in itertools.product(FAMILIES, [VARLEN], POSITIONS)]
-    return cases + windows + ragged
+    llama = [Case("llama", *axes, next(merges)) for axes in itertools.product(ATTENTIONS, POSITIONS)]
+    return llama + list(itertools.islice(other_cases(), len(OTHERS)))
 
 
-def cells(roads: Iterable[str], attentions: Iterable[str]) -> list[Any]:
-    """`pytest.param(case, road)`: every case where merging is at stake, the spread ones where decoding is."""
-    return [
-        pytest.param(case, name, id=f"{case}-{name}")
-        for name in roads
-        for case in (spread_cases() if ROADS[name].is_decoding else every_case())
-        if case.attention in attentions
-    ]
+def cells(roads: Iterable[str], everything: bool = False) -> list[Any]:
+    """`pytest.param(case, road)`: every road on Llama, with `everything` in all its cases, and every other family on a
+    third of the roads, in turn."""
+    chosen, others, roads = [], other_cases(), list(roads)
+    for number, name in enumerate(roads):
+        cases = spread_cases() if ROADS[name].is_decoding else every_case()
+        llama = [case for case in cases if case.family == "llama"]
+        chosen += [(case, name) for case in (llama if everything else [llama[number % len(llama)]])]
+        turn = [next(others) for _ in OTHERS]
+        chosen += [(case, name) for place, case in enumerate(turn) if (place + number) % 3 == 0]
+    return [pytest.param(case, name, id=f"{case}-{name}") for case, name in chosen]
 
 
 def each_case(cases: Iterable[Case]) -> Any:
     return pytest.mark.parametrize("case", list(cases), ids=str)
 
 
-def each_cell(roads: Iterable[str], attentions: Iterable[str] = ATTENTIONS) -> Any:
-    return pytest.mark.parametrize(("case", "road"), cells(roads, attentions))
+def each_cell(roads: Iterable[str], everything: bool = False) -> Any:
+    return pytest.mark.parametrize(("case", "road"), cells(roads, everything))
 
 
 @functools.cache
 def weights_of(family: str) -> dict[str, Tensor]:
     """One set of weights for a family and its variants, a merger that is not its base included."""
-    model = tiny_model(family=family, **MERGES["learned"])
+    model = tiny_model(family=family, **{**SHIPPED, **MERGES["learned"]})
     merger = model.base_model.learned_merger
     torch.nn.init.normal_(merger.out_proj, std=0.3, generator=torch.Generator().manual_seed(1))
     torch.nn.init.normal_(merger.length_vectors, std=0.5, generator=torch.Generator().manual_seed(2))
@@ -109,7 +133,7 @@ def build(case: Case, **fields: Any) -> Any:
     """A new model, for tests that change it."""
     family, variant = FAMILY_FIELDS[case.family]
     given = {"attn_implementation": case.attention, "position_mode": case.positions, "target_ratio": RATIO}
-    model = tiny_model(family=family, **{**given, **MERGES[case.merge], **variant, **fields})
+    model = tiny_model(family=family, **{**SHIPPED, **given, **MERGES[case.merge], **variant, **fields})
     mine = model.state_dict().keys()
     model.load_state_dict({name: value for name, value in weights_of(family).items() if name in mine})
     return model.to(case.dtype)
@@ -123,7 +147,7 @@ def model_of(case: Case) -> Any:
 @functools.cache
 def plain_of(case: Case) -> Any:
     """The plain twin, one for all modes; that of SDPA where rows of different lengths would have to be exactly it."""
-    modes = Case(case.family, "sdpa" if case.attention == VARLEN else case.attention, dtype=case.dtype)
+    modes = case_of(case.family, "sdpa" if case.attention == VARLEN else case.attention, dtype=case.dtype)
     return plain_twin(model_of(case)) if case == modes else plain_of(modes)
 
 
@@ -136,7 +160,7 @@ def outcome_of(case: Case, road: str) -> Outcome:
 @functools.cache
 def plain_outcome(case: Case, road: str) -> Outcome:
     """What the plain twin comes to on the same batch."""
-    case = replace(case, positions="original", merge="mean")
+    case = case_of(case.family, case.attention, dtype=case.dtype)
     return ROADS[road].run(plain_of(case), *ROADS[road].batch())
 
 

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import modeling_utils
 
 from tests.fixtures.logs import warnings_of
-from tests.fixtures.tiny import FAMILIES, LLAMA, ragged_prompts
+from tests.fixtures.tiny import LLAMA, ragged_prompts, tiny_model
 
 from .cases import (
-    ATTENTIONS,
-    FAMILY_FIELDS,
-    MERGES,
-    POSITIONS,
+    OTHERS,
     Case,
     assert_identical,
     build,
+    case_of,
+    each_cell,
     model_of,
+    other_cases,
     plain_of,
     plain_outcome,
+    spread_cases,
 )
 from .roads import ROADS
 
@@ -38,6 +40,7 @@ NEEDS_2D_INDEX = pytest.mark.skipif(
     not hasattr(modeling_utils, "slice_logits_to_keep"), reason="this Transformers knows no 2D `logits_to_keep`"
 )
 LENGTHS = (40, 23)
+BASES = [(family, "sdpa", torch.bfloat16) for family in OTHERS]
 BACKENDS = [("eager", torch.float32), ("sdpa", torch.float32), ("eager", torch.bfloat16), ("sdpa", torch.bfloat16)]
 
 
@@ -47,16 +50,16 @@ def off_model(case, off):
 
 
 def off_cells():
-    """Every family and attention with the argument; every family in bfloat16, and with two of the other switches. Modes
-    are spread over them, since nothing merges and no column moves, and no layer sees how the switch was thrown."""
-    modes, backends = itertools.cycle(itertools.product(POSITIONS, MERGES)), itertools.cycle(ATTENTIONS)
-    half = [(family, next(backends), torch.bfloat16, "argument") for family in FAMILIES]
-    switches = itertools.cycle(off for off in OFF if off != "argument")
-    others = [(family, next(backends), torch.float32, next(switches)) for family in FAMILIES for _ in range(2)]
-    whole = itertools.product(FAMILY_FIELDS, ATTENTIONS, [torch.float32], ["argument"])
-    for family, attention, dtype, off in [*whole, *half, *others]:
-        case = Case(family, attention, *next(modes), dtype)
-        for road in ROADS:
+    """Every road on Llama with the argument in every attention, and with every other switch; other families, dtypes
+    and switches on a third of the roads, in turn: no layer sees how the switch was thrown."""
+    dtypes, switches = itertools.cycle([torch.float32, torch.bfloat16]), itertools.cycle(OFF)
+    others = (replace(case, dtype=next(dtypes)) for case in other_cases())
+    for number, road in enumerate(ROADS):
+        chosen = [(case, "argument") for case in spread_cases() if case.family == "llama" and case.merge != "mean"]
+        chosen += [(Case("llama"), off) for off in OFF if off != "argument"]
+        turn = [(next(others), next(switches)) for _ in OTHERS]
+        chosen += [pair for place, pair in enumerate(turn) if (place + number) % 3 == 0]
+        for case, off in chosen:
             # The configuration refuses to read again what is too short to be merged.
             if (off, road) != ("short prompt", "recompressed"):
                 yield pytest.param(case, off, road, id=f"{case}-{off}-{road}")
@@ -70,11 +73,9 @@ def test_off_is_the_plain_model(case, off, road, caplog):
     assert off == "short prompt" or not warnings_of(caplog)
 
 
-@pytest.mark.parametrize("road", [name for name, road in ROADS.items() if road.compresses and name != "pipeline"])
-@pytest.mark.parametrize("family", FAMILY_FIELDS)
-def test_on_is_not_off(family, road):
+@each_cell([name for name, road in ROADS.items() if road.compresses and name not in ("pipeline", "all logits")])
+def test_on_is_not_off(case, road):
     """The comparisons above are not empty: these roads compress once nothing forbids it."""
-    case = Case(family)
     ours = ROADS[road].run(model_of(case), *ROADS[road].batch())
     theirs = plain_outcome(case, road)
     name = next(n for n in ("logits", "loss", "sequences_scores") if n in ours.tensors())
@@ -126,26 +127,30 @@ def assert_same_output(ours, theirs):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("off", OFF)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "call", [pytest.param(c, marks=NEEDS_2D_INDEX) if c in ("rows of logits", "mask of logits") else c for c in CALLS]
-)
+def forward_cells():
+    """Every call of Llama with every switch; every other family with two calls."""
+    chosen = list(itertools.product(["llama"], OFF, CALLS))
+    switches, calls = itertools.cycle(OFF), itertools.cycle(CALLS)
+    chosen += [(family, next(switches), next(calls)) for family in OTHERS for _ in range(2)]
+    for cell in chosen:
+        yield pytest.param(*cell, marks=[NEEDS_2D_INDEX] if cell[2] in ("rows of logits", "mask of logits") else [])
+
+
+@pytest.mark.parametrize(("family", "off", "call"), forward_cells())
 @torch.no_grad()
 def test_forward(family, off, call):
     """Whatever else `forward` takes; the fields of the output, too."""
     # The dtype follows the switch: neither sees the other.
-    case = Case(family, dtype=torch.bfloat16 if off == "argument" else torch.float32)
+    case = case_of(family, dtype=torch.bfloat16 if off == "argument" else torch.float32)
     ids, mask = ragged_prompts(LENGTHS)
     arguments = CALLS[call](ids, mask)
     ours = off_model(case, off)(ids, attention_mask=mask, **arguments, **OFF[off][1])
     assert_same_output(ours, plain_of(case)(ids, attention_mask=mask, **arguments))
 
 
-@pytest.mark.parametrize("off", OFF)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "off"), [*itertools.product(["llama"], OFF), *zip(OTHERS, itertools.cycle(OFF))])
 def test_attentions(family, off):
-    case = Case(family, "eager")
+    case = case_of(family, "eager")
     ids, mask = ragged_prompts(LENGTHS)
     arguments = {"attention_mask": mask, "logits_to_keep": 1, "output_attentions": True}
     ours = off_model(case, off)(ids, **arguments, **OFF[off][1])
@@ -157,11 +162,30 @@ def test_attentions(family, off):
 @pytest.mark.parametrize(
     "arguments", [{}, {"use_cache": False}, {"output_hidden_states": True}, {"return_dict": False}], ids=str
 )
-@pytest.mark.parametrize(("attention", "dtype"), BACKENDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "attention", "dtype"), [("llama", *b) for b in BACKENDS] + BASES)
 @torch.no_grad()
-def test_base_model_by_default(family, attention, dtype, arguments):
-    case = Case(family, attention, dtype=dtype)
+def test_base_model(family, attention, dtype, arguments):
+    case = case_of(family, attention, dtype=dtype)
     ids, mask = ragged_prompts(LENGTHS)
-    ours, theirs = (twin.base_model(ids, attention_mask=mask, **arguments) for twin in (model_of(case), plain_of(case)))
-    assert_same_output(ours, theirs)
+    ours = model_of(case).base_model(ids, attention_mask=mask, compression=False, **arguments)
+    assert_same_output(ours, plain_of(case).base_model(ids, attention_mask=mask, **arguments))
+
+
+def test_the_output_is_of_one_kind():
+    """Whether anything merges or not: the same class and fields, and a tuple of one length."""
+    ids = ragged_prompts((60,))[0]
+    for model in (tiny_model(), tiny_model().base_model):
+        kept = {"logits_to_keep": 1} if model.base_model is not model else {}
+        off, on = (model(ids, compression=compression, **kept) for compression in (False, True))
+        assert type(off) is type(on)
+        assert off.compressed_lengths is None
+        assert on.compressed_lengths.tolist() == [25]
+        off, on = (model(ids, compression=compression, return_dict=False, **kept) for compression in (False, True))
+        assert len(off) == len(on) == 2
+
+
+def test_the_base_model_obeys_the_configuration():
+    ids = ragged_prompts((60,))[0]
+    assert tiny_model().base_model(ids).last_hidden_state.shape[1] == 25
+    assert tiny_model(compression=False).base_model(ids).last_hidden_state.shape[1] == 60
+    assert tiny_model().base_model(ids[:, :12]).compressed_lengths is None

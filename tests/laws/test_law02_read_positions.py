@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests.fixtures.tiny import VOCAB_SIZE, plain_twin, ragged_prompts, random_ids, tiny_model
 
-from .cases import CLOSE, RATIO, assert_identical, each_case, each_cell, every_case, outcome_of, plain_outcome
+from .cases import CLOSE, RATIO, assert_identical, each_case, each_cell, outcome_of, plain_outcome, spread_cases
 from .roads import ROADS, read_by_labels
 from .slots import Part, read_parts
 
@@ -63,12 +63,12 @@ def own_slot(span_ids):
     return torch.stack([(row[:, None] == row).sum(1) == 1 for row in span_ids])
 
 
-@each_case(every_case())
+@each_case(spread_cases())
 def test_all_logits_merge_nothing(case):
     assert_identical(outcome_of(case, "all logits"), plain_outcome(case, "all logits"))
 
 
-@each_cell(["kept logits", "labels"])
+@each_cell(["kept logits", "labels"], everything=True)
 def test_what_is_read_is_a_slot_of_its_own(case, road):
     """Its logits are those of the plain model over the slots; nobody else's can be read."""
     outcome, (ids, mask) = outcome_of(case, road), ROADS[road].batch()

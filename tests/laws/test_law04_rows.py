@@ -7,9 +7,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from tests.fixtures.cached_rows import states_of_row
-from tests.fixtures.tiny import BERT, left_padded, ragged_prompts, random_ids, tiny_model
+from tests.fixtures.tiny import BERT, WITH_WINDOWS, left_padded, ragged_prompts, random_ids, tiny_model
 
-from .cases import CLOSE, SLIDING, Case, each_cell, model_of, outcome_of, plain_of, plain_outcome
+from .cases import CLOSE, Case, each_cell, model_of, outcome_of, plain_of, plain_outcome
 from .roads import ROADS, coupled_draws
 
 # The last row is too short to be compressed at all.
@@ -51,7 +51,7 @@ def generate(model, ids, mask=None, **arguments):
     return model.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **arguments)
 
 
-@pytest.mark.parametrize("family", SLIDING)
+@pytest.mark.parametrize("family", WITH_WINDOWS)
 def test_a_window_counts_padding_inside_a_row(family):
     """The limit that the chats above leave out is the plain model's own."""
     case, road = Case(family), ROADS["chat"]
@@ -90,7 +90,7 @@ def assert_same_slots(case, together, row, alone):
         torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
-@each_cell(ROADS)
+@each_cell(ROADS, everything=True)
 def test_rows_are_those_of_single_prompts(case, road):
     """A batch behind padding, one row of it too short to be compressed, against its rows alone without padding."""
     name, road, model = road, ROADS[road], model_of(case)

@@ -10,7 +10,7 @@ import torch
 from tests.fixtures.logs import warnings_of
 from tests.fixtures.tiny import ragged_prompts, tiny_model
 
-from .cases import FAMILY_FIELDS, RATIO, Case, build, each_case, each_cell, every_case, model_of, outcome_of
+from .cases import FAMILY_FIELDS, RATIO, build, case_of, each_case, each_cell, model_of, outcome_of, spread_cases
 from .roads import LONG_STEPS, RECOMPRESS_EVERY, ROADS, STEPS
 
 MINIMUM, KEEP_LAST = 16, 4
@@ -49,7 +49,7 @@ def test_every_road_keeps_the_slots_it_may(case, road):
 
 
 @pytest.mark.parametrize("target_ratio", [1.2, 3.0])
-@each_case(every_case())
+@each_case(spread_cases())
 def test_ratio_of_a_call(case, target_ratio):
     ids, mask = ROADS["greedy"].batch()
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_ratio_of_a_call(case, target_ratio):
 @pytest.mark.parametrize("family", FAMILY_FIELDS)
 def test_a_ratio_out_of_reach_is_said(family, caplog):
     """A field and one warning; the slots are those that the span cap needs."""
-    model = build(Case(family), max_span_length=2)
+    model = build(case_of(family), max_span_length=2)
     (ids, mask) = ROADS["greedy"].batch()
     prompt = model.compress(ids, mask, target_ratio=4.0)
     assert prompt.budget_met.tolist() == [False, False, True]

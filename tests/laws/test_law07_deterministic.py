@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.fixtures.tiny import BERT, FAMILIES, random_ids, tiny_model
+from tests.fixtures.tiny import BERT, random_ids, tiny_model
 
-from .cases import ATTENTIONS, MERGES, POSITIONS, Case, assert_identical, each_case, each_cell, model_of, outcome_of
+from .cases import assert_identical, each_case, each_cell, every_case, model_of, outcome_of
 from .roads import ROADS
 
 IDS = random_ids(2, 48)
 
 
-@each_cell(ROADS, ["sdpa"])
+@each_cell(ROADS)
 def test_twice(case, road):
-    """Nothing of a call stays behind: other roads ran on this model in between. No attention keeps anything."""
+    """Nothing of a call stays behind: other roads ran on this model in between."""
     assert_identical(ROADS[road].run(model_of(case), *ROADS[road].batch()), outcome_of(case, road))
 
 
@@ -30,14 +29,13 @@ def copy_of(case):
     return copy.deepcopy(model_of(case))
 
 
-@pytest.mark.parametrize("road", ["labels", "training step", "greedy", "beams"])
-@each_case(Case(*axes) for axes in itertools.product(FAMILIES, ["sdpa"], ["original"], MERGES))
+@each_cell(["labels", "training step", "greedy", "beams"])
 def test_on_a_copied_model(case, road):
     """What is copied are weights: neither attention nor positions have any."""
     assert_identical(ROADS[road].run(copy_of(case), *ROADS[road].batch()), outcome_of(case, road))
 
 
-@each_case(Case(*axes) for axes in itertools.product(FAMILIES, ["eager"], POSITIONS, MERGES))
+@each_case([case for case in every_case() if case.attention == "eager"])
 def test_after_saving(case, tmp_path):
     model_of(case).save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=case.attention).eval()
@@ -45,7 +43,7 @@ def test_after_saving(case, tmp_path):
         assert_identical(ROADS[road].run(loaded, *ROADS[road].batch()), outcome_of(case, road))
 
 
-@each_case(Case(*axes) for axes in itertools.product(FAMILIES, ATTENTIONS, POSITIONS, MERGES))
+@each_case(every_case())
 def test_one_plan_for_every_dtype(case):
     """Slots, positions and what reaches the cache, by two roads."""
     half = model_of(replace(case, dtype=torch.bfloat16))
@@ -64,9 +62,8 @@ def is_frozen(model):
     return not any(p.requires_grad for p in encoder.parameters()) and not any(m.training for m in encoder.modules())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_encoder_stays_frozen(tmp_path, family):
-    model = tiny_model(family=family, encoder_config=dict(BERT), encoder_window=64)
+def test_the_encoder_stays_frozen(tmp_path):
+    model = tiny_model(encoder_config=dict(BERT), encoder_window=64)
     assert is_frozen(model)
     assert is_frozen(model.train())
     assert is_frozen(copy.deepcopy(model))
@@ -81,9 +78,8 @@ def test_the_encoder_stays_frozen(tmp_path, family):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "auto"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_encoder_stays_float32(tmp_path, family, dtype):
-    model = tiny_model(family=family, dtype=torch.bfloat16)
+def test_the_encoder_stays_float32(tmp_path, dtype):
+    model = tiny_model(dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
     assert loaded.get_output_embeddings().weight.dtype == (torch.bfloat16 if dtype == "auto" else dtype)

@@ -8,14 +8,16 @@ import torch
 from transformers import DynamicCache
 
 from semtoken_hf import SemTokenCache
-from tests.fixtures.tiny import FAMILIES, plain_twin, ragged_prompts, random_ids, tiny_model
+from tests.fixtures.tiny import plain_twin, ragged_prompts, random_ids, tiny_model
 
 from .cases import CLOSE, POSITIONS, Case, model_of
 
 LENGTHS = (96, 41)
 
 
-@pytest.fixture(params=itertools.product(FAMILIES, POSITIONS), ids="-".join)
+@pytest.fixture(
+    params=[*itertools.product(["llama"], POSITIONS), ("gpt_neox", "original"), ("gpt2", "compact")], ids="-".join
+)
 def model(request):
     family, positions = request.param
     return model_of(Case(family, positions=positions))

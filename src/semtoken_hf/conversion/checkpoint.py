@@ -170,7 +170,10 @@ def read_plain_config(folder: Path) -> PreTrainedConfig:
     if model_type.startswith(FAMILY_PREFIX):
         raise ValueError(f"{folder} is a SemToken checkpoint already; convert the plain one that it was made from")
     if FAMILY_PREFIX + model_type not in CONFIG_MAPPING:
-        raise ValueError(f"{folder} has model_type {model_type!r}; only {convertible_types()} can be converted")
+        raise ValueError(
+            f"{folder} has model_type {model_type!r}; only {convertible_types()} can be converted. docs/families.md of "
+            "semtoken_hf shows how a family is added"
+        )
     config = CONFIG_MAPPING[model_type].from_pretrained(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} is quantised; convert the unquantised checkpoint and quantise the result")

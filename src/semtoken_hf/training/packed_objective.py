@@ -126,11 +126,11 @@ class PackedDistillationModel(DistillationModel):
         """
         length = input_ids.shape[1] // (span_lengths.shape[1] + 1)
         with self.teaching(input_ids.device) as teacher:
-            taught = teacher.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, length:]
+            taught = teacher.base_model(input_ids, compression=False, use_cache=False).last_hidden_state[:, length:]
         if compression:
             read = packed_states(self.student, input_ids, span_lengths)
         else:
-            read = self.student.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, length:]
+            read = self.student.base_model(input_ids, compression=False, use_cache=False).last_hidden_state[:, length:]
         heads = self.student.get_output_embeddings().weight, self.teacher.get_output_embeddings().weight
         losses = {"kl": sliced_divergence(read.flatten(0, 1), heads[0], taught.flatten(0, 1), heads[1])}
         loss = losses["kl"]

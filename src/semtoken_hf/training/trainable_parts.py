@@ -6,15 +6,16 @@ import re
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..adapter_semtoken import adapted_layers, add_adapter
 
 
 def lora_targets(model: Any) -> str:
     """Every linear layer of the decoder layers, as PEFT's regular expression; nothing of the encoder or the merger."""
-    layers = model.base_model.layers
-    kinds = {name.split(".", 1)[1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
-    return rf"({model.base_model_prefix}\.)?layers\.\d+\.({'|'.join(map(re.escape, sorted(kinds)))})"
+    name, layers = next((n, m) for n, m in model.base_model.named_children() if isinstance(m, nn.ModuleList))
+    kinds = {n.split(".", 1)[1] for n, module in layers.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    return rf"({model.base_model_prefix}\.)?{name}\.\d+\.({'|'.join(map(re.escape, sorted(kinds)))})"
 
 
 def choose_trainable(model: Any, trainable: str, lora_rank: int, lora_alpha: int) -> None:
