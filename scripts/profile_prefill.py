@@ -56,7 +56,7 @@ def main() -> None:
         for length in config.lengths:
             ids = make_batch("1", bench.ids, length, device).input_ids
             calls = {
-                "stage": lambda ids=ids, model=bench.model: model.compress(ids, target_ratio=ratio, details=False),
+                "stage": lambda ids=ids, model=bench.model: model.compress(ids, target_ratio=ratio),
                 "prefill": lambda ids=ids, model=bench.model: model(ids, logits_to_keep=1, target_ratio=ratio),
             }
             for name, call in calls.items():

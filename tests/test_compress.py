@@ -40,7 +40,7 @@ def slots(prompt):
 
 def assert_same(ours, theirs):
     for field in dataclasses.fields(CompressedPrompt):
-        if field.name == "details":  # a plan from outside has no reasons
+        if field.name == "origin":
             continue
         a, b = getattr(ours, field.name), getattr(theirs, field.name)
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
@@ -63,7 +63,7 @@ def test_shapes(ragged, dtype):
         "budgets": ((5,), torch.int64),
         "budget_met": ((5,), torch.bool),
     }
-    others = {"is_merged", "is_padded", "slot_counts", "details"}
+    others = {"is_merged", "is_padded", "slot_counts", "origin"}
     assert {field.name for field in dataclasses.fields(prompt)} == {*shapes, *others}
     for name, (shape, kind) in shapes.items():
         value = getattr(prompt, name)

@@ -102,8 +102,8 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 past_key_values=past_key_values,
                 query_mask=query_mask,
                 query_weight=query_weight,
-                details=False,
             )
+            prompt.origin = None  # its fingerprints: the layers need the room
             if prompt.is_merged:
                 return self._forward_slots(
                     prompt, past_key_values, use_cache, prefill_chunk_size, states_to_keep, **kwargs

@@ -142,7 +142,6 @@ class SemTokenPreTrainedMixin:
         past_key_values: Any = None,
         query_mask: Tensor | None = None,
         query_weight: float | None = None,
-        details: bool = True,
     ) -> CompressedPrompt:
         """The compression stage alone.
 
@@ -159,7 +158,6 @@ class SemTokenPreTrainedMixin:
             query_mask: [B, T], non-zero for the tokens of the question, which stay whole; None: the end of the last
                 user turn of a chat.
             query_weight: how much the question decides what else stays whole, instead of the configuration's.
-            details: also record why the plan is as it is, which `to_html` shows; the model's own forward does not.
 
         Raises:
             ValueError: a mask or `span_ids` has the wrong shape or values, or the ratio is below 1.
@@ -178,7 +176,6 @@ class SemTokenPreTrainedMixin:
             position_offset=offset,
             position_mode=mode,
             merger=model.learned_merger if self.config.merge_mode == "learned" else None,
-            details=details,
             attention_mask=attention_mask,
             read_mask=read_mask,
             protected_mask=protected_mask,

@@ -147,16 +147,18 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
         start = cache.get_seq_length() if cache is not None else 0
         drafted = max(kept - 1, 0) if isinstance(kept, int) else 0
         given = {name: align_to_step(values, name, start, ids.shape[1], drafted) for name, values in given.items()}
-        return self.compress(
+        prompt = self.compress(
             ids,
             attention_mask=call["attention_mask"],
             position_ids=call["position_ids"],
             past_key_values=cache,
             read_mask=read,
-            details=False,
             **ways,
             **given,
         )
+        # The layers run without what only the page of a prompt shows.
+        prompt.origin = None
+        return prompt
 
 
 def _own_output(outputs: Any, prompt: CompressedPrompt | None = None) -> SemTokenCausalLMOutputWithPast:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -12,13 +14,32 @@ from torch import Tensor
 from .configuration_semtoken import base_merge_mode
 from .learned_merger import LearnedMerger
 from .logging_semtoken import get_logger
-from .prompt_html import prompt_page
 from .semantic_encoder import SemanticEncoder
-from .span_details import SpanDetails, describe_plan
 from .span_merging import merge_spans
-from .span_planner import plan_spans
+from .span_planner import SpanPlan, plan_spans
 
 logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class PromptOrigin:
+    """What a prompt was made from; `semtoken_hf.inspection.details` reads off it why the plan is as it is.
+
+    Attributes:
+        plan: which tokens share a slot.
+        config: the SemToken configuration of that call.
+        input_ids: int64 [B, T].
+        anchors: int64 [P], the token of the stream that each slot has its position from.
+        positions: int64 [P], that position.
+        planning: the other arguments of `plan_spans`.
+    """
+
+    plan: SpanPlan
+    config: Any
+    input_ids: Tensor
+    anchors: Tensor
+    positions: Tensor
+    planning: dict[str, Any]
 
 
 @dataclass(repr=False)
@@ -39,7 +60,7 @@ class CompressedPrompt:
         slot_counts: `kept_lengths` on the host.
         is_merged: whether any slot stands for more than one token.
         is_padded: whether any slot is padding.
-        details: why the plan is as it is; None where nobody asked.
+        origin: what the prompt was made from, fingerprints of all tokens among it; None where its holder let go of it.
     """
 
     inputs_embeds: Tensor
@@ -54,7 +75,7 @@ class CompressedPrompt:
     slot_counts: list[int]
     is_merged: bool
     is_padded: bool
-    details: SpanDetails | None = None
+    origin: PromptOrigin | None = None
 
     def __repr__(self) -> str:
         tokens, met = self.original_lengths.tolist(), self.budget_met.tolist()
@@ -62,18 +83,26 @@ class CompressedPrompt:
 
     def to_html(self, tokenizer: Any, row: int | None = None) -> str:
         """A self-contained page that shows what one prompt was merged into: to be written to a file, or for
-        `IPython.display.HTML`.
+        `IPython.display.HTML`. The package draws it; a checkpoint's own code does not.
 
         Args:
             tokenizer: of the ids.
             row: of the batch; may be left out where there is one.
 
         Raises:
-            ValueError: there is no such row, it has to be named, or there are no details.
+            ImportError: the package is not installed.
+            ValueError: there is no such row, it has to be named, or the origin was let go.
         """
-        if self.details is None:
-            raise ValueError("this prompt was compressed without `details=True`, so that there is nothing to show")
-        return prompt_page([self.details], tokenizer, row)
+        if self.origin is None:
+            raise ValueError("nothing says what this prompt was made from: `compress` does, the forward lets go of it")
+        try:
+            # By name: a plain import would be a need of every checkpoint's remote code.
+            page = import_module("semtoken_hf.inspection.page")
+        except ImportError as error:
+            raise ImportError(
+                "`to_html` needs the package, which a checkpoint does not carry: pip install semtoken-hf"
+            ) from error
+        return page.page_of_origin(self.origin, tokenizer, row)
 
 
 def compress_prompt(
@@ -85,7 +114,6 @@ def compress_prompt(
     position_offset: Tensor | None = None,
     position_mode: str | None = None,
     merger: LearnedMerger | None = None,
-    details: bool = False,
     **planning: Any,
 ) -> CompressedPrompt:
     """Plan, merge and lay out the slots of a batch of prompts.
@@ -99,7 +127,6 @@ def compress_prompt(
         position_offset: int64 [B], added to the positions that are counted here: what the cache already holds.
         position_mode: instead of the configuration's.
         merger: the learned residual, if the checkpoint has one.
-        details: also record why the plan is as it is.
         planning: `attention_mask`, `read_mask`, `protected_mask`, `span_ids`, `target_ratio`, `opens_row`,
             `query_mask`, `query_weight` of `plan_spans`.
 
@@ -112,7 +139,7 @@ def compress_prompt(
     plan = plan_spans(config, encoder, input_ids, **planning)
     if position_ids is not None:
         _check_positions(position_ids, *input_ids.shape)
-    layout, stream, slot_counts = plan.layout, input_ids.flatten()[plan.layout.token_index], plan.slot_counts
+    stream, lay_out = input_ids.flatten()[plan.layout.token_index], _lay_out_slots(plan)
     slots, anchors = merge_spans(
         lambda index: embed_tokens(stream[index][None])[0],
         plan.spans,
@@ -121,47 +148,58 @@ def compress_prompt(
         merger,
         plan.most_merged,
     )
-    row, rank = layout.row[plan.spans.first], plan.span_ids.flatten()[layout.token_index[plan.spans.first]]
-    width, is_padded, is_merged = max(slot_counts), min(slot_counts) < max(slot_counts), len(slots) < len(stream)
-    if is_merged:
-        _check_adaptation(config, mode)
-        if not plan.all_budgets_met:
-            logger.warning_once(
-                "SemToken kept more slots than the budget allows: protected tokens, `keep_first`/`keep_last`, "
-                f"`min_prompt_length` ({config.min_prompt_length}) or `max_span_length` ({config.max_span_length}) "
-                "forbid it. See `CompressedPrompt.budget_met`."
-            )
-    is_compact = mode == "compact"
-    if position_ids is not None and not is_compact:
-        position = position_ids.expand_as(input_ids).flatten()[layout.token_index[anchors]]
-    else:
-        position = rank if is_compact else layout.position[anchors]
-        if position_offset is not None:
-            position = position + position_offset[row]
-
-    column = width - plan.kept_lengths[row] + rank
-
-    def lay_out(values: Tensor) -> Tensor:
-        if not is_padded:
-            return values.unflatten(0, (len(input_ids), width))
-        empty = values.new_zeros((len(input_ids), width, *values.shape[1:]))
-        return empty.index_put((row, column), values)
-
+    positions = slot_positions(plan, anchors, mode, position_ids, position_offset)
+    if is_merged := len(slots) < len(stream):
+        _warn_of_merging(config, mode, plan.all_budgets_met)
     return CompressedPrompt(
         inputs_embeds=lay_out(slots),
-        position_ids=lay_out(position),
-        attention_mask=lay_out(torch.ones_like(row)),
+        position_ids=lay_out(positions),
+        attention_mask=lay_out(torch.ones_like(plan.spans.first)),
         slot_lengths=lay_out(plan.spans.lengths),
         span_ids=plan.span_ids,
         original_lengths=plan.original_lengths,
         kept_lengths=plan.kept_lengths,
         budgets=plan.budgets,
         budget_met=plan.budget_met,
-        slot_counts=slot_counts,
+        slot_counts=plan.slot_counts,
         is_merged=is_merged,
-        is_padded=is_padded,
-        details=describe_plan(plan, config, input_ids, anchors, position, **planning) if details else None,
+        is_padded=min(plan.slot_counts) < max(plan.slot_counts),
+        # The caller may change its configuration before it asks.
+        origin=PromptOrigin(plan, copy(config), input_ids, anchors, positions, planning),
     )
+
+
+def slot_positions(
+    plan: SpanPlan,
+    anchors: Tensor,
+    position_mode: str,
+    position_ids: Tensor | None = None,
+    position_offset: Tensor | None = None,
+) -> Tensor:
+    """Rotary position of each slot of a plan, int64 [P]; arguments as in `PromptOrigin` and `compress_prompt`."""
+    layout, first = plan.layout, plan.spans.first
+    if position_ids is not None and position_mode != "compact":
+        return position_ids.expand(plan.span_ids.shape).flatten()[layout.token_index[anchors]]
+    if position_mode == "compact":
+        positions = plan.span_ids.flatten()[layout.token_index[first]]
+    else:
+        positions = layout.position[anchors]
+    return positions if position_offset is None else positions + position_offset[layout.row[first]]
+
+
+def _lay_out_slots(plan: SpanPlan) -> Callable[[Tensor], Tensor]:
+    """What brings values of the slots, [P, ...], into left-padded rows, [B, M, ...]."""
+    rows, width = len(plan.slot_counts), max(plan.slot_counts)
+    if min(plan.slot_counts) == width:
+        return lambda values: values.unflatten(0, (rows, width))
+    row = plan.layout.row[plan.spans.first]
+    rank = plan.span_ids.flatten()[plan.layout.token_index[plan.spans.first]]
+    column = width - plan.kept_lengths[row] + rank
+
+    def lay_out(values: Tensor) -> Tensor:
+        return values.new_zeros((rows, width, *values.shape[1:])).index_put((row, column), values)
+
+    return lay_out
 
 
 def _check_positions(position_ids: Any, rows: int, columns: int) -> None:
@@ -170,14 +208,20 @@ def _check_positions(position_ids: Any, rows: int, columns: int) -> None:
         raise ValueError(f"`position_ids` must have the shape {(rows, columns)} or {(1, columns)}, got {shape}")
 
 
-def _check_adaptation(config: Any, position_mode: str) -> None:
-    """Warn where an adapted checkpoint is used in the position mode that it was not adapted for."""
+def _warn_of_merging(config: Any, position_mode: str, budgets_met: bool) -> None:
+    """Warn of a budget that is not met, and of a position mode that an adapted checkpoint was not adapted for."""
     adapted = (config.adapted_for or {}).get("position_mode")
     if adapted is not None and adapted != position_mode:
         logger.warning_once(
             f"This checkpoint was adapted for position_mode='{adapted}' and is used with '{position_mode}': expect "
             "worse text. Use the mode it was adapted for, or adapt it again."
         )
+    if not budgets_met:
+        logger.warning_once(
+            "SemToken kept more slots than the budget allows: protected tokens, `keep_first`/`keep_last`, "
+            f"`min_prompt_length` ({config.min_prompt_length}) or `max_span_length` ({config.max_span_length}) "
+            "forbid it. See `CompressedPrompt.budget_met`."
+        )
 
 
-__all__ = ["CompressedPrompt", "compress_prompt"]
+__all__ = ["CompressedPrompt", "PromptOrigin", "compress_prompt", "slot_positions"]

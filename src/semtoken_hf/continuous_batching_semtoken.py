@@ -108,7 +108,7 @@ class SemTokenContinuousBatchingManager(ContinuousBatchingManager):
             model._warn_uncompressed(reason)
             return None
         rows = {name: None if v is None else torch.as_tensor(v, device=ids.device)[None] for name, v in masks.items()}
-        prompt = model.compress(ids, target_ratio=target_ratio, query_weight=query_weight, details=False, **rows)
+        prompt = model.compress(ids, target_ratio=target_ratio, query_weight=query_weight, **rows)
         log_prefill(prompt)
         return prompt if prompt.is_merged else None
 

@@ -58,7 +58,7 @@ def test_peak_of_the_stage_is_what_is_foretold():
     # Long enough that what a process needs once is little of it.
     shape, length = SHAPES["tiny"], 2**18
     model, ids = build_model(shape), prompts((length,)).input_ids
-    peak, _ = peak_extra_bytes(lambda: model.compress(ids, details=False), torch.device("cpu"))
+    peak, _ = peak_extra_bytes(lambda: model.compress(ids), torch.device("cpu"))
     if peak is None:
         pytest.skip("this system does not tell the peak of a process")
     needed = bytes_needed(shape, torch.float32, length, "semtoken_varlen") - million_tokens.SPARE_BYTES

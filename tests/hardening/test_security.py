@@ -32,6 +32,8 @@ SHIPPED = {
         "import_module(flash_attn)",
         "import_module(torch.nn.attention.varlen)",
     },
+    # The page of a plan, which the package draws.
+    "compression.py": {"import importlib.import_module", "import_module(semtoken_hf.inspection.page)"},
     # Names under which `transformers serve` looks for the classes; defaults of fields.
     "configuration_semtoken.py": {"import sys", "setattr"},
     "continuous_batching_semtoken.py": {"setattr"},

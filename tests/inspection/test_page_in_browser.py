@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from semtoken_hf.inspection.details import REASONS
+from semtoken_hf.inspection.page import prompt_page, token_pieces
 from semtoken_hf.inspection.planning import plan_ratios
 from semtoken_hf.inspection.summary import summarise
-from semtoken_hf.prompt_html import prompt_page, token_pieces
-from semtoken_hf.span_details import REASONS
 from tests.fixtures.text import PROSE
 
 RATIOS = (1.5, 2.4, 4.0, 8.0)

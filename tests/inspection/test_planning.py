@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from semtoken_hf import SpanPlanner
+from semtoken_hf.inspection.details import describe
 from semtoken_hf.inspection.planning import default_ratios, plan_ratios
 from semtoken_hf.inspection.summary import notes_on, summarise
 from tests.fixtures.tiny import BERT, random_ids, tiny_model
@@ -31,7 +32,7 @@ def test_the_plans_are_those_of_the_model(tmp_path, case):
     marks["protected_mask"][0, 30:33], marks["query_mask"][0, 280:290] = 1, 1
     plans = plan_ratios(SpanPlanner.from_pretrained(tmp_path), {"input_ids": ids, **marks}, [1.5, None, 4.0])
     for ratio, plan in zip([1.5, None, 4.0], plans, strict=True):
-        expected = model.compress(ids, target_ratio=ratio, **marks).details
+        expected = describe(model.compress(ids, target_ratio=ratio, **marks).origin)
         assert vars(plan).keys() == vars(expected).keys()
         for name, value in vars(expected).items():
             ours = getattr(plan, name)
@@ -106,7 +107,7 @@ def test_one_prompt_at_a_time(ids):
 def test_figures_of_a_plan():
     model, ids = tiny_model(), random_ids(1, 96)
     ids[0, 50] = 2  # EOS
-    plan = model.compress(ids, target_ratio=3.0).details
+    plan = describe(model.compress(ids, target_ratio=3.0).origin)
     found, spans = summarise(plan), plan.span_ids[0].tolist()
     lengths = [spans.count(slot) for slot in range(max(spans) + 1)]
     assert (found.tokens, found.slots, found.longest) == (96, 32, max(lengths))
@@ -126,15 +127,15 @@ def test_figures_of_a_plan():
 
 def test_notes_say_what_a_reader_may_wonder_about():
     model = tiny_model(compression=False)
-    plan = model.compress(random_ids(1, 96)).details
+    plan = describe(model.compress(random_ids(1, 96)).origin)
     assert [n.split(" ")[0] for n in notes_on([plan], model.config, False)] == ["compression"]
     model = tiny_model()
-    tight = [model.compress(random_ids(1, 96), target_ratio=r).details for r in (2.0, 60.0)]
+    tight = [describe(model.compress(random_ids(1, 96), target_ratio=r).origin) for r in (2.0, 60.0)]
     assert notes_on(tight, model.config, False) == [
         "not met: 60; protected tokens or max_span_length (8) forbid it",
     ]
     assert "does not decide" in notes_on(tight[:1], model.config, True)[0]
-    short = model.compress(random_ids(1, 9)).details
+    short = describe(model.compress(random_ids(1, 9)).origin)
     assert "9 tokens are fewer than min_prompt_length (16)" in notes_on([short], model.config, False)[0]
-    shorter = model.compress(random_ids(1, 2)).details
+    shorter = describe(model.compress(random_ids(1, 2)).origin)
     assert "2 tokens are fewer than min_prompt_length (16)" in notes_on([shorter], model.config, False)[0]

@@ -11,6 +11,8 @@ from rich.color import Color
 from rich.console import Console
 from rich.style import Style
 
+from semtoken_hf.inspection.details import describe
+from semtoken_hf.inspection.page import token_pieces
 from semtoken_hf.inspection.planning import plan_ratios
 from semtoken_hf.inspection.summary import summarise
 from semtoken_hf.inspection.terminal import (
@@ -22,7 +24,6 @@ from semtoken_hf.inspection.terminal import (
     show_plans,
     visible,
 )
-from semtoken_hf.prompt_html import token_pieces
 from tests.fixtures.text import PROSE
 from tests.fixtures.tiny import random_ids, tiny_model
 
@@ -142,7 +143,7 @@ def test_the_table_says_what_is_not_met(planner, tokenizer):
 
 
 def test_long_slots_share_a_bar():
-    found = summarise(tiny_model().compress(random_ids(1, 96)).details)
+    found = summarise(describe(tiny_model().compress(random_ids(1, 96)).origin))
     found = replace(found, lengths={1: 10, 33: 2, 64: 40}, longest=64)
     lines = length_histogram(found).plain.splitlines()
     assert [line.split()[0] for line in lines] == ["1-4", "33-36", "61-64"]
@@ -151,7 +152,7 @@ def test_long_slots_share_a_bar():
 
 
 def test_an_entropy_that_nobody_measured_is_not_zero():
-    plan = tiny_model(segmentation_mode="uniform").compress(random_ids(1, 96)).details
+    plan = describe(tiny_model(segmentation_mode="uniform").compress(random_ids(1, 96)).origin)
     text = along_the_prompt(plan).plain
     assert "entropy unknown" in text
     assert re.search("kept [ ░▒▓█]{64}", text)

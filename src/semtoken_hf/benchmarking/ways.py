@@ -91,9 +91,7 @@ def list_ways(
 ) -> list[Way]:
     """Every way to read a batch at a ratio; for plain Llama over m tokens, each row is cut to its slots."""
     with torch.no_grad():
-        counts = model.compress(
-            batch.input_ids, batch.attention_mask, target_ratio=ratio, details=False
-        ).kept_lengths.tolist()
+        counts = model.compress(batch.input_ids, batch.attention_mask, target_ratio=ratio).kept_lengths.tolist()
     always = {} if chunk_size is None else {"prefill_chunk_size": chunk_size}
     ours = {"target_ratio": ratio, **always}
     ways = [

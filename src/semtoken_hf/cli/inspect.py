@@ -10,10 +10,10 @@ import typer
 from transformers.utils import logging
 
 from ..evaluation.files import write_text
+from ..inspection.page import prompt_page, token_pieces
 from ..inspection.planning import default_ratios, plan_ratios
 from ..inspection.summary import notes_on, summarise
 from ..inspection.terminal import show_plans
-from ..prompt_html import prompt_page, token_pieces
 from ..standalone_planner import SpanPlanner
 from .generate import read_prompt
 from .main import CONTEXT

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..compression import PromptOrigin, slot_positions
 from ..configuration_semtoken import base_merge_mode
-from ..span_details import SpanDetails, describe_plan
 from ..span_merging import representative_tokens
 from ..standalone_planner import SpanPlanner
 from ..token_layout import TokenLayout
+from .details import SpanDetails, describe
 
 DEFAULT_RATIOS = (1.5, 2.0, 2.4, 3.0, 4.0, 6.0, 8.0)
 # A bar is shown only where there is something to wait for, in seconds.
@@ -70,9 +71,8 @@ def plan_ratios(
             reader = SpanPlanner(config, known)
         represents = base_merge_mode(config) == "representative"
         anchors = representative_tokens(plan.fingerprints if represents else None, plan.spans)
-        is_compact = config.position_mode == "compact"
-        position = plan.span_ids[0][plan.spans.first] if is_compact else plan.layout.position[anchors]
-        found.append(describe_plan(plan, config, ids, anchors, position, target_ratio=ratio, **masks))
+        positions = slot_positions(plan, anchors, config.position_mode)
+        found.append(describe(PromptOrigin(plan, config, ids, anchors, positions, {"target_ratio": ratio, **masks})))
     return found
 
 

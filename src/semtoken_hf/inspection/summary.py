@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from ..prompt_html import row_of
-from ..span_details import REASONS, SpanDetails
+from .details import REASONS, SpanDetails
+from .page import row_of
 
 # How the reasons are counted; what is left is protected or read.
 MERGED, FINE = ("merged",), ("budget", "alone")

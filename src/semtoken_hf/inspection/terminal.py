@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..prompt_html import row_of
-from ..span_details import REASONS, SpanDetails
+from .details import REASONS, SpanDetails
+from .page import row_of
 from .summary import FINE, MERGED, PlanSummary, summarise
 
 # Foreground and background of merged spans by rising entropy; each pair has a contrast above 4.5 on any terminal.

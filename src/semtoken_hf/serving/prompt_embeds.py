@@ -88,7 +88,7 @@ def export_prompt(
     if not fields["input_ids"].numel():
         raise ValueError("the prompt is empty")
     with torch.no_grad():
-        compressed = model.compress(**fields, target_ratio=target_ratio, position_mode="compact", details=False)
+        compressed = model.compress(**fields, target_ratio=target_ratio, position_mode="compact")
     return ExportedPrompt(
         prompt_embeds=prompt_embeds_of(compressed, dtype),
         original_length=int(compressed.original_lengths),

@@ -1,6 +1,6 @@
 """Plans of one prompt as one HTML page that needs nothing from outside: `CompressedPrompt.to_html`.
 
-The page draws itself from packed arrays (`prompt_page_template.py`): several plans of a long text stay small. Text
+The page draws itself from packed arrays (`page_template.py`): several plans of a long text stay small. Text
 reaches it as JSON without any `<` and is never read as markup, and the page allows no script but its own.
 """
 
@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .prompt_page_template import PAGE, SCRIPT, STYLE
-from .span_details import REASONS, SpanDetails
+from ..compression import PromptOrigin
+from .details import REASONS, SpanDetails, describe
+from .page_template import PAGE, SCRIPT, STYLE
 
 # What would end the script that holds the data, or a line of it; and halves of surrogate pairs, which no file takes.
 UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
@@ -66,6 +67,11 @@ def prompt_page(
     filled = {"TITLE": html.escape(title), "DIGEST": digest, "SCRIPT": SCRIPT, "STYLE": STYLE}
     filled["DATA"] = UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     return re.sub(r"@([A-Z]+)@", lambda name: filled[name[1]], PAGE)
+
+
+def page_of_origin(origin: PromptOrigin, tokenizer: Any, row: int | None = None) -> str:
+    """`CompressedPrompt.to_html` of a prompt of this origin."""
+    return prompt_page([describe(origin)], tokenizer, row)
 
 
 def row_of(plan: SpanDetails, name: str, row: int) -> Tensor:
@@ -129,4 +135,4 @@ def _pack_plan(plan: SpanDetails, row: int, pool: dict[str, int]) -> dict[str, A
     }
 
 
-__all__ = ["prompt_page", "token_pieces"]
+__all__ = ["page_of_origin", "prompt_page", "token_pieces"]

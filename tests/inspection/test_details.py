@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from semtoken_hf import SpanPlanner
 from semtoken_hf.granularity import solve_threshold
+from semtoken_hf.inspection.details import REASONS, describe
 from semtoken_hf.sentence_selection import LONGEST_SENTENCE
 from semtoken_hf.span_clustering import shifted_similarities
-from semtoken_hf.span_details import REASONS
 from tests.fixtures.children import ROOT
 from tests.fixtures.text import PROSE
 from tests.fixtures.tiny import ragged_prompts, random_ids, tiny_model
@@ -87,12 +87,8 @@ def candidates_of(case: str, config: Any, plan: Any, solo: list[bool], slots: li
 @pytest.mark.parametrize("case", MODES)
 def test_equal_to_loops_on_real_weights(model, ids, monkeypatch, case):
     config, count = model.config, ids.shape[1]
-    for name, value in {
-        "min_prompt_length": 64,
-        "keep_last": 24,
-        "merge_mode": "representative",
-        **MODES[case],
-    }.items():
+    fields = {"min_prompt_length": 64, "keep_last": 24, "merge_mode": "representative", **MODES[case]}
+    for name, value in fields.items():
         monkeypatch.setattr(config, name, value)
     question, marked = torch.zeros_like(ids), torch.zeros_like(ids)
     question[0, 200:206], marked[0, 90:93] = 1, 1
@@ -100,7 +96,7 @@ def test_equal_to_loops_on_real_weights(model, ids, monkeypatch, case):
     if case == "given":
         call["span_ids"] = torch.arange(count)[None] // 3
     prompt = model.compress(ids, **call)
-    details = prompt.details
+    details = describe(prompt.origin)
     plan = SpanPlanner.from_model(model).plan(ids, **call)
     plan.ids, slots = ids[0].tolist(), prompt.span_ids[0].tolist()
     special = {*config.protected_token_ids, config.bos_token_id, config.eos_token_id, config.pad_token_id}
@@ -152,7 +148,7 @@ def test_positions_are_those_of_the_slots(fields):
     model = tiny_model(**{"merge_mode": "representative", **fields})
     ids, mask = ragged_prompts((96, 70, 41))
     prompt = model.compress(ids, mask)
-    details, width = prompt.details, prompt.inputs_embeds.shape[1]
+    details, width = describe(prompt.origin), prompt.inputs_embeds.shape[1]
     embeddings = model.get_input_embeddings()(ids)
     for row in range(3):
         column = width - int(prompt.kept_lengths[row])
@@ -171,9 +167,9 @@ def test_positions_are_those_of_the_slots(fields):
 def test_rows_as_if_alone_and_nothing_at_padding(segmentation):
     model = tiny_model(segmentation_mode=segmentation, similarity_threshold=0.3)
     ids, mask = ragged_prompts((96, 70, 41, 9))
-    together = model.compress(ids, mask).details
+    together = describe(model.compress(ids, mask).origin)
     for row, length in enumerate((96, 70, 41, 9)):
-        alone = model.compress(ids[row : row + 1, -length:]).details
+        alone = describe(model.compress(ids[row : row + 1, -length:]).origin)
         for name in ("span_ids", "reason", "position", "is_carrier", "entropy", "similarity"):
             ours, theirs = getattr(together, name)[row, -length:], getattr(alone, name)[0]
             torch.testing.assert_close(ours, theirs, equal_nan=True, msg=name)
@@ -193,7 +189,7 @@ def test_rows_as_if_alone_and_nothing_at_padding(segmentation):
 def test_what_is_read_in_the_middle_and_scored_behind_it():
     read = torch.zeros(1, 96, dtype=torch.bool)
     read[0, [40, 95]] = True
-    details = tiny_model().compress(random_ids(1, 96), read_mask=read).details
+    details = describe(tiny_model().compress(random_ids(1, 96), read_mask=read).origin)
     found = names(details)
     # `keep_last` is 4, the position that is read among them.
     assert found[36:42] == ["alone", "last", "last", "last", "read", "scored"]
@@ -205,32 +201,33 @@ def test_a_later_turn_protects_no_first_tokens():
     model, ids = tiny_model(), random_ids(1, 96)
     with torch.no_grad():
         cache = model(ids, use_cache=True, logits_to_keep=1, compression=True).past_key_values
-    found = names(model.compress(random_ids(1, 96, seed=1)[:, 1:], past_key_values=cache).details)
+    found = names(describe(model.compress(random_ids(1, 96, seed=1)[:, 1:], past_key_values=cache).origin))
     assert "first" not in found
     assert "merged" in found
-    model.config.min_prompt_length = 0
-    assert names(model.compress(random_ids(1, 3), past_key_values=cache).details) == ["special", "last", "read"]
-    assert names(model.compress(random_ids(1, 3)).details) == ["special", "first", "read"]
+    model.config.min_prompt_length, short = 0, random_ids(1, 3)
+    assert names(describe(model.compress(short, past_key_values=cache).origin)) == ["special", "last", "read"]
+    assert names(describe(model.compress(short).origin)) == ["special", "first", "read"]
 
 
-def test_the_models_own_forward_records_nothing():
-    model, ids = tiny_model(), random_ids(1, 96)
+def test_the_models_own_forward_lets_go_of_what_it_planned():
+    model = tiny_model()
+    with patch("semtoken_hf.modeling_semtoken.log_prefill") as log, torch.no_grad():
+        model.generate(random_ids(1, 96), max_new_tokens=4)
+    assert [call.args[0].origin for call in log.call_args_list] == [None]
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("details were asked for")
 
-    with patch("semtoken_hf.compression.describe_plan", refuse), torch.no_grad():
-        outputs = model.generate(ids, max_new_tokens=4, return_dict_in_generate=True)
-        assert outputs.past_key_values.is_compressed
-        model(ids, logits_to_keep=1, target_ratio=4.0)
-        assert model.compress(ids, details=False).details is None
-        with pytest.raises(AssertionError, match="were asked for"):
-            model.compress(ids)
+def test_a_configuration_that_changes_later():
+    model = tiny_model()
+    prompt = model.compress(random_ids(1, 96))
+    model.config.target_ratio, model.config.min_prompt_length = 4.0, 4096
+    details = describe(prompt.origin)
+    assert details.target_ratio == 2.4
+    assert "short" not in names(details)
 
 
 def test_nothing_of_the_encoders_width_is_kept():
     ids = random_ids(2, 96)
-    details = tiny_model(segmentation_mode="greedy").compress(ids).details
+    details = describe(tiny_model(segmentation_mode="greedy").compress(ids).origin)
     sizes = [value.untyped_storage().nbytes() for value in vars(details).values() if isinstance(value, Tensor)]
     assert max(sizes) <= ids.numel() * 8
 

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from semtoken_hf.prompt_html import STEPS, prompt_page, token_pieces
-from tests.fixtures.children import run_clean
+from semtoken_hf.inspection.details import describe
+from semtoken_hf.inspection.page import STEPS, prompt_page, token_pieces
+from tests.fixtures.children import run_clean, run_python
 from tests.fixtures.pages import data_of, flags_of, numbers_of
 from tests.fixtures.tiny import ragged_prompts, random_ids, tiny_model, tiny_tokenizer
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> \" ' & \\ \u2028\u2029 שלום 日本\n\t\0"
 CHILD = """
 import json, sys
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, text = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 prompt = model.compress(**tokenizer(text, return_tensors="pt"))
 assert type(prompt).__module__.startswith("transformers_modules.")
-print("FACTS" + json.dumps(prompt.to_html(tokenizer)))
+try:
+    page = prompt.to_html(tokenizer)
+except ImportError as error:
+    page = str(error)
+print("FACTS" + json.dumps(page))
 """
 
 
@@ -68,15 +71,8 @@ def test_pieces_are_the_text(tokenizer):
 def test_pieces_of_byte_fallback_tokens():
     tokenizer = byte_fallback_tokenizer()
     vocabulary = tokenizer.get_vocab()
-    names = [
-        "<s>",
-        "\u2581the",
-        "\u2581cat",
-        "s",
-        "\u2581",
-        *(f"<0x{b:02X}>" for b in "日\U0001f600".encode()),
-        "\u2581the",
-    ]
+    of_bytes = (f"<0x{byte:02X}>" for byte in "日\U0001f600".encode())
+    names = ["<s>", "\u2581the", "\u2581cat", "s", "\u2581", *of_bytes, "\u2581the"]
     pieces = token_pieces(tokenizer, [vocabulary[name] for name in names])
     assert pieces == ["<s>", " the", " cat", "s", " ", "", "", "日", "", "", "", "\U0001f600", " the"]
 
@@ -101,7 +97,7 @@ def test_a_text_that_ends_within_a_character(tokenizer):
 def test_the_page_holds_the_plan(tokenizer, segmentation):
     text = "the cat sat on the mat and the dog ran to the man " * 8
     page, prompt = page_of(text, tokenizer, segmentation_mode=segmentation, merge_mode="representative")
-    data, details = data_of(page), prompt.details
+    data, details = data_of(page), describe(prompt.origin)
     count = details.input_ids.shape[1]
     assert "".join(data["pieces"][1:]) == text
     (plan,), pool = data["plans"], data["pool"]
@@ -143,7 +139,7 @@ def test_half_a_character_of_another_tokenizer_can_be_written(tokenizer):
 
 
 def test_the_title_is_escaped(tokenizer):
-    plans = [tiny_model().compress(random_ids(1, 32)).details]
+    plans = [describe(tiny_model().compress(random_ids(1, 32)).origin)]
     page = prompt_page(plans, tokenizer, title='<b>&"@DATA@ @SCRIPT@')
     assert "<title>&lt;b&gt;&amp;&quot;@DATA@ @SCRIPT@</title>" in page
 
@@ -162,7 +158,8 @@ def test_the_page_allows_its_own_script_alone(tokenizer):
 def test_what_plans_share_is_written_once(tokenizer):
     model, ids = tiny_model(segmentation_mode="sentence"), random_ids(1, 400)
     ratios = (1.5, 2.0, 3.0, 4.0)
-    data = data_of(prompt_page([model.compress(ids, target_ratio=r).details for r in ratios], tokenizer, shown=2))
+    plans = [describe(model.compress(ids, target_ratio=r).origin) for r in ratios]
+    data = data_of(prompt_page(plans, tokenizer, shown=2))
     assert [plan["ratio"] for plan in data["plans"]] == list(ratios)
     assert data["shown"] == 2
     for name in ("entropy", "similarity", "candidates"):
@@ -173,7 +170,7 @@ def test_what_plans_share_is_written_once(tokenizer):
 
 def test_a_long_document_stays_small(tokenizer):
     model, ids = tiny_model(), random_ids(1, 10_000)
-    plans = [model.compress(ids, target_ratio=r).details for r in (1.5, 2.0, 2.4, 3.0, 4.0, 6.0, 8.0)]
+    plans = [describe(model.compress(ids, target_ratio=r).origin) for r in (1.5, 2.0, 2.4, 3.0, 4.0, 6.0, 8.0)]
     # Boundary mode, in which every ratio has candidates of its own.
     assert len(prompt_page(plans, tokenizer).encode()) < 1e6
 
@@ -192,9 +189,9 @@ def test_one_row_of_a_batch(tokenizer):
 
 def test_what_cannot_be_shown(tokenizer):
     model = tiny_model()
-    with pytest.raises(ValueError, match="details=True"):
-        model.compress(random_ids(1, 32), details=False).to_html(tokenizer)
-    plans = [model.compress(random_ids(1, 32, seed=seed)).details for seed in (0, 1)]
+    with pytest.raises(ValueError, match="what this prompt was made from"):
+        replace(model.compress(random_ids(1, 32)), origin=None).to_html(tokenizer)
+    plans = [describe(model.compress(random_ids(1, 32, seed=seed)).origin) for seed in (0, 1)]
     with pytest.raises(ValueError, match="same ids"):
         prompt_page(plans, tokenizer)
 
@@ -208,11 +205,12 @@ def test_thresholds_alone_have_no_ratio(tokenizer):
 
 
 @pytest.mark.slow
-def test_where_the_package_is_missing(tmp_path, tokenizer):
-    model, text = tiny_model(), "the cat sat on the mat and the dog ran to the man " * 6
+def test_a_prompt_of_the_checkpoints_own_code(tmp_path, tokenizer, monkeypatch):
+    """The package draws it, and where the package is missing the error says what to install."""
+    model, text = tiny_model(segmentation_mode="greedy"), "the cat sat on the mat and the dog ran to the man " * 6
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        expected = model.compress(**tokenizer(text, return_tensors="pt")).to_html(tokenizer)
-    assert run_clean(CHILD, tmp_path / "model", text, home=tmp_path / "home") == expected
-    assert json.dumps(expected)
+    expected = model.compress(**tokenizer(text, return_tensors="pt")).to_html(tokenizer)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    assert run_python(CHILD, tmp_path / "model", text) == expected
+    assert "pip install semtoken-hf" in run_clean(CHILD, tmp_path / "model", text, home=tmp_path / "clean")

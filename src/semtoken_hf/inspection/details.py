@@ -1,4 +1,7 @@
-"""Why a plan is as it is, token by token, for people who look at it. Planning itself never reads this."""
+"""Why a plan is as it is, token by token, for people who look at it.
+
+A prompt may come from the code that a checkpoint carries: its classes are then other ones of the same names.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configuration_semtoken import base_merge_mode
-from .granularity import candidate_starts, span_entropy
-from .sentence_selection import find_sentences, first_tokens
-from .span_clustering import Spans, row_products
-from .span_planner import SpanPlan, always_protected, granularity_of, is_marker, last_valid_token
-from .token_layout import on_device
+from ..compression import PromptOrigin
+from ..configuration_semtoken import base_merge_mode
+from ..granularity import candidate_starts, span_entropy
+from ..sentence_selection import find_sentences, first_tokens
+from ..span_clustering import Spans, row_products
+from ..span_planner import always_protected, granularity_of, is_marker, last_valid_token
+from ..token_layout import on_device
 
 # Why a token shares a slot or not; `SpanDetails.reason` holds places in here.
 REASONS = {
@@ -79,63 +83,15 @@ class SpanDetails:
         return self.reason == CODES["read"]
 
 
-def describe_plan(
-    plan: SpanPlan,
-    config: Any,
-    input_ids: Tensor,
-    anchors: Tensor,
-    position: Tensor,
-    attention_mask: Tensor | None = None,
-    read_mask: Tensor | None = None,
-    protected_mask: Tensor | None = None,
-    span_ids: Tensor | None = None,
-    target_ratio: float | None = None,
-    opens_row: bool = True,
-    query_mask: Tensor | None = None,
-    query_weight: float | None = None,
-) -> SpanDetails:
-    """The details of a plan, in O(N) time and memory; the host does not wait for the device.
-
-    Args:
-        plan: of `plan_spans`; the other arguments are what it was given.
-        anchors: int64 [P], the token of the stream that each slot has its position from.
-        position: int64 [P], that position.
-    """
-    layout, granularity, device = plan.layout, granularity_of(config, target_ratio), input_ids.device
-    candidates, place = plan.spans, torch.arange(len(plan.layout.row), device=device)
-    if plan.fingerprints is not None and span_ids is None:
-        if granularity.segmentation_mode == "greedy":
-            # The budget splits candidates: there are no more of them than slots.
-            candidates = Spans.from_starts(candidate_starts(plan.fingerprints, layout, granularity), len(plan.spans))
-        elif granularity.segmentation_mode == "sentence":
-            ends = is_marker(config, input_ids.flatten()[layout.token_index], "sentence_ends")
-            sentence = find_sentences(ends, layout)
-            candidates = Spans.from_starts(first_tokens(sentence), len(place))
+def describe(origin: PromptOrigin) -> SpanDetails:
+    """Why the plan of a prompt is as it is, in O(N) time and memory; `origin` is that of a `CompressedPrompt`."""
+    plan, config, input_ids = origin.plan, origin.config, origin.input_ids
+    candidates, place = _candidate_spans(origin), torch.arange(len(plan.layout.row), device=input_ids.device)
     entropy, similarity = _entropy_and_similarity(plan.fingerprints, candidates, place)
-    valid = plan.span_ids >= 0
-    masks = {
-        "read": last_valid_token(valid) if read_mask is None else read_mask,
-        "special": torch.isin(input_ids, on_device(always_protected(config), device)),
-        "question": query_mask,
-        "marked": protected_mask,
-    }
-    known = {n: m.to(device).flatten()[layout.token_index] != 0 for n, m in masks.items() if m is not None}
-    known["scored"] = known["read"].roll(1) & (layout.position > 0)
-    known["short"] = layout.lengths[layout.stretch] < config.min_prompt_length
-    known["first"] = (layout.position < config.keep_first) & opens_row
-    known["last"] = layout.to_end < config.keep_last
-    reason = torch.zeros_like(place, dtype=torch.int8)
-    # The reason is the first that applies.
-    for name in reversed(known):
-        reason.masked_fill_(known[name], CODES[name])
-    reason.masked_fill_(~layout.solo, CODES["merged"])
-    is_single = ~layout.solo & (plan.spans.lengths == 1)[plan.spans.index]
-    reason.masked_fill_(is_single, CODES["budget"])
-    reason.masked_fill_(is_single & (candidates.lengths == 1)[candidates.index], CODES["alone"])
 
     def lay_out(values: Tensor, fill: Any) -> Tensor:
         batch = values.new_full((input_ids.numel(),), fill)
-        batch[layout.token_index] = values
+        batch[plan.layout.token_index] = values
         return batch.view(input_ids.shape)
 
     return SpanDetails(
@@ -144,13 +100,52 @@ def describe_plan(
         candidate_ids=lay_out(candidates.index, -1),
         entropy=lay_out(entropy, torch.nan),
         similarity=lay_out(similarity, torch.nan),
-        reason=lay_out(reason, CODES["padding"]),
-        position=lay_out(position[plan.spans.index], -1),
-        is_carrier=lay_out(place == anchors[plan.spans.index], False),
+        reason=lay_out(_reasons(origin, candidates), CODES["padding"]),
+        position=lay_out(origin.positions[plan.spans.index], -1),
+        is_carrier=lay_out(place == origin.anchors[plan.spans.index], False),
         budget=plan.budgets,
-        target_ratio=granularity.target_ratio,
+        target_ratio=granularity_of(config, origin.planning.get("target_ratio")).target_ratio,
         merge_mode=base_merge_mode(config),
     )
+
+
+def _candidate_spans(origin: PromptOrigin) -> Spans:
+    plan, config, layout = origin.plan, origin.config, origin.plan.layout
+    granularity = granularity_of(config, origin.planning.get("target_ratio"))
+    if plan.fingerprints is None or origin.planning.get("span_ids") is not None:
+        return plan.spans
+    if granularity.segmentation_mode == "greedy":
+        # The budget splits candidates: there are no more of them than slots.
+        return Spans.from_starts(candidate_starts(plan.fingerprints, layout, granularity), len(plan.spans))
+    if granularity.segmentation_mode == "sentence":
+        ends = is_marker(config, origin.input_ids.flatten()[layout.token_index], "sentence_ends")
+        return Spans.from_starts(first_tokens(find_sentences(ends, layout)), len(layout.row))
+    return plan.spans
+
+
+def _reasons(origin: PromptOrigin, candidates: Spans) -> Tensor:
+    """Of every token of the stream: int8 [N], places in `REASONS`."""
+    plan, config, given, layout = origin.plan, origin.config, origin.planning, origin.plan.layout
+    device, read_mask = origin.input_ids.device, given.get("read_mask")
+    masks = {
+        "read": last_valid_token(plan.span_ids >= 0) if read_mask is None else read_mask,
+        "special": torch.isin(origin.input_ids, on_device(always_protected(config), device)),
+        "question": given.get("query_mask"),
+        "marked": given.get("protected_mask"),
+    }
+    known = {n: m.to(device).flatten()[layout.token_index] != 0 for n, m in masks.items() if m is not None}
+    known["scored"] = known["read"].roll(1) & (layout.position > 0)
+    known["short"] = layout.lengths[layout.stretch] < config.min_prompt_length
+    known["first"] = (layout.position < config.keep_first) & given.get("opens_row", True)
+    known["last"] = layout.to_end < config.keep_last
+    reason = torch.zeros_like(layout.row, dtype=torch.int8)
+    # The reason is the first that applies.
+    for name in reversed(known):
+        reason.masked_fill_(known[name], CODES[name])
+    reason.masked_fill_(~layout.solo, CODES["merged"])
+    is_single = ~layout.solo & (plan.spans.lengths == 1)[plan.spans.index]
+    reason.masked_fill_(is_single, CODES["budget"])
+    return reason.masked_fill_(is_single & (candidates.lengths == 1)[candidates.index], CODES["alone"])
 
 
 def _entropy_and_similarity(fingerprints: Tensor | None, spans: Spans, place: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,4 +158,4 @@ def _entropy_and_similarity(fingerprints: Tensor | None, spans: Spans, place: Te
     return span_entropy(fingerprints, spans)[spans.index], similarity
 
 
-__all__ = ["REASONS", "SpanDetails", "describe_plan"]
+__all__ = ["REASONS", "SpanDetails", "describe"]

@@ -1,4 +1,4 @@
-"""Document, style and script of `prompt_html.py`, all below `.semtoken`: a notebook keeps its own style."""
+"""Document, style and script of `page.py`, all below `.semtoken`: a notebook keeps its own style."""
 
 STYLE = """
 .semtoken, body:has(> .semtoken) {
