@@ -214,16 +214,16 @@ def test_gradient_checkpointing_changes_nothing(inputs, tmp_path, trainable):
 
 def test_the_command_explains_itself():
     text = run_command("adapt", "--help").stdout
-    for option in ("--checkpoint", "--text_column", "<merger|lora|full>", "--set_fields", "--help_training"):
+    for option in ("--checkpoint", "--text-column", "<merger|lora|full>", "--set-fields", "--help-training"):
         assert option in text
 
 
 def test_the_script_runs(inputs, tmp_path):
-    fields = ("--set_fields", "position_mode=compact", "--ratios", "2", "4", "--weights", "novel.txt=1.5")
-    lengths = ("--context_length", "64", "--target_length", "16", "--chunk_length", "32", "--span_lengths", "1", "4")
-    sizes = ("--max_steps", "2", "--per_device_train_batch_size", "2", "--evaluation_windows", "1")
-    paths = ("--checkpoint", inputs / "checkpoint", "--text", inputs / "text", "--output_dir", tmp_path / "run")
-    rest = ("--held_out_share", "0.3", "--bf16", "False", "--trainable", "lora", "--use_cpu")
+    fields = ("--set-fields", "position_mode=compact", "--ratios", "2", "4", "--weights", "novel.txt=1.5")
+    lengths = ("--context-length", "64", "--target-length", "16", "--chunk-length", "32", "--span-lengths", "1", "4")
+    sizes = ("--max-steps", "2", "--per-device-train-batch-size", "2", "--evaluation-windows", "1")
+    paths = ("--checkpoint", inputs / "checkpoint", "--text", inputs / "text", "--output-dir", tmp_path / "run")
+    rest = ("--held-out-share", "0.3", "--bf16", "False", "--trainable", "lora", "--use-cpu")
     printed = run_script("adapt.py", *paths, *fields, *lengths, *sizes, *rest).stdout
     assert printed.splitlines()[-1] == str(tmp_path / "run" / "model")
     config = loaded(tmp_path / "run" / "model").config

@@ -149,7 +149,7 @@ def export_dataset(name: str, config: str | None, split: str, column: str, folde
     with staged_file(target) as staged, staged.open("w", encoding="utf-8") as handle:
         for document in data.take(limit):
             if column not in document:
-                raise ValueError(f"'{name}' has the columns {sorted(document)}, not '{column}': pass --text_column")
+                raise ValueError(f"'{name}' has the columns {sorted(document)}, not '{column}': pass --text-column")
             # Three newlines part documents in `corpus.read_documents`.
             handle.write(re.sub(r"\n{3,}", "\n\n", document[column].strip("\n")) + "\n\n\n")
     return target.parent
