@@ -29,7 +29,7 @@ def arguments(inputs, tmp_path):
 
 
 def test_a_run(arguments, tmp_path):
-    record = run_json(*arguments, "--set-fields", "position_mode=compact", "--weights", "novel.txt=1.5")
+    record = run_json(*arguments, "--set-fields", "position_mode=compact", "--weights", "novel=1.5")
     folder = tmp_path / "run" / "model"
     assert (record["folder"], record["output_dir"]) == (str(folder), str(tmp_path / "run"))
     assert record["curve"] == read_curve(tmp_path / "run")
@@ -60,6 +60,7 @@ def test_bars_and_logs_leave_the_path_as_the_last_line(arguments, tmp_path):
         (["--load-best-model-at-end", "True"], 2, "error: "),
         (["--set-fields", "compact"], 2, "error: --set-fields takes NAME=VALUE"),
         (["--weights", "novel.txt=much"], 2, "error: --weights takes NAME=NUMBER"),
+        (["--weights", "nowel=2", "--checkpoint", "/nowhere"], 1, "'nowel', which stands for no file"),
         (["--text", "/nowhere"], 1, "error: "),
         (["--context-length", "4096"], 1, "exceed the model's 128 positions"),
     ],

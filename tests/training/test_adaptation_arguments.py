@@ -81,7 +81,7 @@ def test_learning_rates(inputs, tmp_path, trainable):
         ({"set_fields": ["merger_base=best"]}, "`merger_base`"),
         ({"set_fields": ["position_mode=near"]}, "`position_mode`"),
         ({"set_fields": ["postion_mode=compact"]}, "postion_mode"),
-        ({"weights": ["other.txt=2"]}, "unknown files"),
+        ({"weights": ["other.txt=2"]}, "stands for no file"),
         ({"held_out_share": 0.0}, "held_out_share"),
     ],
 )
