@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from semtoken_hf.adapter_semtoken import has_adapter
 from semtoken_hf.training.adaptation import adapt, build_trainer
 from tests.fixtures.children import run_script
-from tests.fixtures.command_line import run_command
 from tests.fixtures.tiny import random_ids
 from tests.training.adaptation_runs import OPTIONS, curve, make_inputs, options
 
@@ -210,12 +209,6 @@ def test_gradient_checkpointing_changes_nothing(inputs, tmp_path, trainable):
         states.append(weights(folder))
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-5)
-
-
-def test_the_command_explains_itself():
-    text = run_command("adapt", "--help").stdout
-    for option in ("--checkpoint", "--text-column", "<merger|lora|full>", "--set-fields", "--help-training"):
-        assert option in text
 
 
 def test_the_script_runs(inputs, tmp_path):
