@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--checkpoint", required=True, help="folder or Hub id of a SemToken checkpoint")
 parser.add_argument("--documents", nargs="+", type=Path, help="text files (default: pieces of a chapter)")
-parser.add_argument("--target_ratio", type=float, default=2.4, help="tokens per slot (default 2.4)")
-parser.add_argument("--batch_size", type=int, default=4)
+parser.add_argument("--target-ratio", type=float, default=2.4, help="tokens per slot (default 2.4)")
+parser.add_argument("--batch-size", type=int, default=4)
 parser.add_argument("--workers", type=int, default=0, help="of the data loader (default 0: this process)")
-parser.add_argument("--max_new_tokens", type=int, default=24)
+parser.add_argument("--max-new-tokens", type=int, default=24)
 options, _ = parser.parse_known_args()  # a notebook has arguments of its own
 
 tokenizer = AutoTokenizer.from_pretrained(options.checkpoint, trust_remote_code=True)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--checkpoint", required=True, help="folder or Hub id of a SemToken checkpoint")
 parser.add_argument("--document", type=Path, default=ROOT / "scripts" / "quickstart_chapter.txt")
-parser.add_argument("--max_new_tokens", type=int, default=24)
+parser.add_argument("--max-new-tokens", type=int, default=24)
 options, _ = parser.parse_known_args()  # a notebook has arguments of its own
 
 tokenizer = AutoTokenizer.from_pretrained(options.checkpoint, trust_remote_code=True)

@@ -1,7 +1,7 @@
 """Questions about a long document: the question decides which sentences stay whole.
 
 python examples/document_qa.py --checkpoint "$(bash scripts/reference_model.sh)"    # SmolLM2-135M-Instruct
-python examples/document_qa.py --checkpoint llama-3.2-1b-semtoken --document report.txt --target_ratio 4
+python examples/document_qa.py --checkpoint llama-3.2-1b-semtoken --document report.txt --target-ratio 4
 """
 
 # %% [markdown]
@@ -24,7 +24,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--checkpoint", required=True, help="folder or Hub id of a SemToken checkpoint")
 parser.add_argument("--document", type=Path, default=ROOT / "scripts" / "quickstart_chapter.txt")
 parser.add_argument("--questions", nargs="+", metavar="QUESTION=ANSWER", help="about your own document")
-parser.add_argument("--target_ratio", type=float, default=2.4, help="tokens per slot (default 2.4)")
+parser.add_argument("--target-ratio", type=float, default=2.4, help="tokens per slot (default 2.4)")
 options, _ = parser.parse_known_args()  # a notebook has arguments of its own
 
 tokenizer = AutoTokenizer.from_pretrained(options.checkpoint, trust_remote_code=True)

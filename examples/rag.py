@@ -23,7 +23,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--checkpoint", required=True, help="folder or Hub id of a SemToken checkpoint")
 parser.add_argument("--passages", type=Path, default=Path(__file__).with_name("passages.txt"))
 parser.add_argument("--question", default="Who cut the thick lens of a lighthouse into rings, and in which year?")
-parser.add_argument("--target_ratio", type=float, default=4.0, help="tokens per slot (default 4)")
+parser.add_argument("--target-ratio", type=float, default=4.0, help="tokens per slot (default 4)")
 options, _ = parser.parse_known_args()  # a notebook has arguments of its own
 
 tokenizer = AutoTokenizer.from_pretrained(options.checkpoint, trust_remote_code=True)

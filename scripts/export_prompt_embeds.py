@@ -1,15 +1,15 @@
 #!/usr/bin/env python
 """Compress a prompt and write it as prompt embeddings, for an inference engine such as vLLM.
 
-    python scripts/export_prompt_embeds.py my-semtoken --export_plain my-plain               # once: what vLLM runs
+    python scripts/export_prompt_embeds.py my-semtoken --export-plain my-plain               # once: what vLLM runs
     vllm serve my-plain --enable-prompt-embeds
-    python scripts/export_prompt_embeds.py my-semtoken long.txt --format json --model my-plain --max_tokens 100 \\
+    python scripts/export_prompt_embeds.py my-semtoken long.txt --format json --model my-plain --max-tokens 100 \\
         | curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d @-
 
 Formats: `base64` is the field `prompt_embeds` of a request, `json` a whole body for /v1/completions, and `pt` a tensor
 [slots, hidden] for `torch.load` and `LLM.generate({"prompt_embeds": tensor})`. The engine must run the plain model with
-the same weights: the checkpoint that was converted, or what --export_plain writes. Its positions are 0..m-1, so adapt
-with `--set_fields position_mode=compact`; adapters for compressed rows (`--trainable lora`) cannot go along.
+the same weights: the checkpoint that was converted, or what --export-plain writes. Its positions are 0..m-1, so adapt
+with `--set-fields position_mode=compact`; adapters for compressed rows (`--trainable lora`) cannot go along.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ from transformers.utils import logging
 
 import semtoken_hf  # noqa: F401 (registers the classes)
 from semtoken_hf.conversion.plain import export_plain
+from semtoken_hf.evaluation.option_names import DashedParser
 from semtoken_hf.serving.prompt_embeds import ExportedPrompt, check_config, export_prompt
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = DashedParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder or Hub id of a SemToken checkpoint")
     parser.add_argument("text_file", nargs="?", help="the prompt, UTF-8; - for standard input")
     parser.add_argument("--chat", action="store_true", help="the text is a user's turn, for the chat template")
-    parser.add_argument("--target_ratio", type=float, help="tokens per slot (default: the checkpoint's)")
+    parser.add_argument("--target-ratio", type=float, help="tokens per slot (default: the checkpoint's)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     parser.add_argument("--format", choices=("base64", "json", "pt"), default="base64")
     parser.add_argument("--output", default="-", help="file, or - for standard output (default)")
     parser.add_argument("--model", help="for json: the model's name in the engine (default: the checkpoint)")
-    parser.add_argument("--max_tokens", type=int, default=128, help="for json (default 128)")
-    parser.add_argument("--export_plain", metavar="DIR", help="write the plain model of the checkpoint to a new folder")
+    parser.add_argument("--max-tokens", type=int, default=128, help="for json (default 128)")
+    parser.add_argument("--export-plain", metavar="DIR", help="write the plain model of the checkpoint to a new folder")
     return parser
 
 
@@ -88,7 +89,7 @@ def main() -> None:
     parser = build_parser()
     arguments = parser.parse_args()
     if arguments.text_file is None and arguments.export_plain is None:
-        parser.error("nothing to do: give a text file, --export_plain, or both")
+        parser.error("nothing to do: give a text file, --export-plain, or both")
     # Standard output is for the result, and the layers that stay unread are no news.
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -28,6 +28,8 @@ from typing import Any
 import transformers
 from tqdm import tqdm
 
+from semtoken_hf.evaluation.option_names import DashedParser
+
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 200
 # Batches of a child, after which it is replaced, so that what it keeps does not add up.
@@ -36,13 +38,13 @@ KINDS = ("result", "refusal", "as in Transformers", "failure")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = DashedParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=100_000, help="over all families (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--families", nargs="+", help="only these")
     parser.add_argument("--output", type=Path, default=Path("fuzz.md"), help="Markdown report, with JSON beside it")
-    parser.add_argument("--any_code", action="store_true", help="count what earlier code has done, too")
+    parser.add_argument("--any-code", action="store_true", help="count what earlier code has done, too")
     return parser.parse_args()
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The presses of kvpress, alone and behind SemToken, as cells of an evaluation; the arguments are those of evaluate.py.
-#   bash scripts/kvpress_baselines.sh --checkpoint model_cards/semtoken-llama-tiny --data_dir data --workers 2
+#   bash scripts/kvpress_baselines.sh --checkpoint model_cards/semtoken-llama-tiny --data-dir data --workers 2
 #   python scripts/evaluate.py ...the same arguments... --report    # the report shows them
 # kvpress needs an older Transformers than this package: it gets an environment of its own, .venv-kvpress.
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Time the presses of kvpress on the prompts of a benchmark, in its own environment, without semtoken_hf.
 
-    python scripts/benchmark.py --shapes 160m --output_dir benchmark              # leaves plan.json
+    python scripts/benchmark.py --shapes 160m --output-dir benchmark              # leaves plan.json
     .venv-kvpress/bin/python scripts/kvpress_benchmark.py benchmark               # leaves kvpress.json
-    python scripts/benchmark.py --output_dir benchmark --report                   # shows both
+    python scripts/benchmark.py --output-dir benchmark --report                   # shows both
 
 A plain Llama of the same shape with random weights reads the same ids, alone and with each press at the compression
 ratio 1 - 1 / ratio; a run that was killed goes on where it was. `scripts/kvpress_baselines.sh` makes the environment.
@@ -141,7 +141,7 @@ def predicted(known: list[dict[str, Any]], result: dict[str, Any]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="--output_dir of scripts/benchmark.py")
+    parser.add_argument("folder", type=Path, help="--output-dir of scripts/benchmark.py")
     parser.add_argument("--presses", nargs="*", default=list(PRESSES), help="classes of kvpress")
     arguments = parser.parse_args()
     if not (arguments.folder / "plan.json").exists():

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import sys
 
-from transformers import HfArgumentParser
-
 from semtoken_hf.evaluation.cells import Cell, why_not
 from semtoken_hf.evaluation.configuration import EvaluationConfig, chosen
+from semtoken_hf.evaluation.option_names import DataclassParser
 from semtoken_hf.evaluation.press_exchange import export_for_presses, import_press_results
 from semtoken_hf.evaluation.tasks import TASKS
 
@@ -27,7 +26,7 @@ def export(config: EvaluationConfig) -> None:
         else:
             tasks.append(task)
     if not tasks:
-        raise ValueError("nothing to export: no task has data. Pass --data_dir, or --sources TASK=FILE_OR_HUB_ID")
+        raise ValueError("nothing to export: no task has data. Pass --data-dir, or --sources TASK=FILE_OR_HUB_ID")
     print(export_for_presses(config, tasks))
 
 
@@ -36,7 +35,7 @@ def main() -> None:
     if step not in ("export", "import"):
         sys.exit(__doc__)
     program = f"kvpress_exchange.py {step}"
-    parser = HfArgumentParser(EvaluationConfig, prog=program, description=__doc__)  # type: ignore[arg-type]
+    parser = DataclassParser(EvaluationConfig, prog=program, description=__doc__)  # type: ignore[arg-type]
     (config,) = parser.parse_args_into_dataclasses(sys.argv[2:])
     if step == "export":
         export(config)

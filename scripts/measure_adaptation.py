@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """What adaptation is worth: context-compressed perplexity of one checkpoint and its adapted versions, with baselines.
 
-    python scripts/measure_adaptation.py --checkpoint semtoken --text_file wiki.test.txt \\
-        --held_out corpus/english_novels_100.txt.xz --ratios 2.4 4 \\
+    python scripts/measure_adaptation.py --checkpoint semtoken --text-file wiki.test.txt \\
+        --held-out corpus/english_novels_100.txt.xz --ratios 2.4 4 \\
         --adapted "merger only=runs/merger/model" "full=runs/full/model" --output model_cards/NAME/adaptation.md
 
 Every text is read by the same windows in every way. Baselines are read by the checkpoint itself, uncompressed.
@@ -33,6 +33,7 @@ from semtoken_hf.evaluation.compressed_perplexity import (
 )
 from semtoken_hf.evaluation.methods import METHODS
 from semtoken_hf.evaluation.named_values import read_fields, read_pairs
+from semtoken_hf.evaluation.option_names import DashedParser
 from semtoken_hf.evaluation.provenance import publish_report
 from semtoken_hf.evaluation.texts import add_text_arguments, load_windows
 from semtoken_hf.training.adaptation import build_objective, load_student
@@ -42,13 +43,13 @@ from semtoken_hf.training.trainable_parts import choose_trainable, leave_casts_t
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = DashedParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="the checkpoint before its adaptation")
     parser.add_argument("--adapted", nargs="+", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--objectives", type=int, default=0, metavar="STEPS", help="measure the cost of so many steps")
     add_text_arguments(parser, context=1792, target=256)
     parser.add_argument("--ratios", type=float, nargs="+", default=[2.4, 4.0])
-    parser.add_argument("--set_fields", nargs="*", default=[], help="FIELD=VALUE for every checkpoint: query_weight=0")
+    parser.add_argument("--set-fields", nargs="*", default=[], help="FIELD=VALUE for every checkpoint: query_weight=0")
     parser.add_argument("--output", type=Path, help="Markdown file to write")
     return parser.parse_args()
 

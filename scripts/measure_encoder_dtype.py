@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from semtoken_hf import SpanPlanner
 from semtoken_hf.configuration_semtoken import ENCODER_DTYPES
+from semtoken_hf.evaluation.option_names import DashedParser
 from semtoken_hf.evaluation.provenance import publish_report
 from semtoken_hf.evaluation.side_by_side import timed
 from semtoken_hf.semantic_encoder import WINDOWS_PER_CALL, native_dtype
@@ -41,9 +42,9 @@ def one_pass(encoder: Any, ids: torch.Tensor, window: int) -> Callable[[], None]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = DashedParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="with a transformer encoder")
-    parser.add_argument("--text_file", type=Path, default=ROOT / "scripts" / "quickstart_chapter.txt")
+    parser.add_argument("--text-file", type=Path, default=ROOT / "scripts" / "quickstart_chapter.txt")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--output", type=Path)

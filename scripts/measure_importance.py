@@ -2,7 +2,7 @@
 """What choosing sentences by importance could bring on running text, at best: the model's own attention chooses.
 
     bash scripts/reference_model.sh minilm
-    python scripts/measure_importance.py --checkpoint FOLDER --text_file wiki.test.txt --output importance.md
+    python scripts/measure_importance.py --checkpoint FOLDER --text-file wiki.test.txt --output importance.md
 
 Three oracles choose the sentences that are kept, in as many slots as truncation keeps tokens; the rest is dropped. Two
 of them read the scored text, which no planner may: an importance learned from the context alone stays below them.
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import semtoken_hf  # noqa: F401 (registers the classes)
 from semtoken_hf.evaluation.continuation import score_target
 from semtoken_hf.evaluation.methods.selection import FullContext, Selection, Truncation
+from semtoken_hf.evaluation.option_names import DashedParser
 from semtoken_hf.evaluation.prompts import Prompt
 from semtoken_hf.evaluation.provenance import publish_report
 from semtoken_hf.evaluation.texts import add_text_arguments, load_windows, window_prompt
@@ -137,7 +138,7 @@ def table(losses: dict[str, list[float]], ratios: list[float]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = DashedParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True)
     add_text_arguments(parser, context=1792, target=256)
     parser.add_argument("--ratios", type=float, nargs="+", default=[2.4, 4.0])

@@ -23,6 +23,7 @@ import torch
 from semtoken_hf.attention_semtoken import VARLEN
 from semtoken_hf.benchmarking.shapes import SHAPES
 from semtoken_hf.evaluation.files import write_text
+from semtoken_hf.evaluation.option_names import DashedParser
 from semtoken_hf.evaluation.provenance import provenance, publish_report
 from semtoken_hf.gpu_suite.models import build_model
 from semtoken_hf.gpu_suite.parts import TimeUp
@@ -43,14 +44,14 @@ COLUMNS = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = DashedParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="prompt tokens")
     parser.add_argument("--ratio", type=float, default=2.4, help="tokens per slot")
     parser.add_argument("--chunk", type=int, default=512, help="slots that the layers read at a time")
     parser.add_argument("--attention", default=VARLEN, help="attn_implementation (default: %(default)s)")
-    parser.add_argument("--new_tokens", type=int, default=8)
-    parser.add_argument("--plain_seconds", type=float, default=600, help="plain readings end after this; 0: none")
+    parser.add_argument("--new-tokens", type=int, default=8)
+    parser.add_argument("--plain-seconds", type=float, default=600, help="plain readings end after this; 0: none")
     parser.add_argument("--seconds", type=float, default=3600, help="readings with SemToken end after this")
     parser.add_argument("--output", type=Path, help="Markdown file to write, with JSON beside it")
     parser.add_argument("--reading", nargs=2, help=argparse.SUPPRESS)

@@ -2,7 +2,7 @@
 """How similar neighbouring tokens are, and what ratio a fixed tau then gives: a real encoder on real text.
 
     python scripts/measure_similarity.py --model model_cards/semtoken-llama-tiny --encoder all-MiniLM-L6-v2 \\
-        --text_file wiki.valid.txt --output model_cards/semtoken-llama-tiny/similarity.md
+        --text-file wiki.valid.txt --output model_cards/semtoken-llama-tiny/similarity.md
 
 `--model` gives the vocabulary; the encoder is moved onto it as at conversion. Spans are the paper's greedy ones.
 """
@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from semtoken_hf import SpanPlanner
 from semtoken_hf.conversion.planner import planner_on_vocabulary
+from semtoken_hf.evaluation.option_names import DashedParser
 from semtoken_hf.evaluation.provenance import publish_report
 from semtoken_hf.span_clustering import shifted_similarities
 
@@ -28,10 +29,10 @@ RADII = (0, 1, 2, 5)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = DashedParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint whose vocabulary is read")
     parser.add_argument("--encoder", required=True, help="folder or Hub id of the encoder")
-    parser.add_argument("--text_file", required=True, type=Path)
+    parser.add_argument("--text-file", required=True, type=Path)
     parser.add_argument("--output", type=Path, help="Markdown file to write")
     parser.add_argument("--tokens", type=int, default=20000)
     return parser.parse_args()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Where the time of a prefill goes, by operator: the compression stage alone, and the whole.
 
-    python scripts/profile_prefill.py --shapes 1.1b --lengths 4096 --output_dir benchmark
+    python scripts/profile_prefill.py --shapes 1.1b --lengths 4096 --output-dir benchmark
 
 Options are those of `scripts/benchmark.py`, of which the shapes, lengths, first ratio and encoder are read. Beside the
 table, `profile_*.json` opens as a flame graph in chrome://tracing or https://ui.perfetto.dev.
@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import HfArgumentParser
 
 from semtoken_hf.benchmarking.cells import Bench
 from semtoken_hf.benchmarking.configuration import BenchmarkConfig
 from semtoken_hf.benchmarking.workloads import make_batch
+from semtoken_hf.evaluation.option_names import DataclassParser
 from semtoken_hf.evaluation.provenance import publish_report
 
 OPERATORS = 12
@@ -48,7 +48,7 @@ def table(profiler: Any, device: torch.device) -> list[str]:
 
 @torch.no_grad()
 def main() -> None:
-    (config,) = HfArgumentParser(BenchmarkConfig).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    (config,) = DataclassParser(BenchmarkConfig).parse_args_into_dataclasses()  # type: ignore[arg-type]
     device, ratio, lines = config.torch_device, config.ratios[0], ["# Where the time of a prefill goes"]
     config.folder.mkdir(parents=True, exist_ok=True)
     for shape in config.shapes:

@@ -2,7 +2,7 @@
 """Ask three questions about a chapter, whole and compressed, through `pipeline("text-generation")`, side by side.
 
 bash scripts/quickstart.sh                      # sets up an environment and a real model, then runs this
-python scripts/quickstart.py --checkpoint my-semtoken --text_file my_document.txt --question "Who signed it?"
+python scripts/quickstart.py --checkpoint my-semtoken --text-file my_document.txt --question "Who signed it?"
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import pipeline, set_seed
 from transformers.utils import logging
 
 import semtoken_hf  # noqa: F401 (registers the classes)
+from semtoken_hf.evaluation.option_names import DashedParser
 from semtoken_hf.evaluation.provenance import markdown_provenance
 from semtoken_hf.evaluation.side_by_side import Prompt, Reading, read_side_by_side, side_by_side_table
 
@@ -48,12 +49,12 @@ def show(questions: list[str], readings: dict[str, Reading]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = DashedParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="scripts/reference_model.sh makes and names one")
-    parser.add_argument("--text_file", type=Path, default=ROOT / "scripts" / "quickstart_chapter.txt")
+    parser.add_argument("--text-file", type=Path, default=ROOT / "scripts" / "quickstart_chapter.txt")
     parser.add_argument("--question", nargs="+", default=list(QUESTIONS))
-    parser.add_argument("--target_ratio", type=float, help="tokens per slot (default: the checkpoint's)")
-    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument("--target-ratio", type=float, help="tokens per slot (default: the checkpoint's)")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=3)
     arguments = parser.parse_args()
 

@@ -9,9 +9,9 @@ trap 'rm -rf "$data"' EXIT
 install_once test -c "$constraints" -e "$root[test]"
 "$python" -m tests.fixtures.evaluation_data "$data"
 options=(
-    --checkpoint model_cards/semtoken-llama-tiny --data_dir "$data" --output_dir "$data/evaluation"
-    --tasks wikitext needle tables --fraction 0.05 --ratios 2.4 --curve_ratios 2.4 --methods full none semtoken
-    --ablations none --context_length 256 --target_length 32 --max_new_tokens 4 --lengths 256
+    --checkpoint model_cards/semtoken-llama-tiny --data-dir "$data" --output-dir "$data/evaluation"
+    --tasks wikitext needle tables --fraction 0.05 --ratios 2.4 --curve-ratios 2.4 --methods full none semtoken
+    --ablations none --context-length 256 --target-length 32 --max-new-tokens 4 --lengths 256
 )
 "$python" scripts/evaluate.py "${options[@]}"
 bash scripts/kvpress_baselines.sh "${options[@]}"

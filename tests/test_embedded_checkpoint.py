@@ -101,7 +101,7 @@ def test_pipeline_by_path():
 
 
 def test_quickstart_runs():
-    options = ["--checkpoint", FOLDER, "--repetitions", "1", "--max_new_tokens", "4"]
+    options = ["--checkpoint", FOLDER, "--repetitions", "1", "--max-new-tokens", "4"]
     output = run_script("quickstart.py", *options).stdout
     tokens, slots = re.search(r"positions read \(slots\) \| ([\d,]+) \| ([\d,]+) \|", output).groups()
     assert int(slots.replace(",", "")) == math.ceil(int(tokens.replace(",", "")) / 2.4)

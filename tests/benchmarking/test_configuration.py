@@ -15,11 +15,11 @@ from tests.fixtures.command_line import run_command, run_json
         ({"batches": ["2"]}, "no batch '2'"),
         ({"ratios": [1.0]}, "--ratios"),
         ({"dtype": "int8"}, "--dtype"),
-        ({"new_tokens": 1}, "--new_tokens"),
+        ({"new_tokens": 1}, "--new-tokens"),
         ({"repetitions": 0}, "--repetitions"),
-        ({"max_seconds": 0.0}, "--max_seconds"),
-        ({"stage_lengths": []}, "--stage_lengths"),
-        ({"encoder_kind": "big"}, "--encoder_kind"),
+        ({"max_seconds": 0.0}, "--max-seconds"),
+        ({"stage_lengths": []}, "--stage-lengths"),
+        ({"encoder_kind": "big"}, "--encoder-kind"),
         ({"overrides": ["nonsense=1"]}, "--overrides does not know"),
         ({"overrides": ["recency"]}, "NAME=VALUE"),
         ({"overrides": ["segmentation_mode=sharp"]}, "segmentation_mode"),
@@ -34,15 +34,15 @@ def test_what_makes_no_sense_is_refused(config_of, tmp_path, fields, message):
 
 
 def test_a_missing_text(config_of, tmp_path):
-    with pytest.raises(FileNotFoundError, match="--text_file"):
+    with pytest.raises(FileNotFoundError, match="--text-file"):
         benchmark(config_of(tmp_path, text_file=str(tmp_path / "none.txt")))
 
 
 def test_the_command_line(measured):
     folder, _ = measured
-    shown = run_command("benchmark", "--report", "--output_dir", folder, "--lengths", 256, 512).stdout
+    shown = run_command("benchmark", "--report", "--output-dir", folder, "--lengths", 256, 512).stdout
     assert shown == f"report: {folder / 'benchmark.md'}\n"
-    record = run_json("benchmark", "--report", "--output_dir", folder)
+    record = run_json("benchmark", "--report", "--output-dir", folder)
     assert record["results"] == json.loads((folder / "benchmark.json").read_text())
     assert (record["folder"], record["plot"]) == (str(folder), str(folder / "speed.png"))
     assert "error: there is no model shape 'x'" in run_command("benchmark", "--shapes", "x", code=2).stderr

@@ -9,9 +9,9 @@ from semtoken_hf.training.adaptation_curve import read_curve
 from tests.fixtures.command_line import run_command, run_json
 from tests.training.adaptation_runs import make_inputs
 
-LENGTHS = ("--context_length", "64", "--chunk_length", "16", "--target_length", "16", "--span_lengths", "1", "4")
+LENGTHS = ("--context-length", "64", "--chunk-length", "16", "--target-length", "16", "--span-lengths", "1", "4")
 TRAINING = (
-    *("--max_steps", "2", "--per-device-train-batch-size", "2", "--eval_steps", "1", "--save_steps", "1"),
+    *("--max-steps", "2", "--per-device-train-batch-size", "2", "--eval-steps", "1", "--save-steps", "1"),
     *("--bf16", "False", "--use_cpu", "--warmup_steps=1"),
 )
 
@@ -23,13 +23,13 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def arguments(inputs, tmp_path):
-    paths = ("--checkpoint", inputs / "checkpoint", "--text", inputs / "text", "--output_dir", tmp_path / "run")
-    shares = ("--held_out_share", "0.3", "--evaluation_windows", "1", "--trainable", "merger")
+    paths = ("--checkpoint", inputs / "checkpoint", "--text", inputs / "text", "--output-dir", tmp_path / "run")
+    shares = ("--held-out-share", "0.3", "--evaluation-windows", "1", "--trainable", "merger")
     return ["adapt", *paths, *shares, *LENGTHS, *TRAINING]
 
 
 def test_a_run(arguments, tmp_path):
-    record = run_json(*arguments, "--set_fields", "position_mode=compact", "--weights", "novel.txt=1.5")
+    record = run_json(*arguments, "--set-fields", "position_mode=compact", "--weights", "novel=1.5")
     folder = tmp_path / "run" / "model"
     assert (record["folder"], record["output_dir"]) == (str(folder), str(tmp_path / "run"))
     assert record["curve"] == read_curve(tmp_path / "run")
@@ -55,13 +55,14 @@ def test_bars_and_logs_leave_the_path_as_the_last_line(arguments, tmp_path):
     ("changed", "code", "message"),
     [
         (["--ratios", "2"], 2, "error: ratios must be two numbers"),
-        (["--max_stps", "3"], 2, "error: there is no option --max_stps"),
-        (["--max_steps", "few"], 2, "error: argument --max_steps"),
-        (["--load_best_model_at_end", "True"], 2, "error: "),
-        (["--set_fields", "compact"], 2, "error: --set_fields takes NAME=VALUE"),
+        (["--max-stps", "3"], 2, "error: there is no option --max-stps"),
+        (["--max-steps", "few"], 2, "error: argument --max-steps"),
+        (["--load-best-model-at-end", "True"], 2, "error: "),
+        (["--set-fields", "compact"], 2, "error: --set-fields takes NAME=VALUE"),
         (["--weights", "novel.txt=much"], 2, "error: --weights takes NAME=NUMBER"),
+        (["--weights", "nowel=2", "--checkpoint", "/nowhere"], 1, "'nowel', which stands for no file"),
         (["--text", "/nowhere"], 1, "error: "),
-        (["--context_length", "4096"], 1, "exceed the model's 128 positions"),
+        (["--context-length", "4096"], 1, "exceed the model's 128 positions"),
     ],
 )
 def test_mistakes_end_with_one_line(arguments, changed, code, message):

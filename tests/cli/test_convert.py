@@ -14,7 +14,7 @@ from tests.fixtures.command_line import run_command, run_json
 
 def test_converts_with_options_and_fields(make_llama, encoder_folder, tmp_path):
     out = tmp_path / "out"
-    options = ["--encoder_kind", "static", "--static_dim", "8", "--quiet"]
+    options = ["--encoder-kind", "static", "--static-dim", "8", "--quiet"]
     fields = ["--set", "target_ratio=4", "segmentation_mode=greedy", "--set", "keep_last=8"]
     done = run_command("convert", make_llama(), encoder_folder, out, *options, *fields)
     assert done.stdout.splitlines()[-1] == str(out)
@@ -57,8 +57,8 @@ def test_pickle_is_read_on_request_alone(make_llama, encoder_folder, tmp_path):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     refused = run_command("convert", folder, encoder_folder, tmp_path / "out", code=1).stderr
-    assert "--allow_pickle" in refused.splitlines()[-1]
-    run_command("convert", folder, encoder_folder, tmp_path / "out", "--allow_pickle")
+    assert "--allow-pickle" in refused.splitlines()[-1]
+    run_command("convert", folder, encoder_folder, tmp_path / "out", "--allow-pickle")
     assert (tmp_path / "out" / "config.json").exists()
 
 
@@ -69,8 +69,8 @@ def test_pickle_is_read_on_request_alone(make_llama, encoder_folder, tmp_path):
         (["--set", "target_ratio=0.5"], 1, "`target_ratio` must be"),
         (["--set", "overwrite=1"], 2, "options of their own"),
         (["--set", "target_ratio"], 2, "--set takes NAME=VALUE"),
-        (["--encoder_kind", "lstm"], 2, "'transformer'"),
-        (["--protect_rare", "much"], 2, "protect_rare"),
+        (["--encoder-kind", "lstm"], 2, "'transformer'"),
+        (["--protect-rare", "much"], 2, "--protect-rare"),
     ],
 )
 def test_mistakes_end_with_one_line(make_llama, encoder_folder, tmp_path, arguments, code, message):

@@ -20,19 +20,19 @@ CARD = f"---\nlicense: mit\n---\n# Mine\n\n{BEGIN}\n{END}\n\nKept.\n"
 def options(tmp_path_factory, semtoken):
     root = tmp_path_factory.mktemp("evaluate")
     lengths = (
-        "--context_length",
+        "--context-length",
         "96",
-        "--target_length",
+        "--target-length",
         "16",
         "--lengths",
         "0",
         "--ratios",
         "2",
-        "--curve_ratios",
+        "--curve-ratios",
         "2",
     )
     few = ("--tasks", "wikitext", "--methods", "full", "none", "semtoken", "--ablations", "none", "--fraction", "0.1")
-    return ["--checkpoint", semtoken, "--data_dir", write_data(root / "data"), "--output_dir", root, *lengths, *few]
+    return ["--checkpoint", semtoken, "--data-dir", write_data(root / "data"), "--output-dir", root, *lengths, *few]
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +64,12 @@ def test_a_plain_checkpoint_is_refused(options, make_llama):
 
 def test_figures_go_into_the_card(record, options, semtoken, tmp_path):
     folder = shutil.copytree(semtoken, tmp_path / "mine")
-    refused = run_command("evaluate", *options, "--report", "--update_card", folder, code=1).stderr
+    refused = run_command("evaluate", *options, "--report", "--update-card", folder, code=1).stderr
     assert "holds no card: write a README.md" in refused
     (folder / "README.md").write_text("# Mine\n")
-    assert BEGIN in run_command("evaluate", *options, "--report", "--update_card", folder, code=1).stderr
+    assert BEGIN in run_command("evaluate", *options, "--report", "--update-card", folder, code=1).stderr
     (folder / "README.md").write_text(CARD)
-    updated = run_json("evaluate", *options, "--report", "--update_card", folder)
+    updated = run_json("evaluate", *options, "--report", "--update-card", folder)
     assert updated["card"] == str(folder / "README.md")
     text = (folder / "README.md").read_text()
     assert Path(record["report_md"]).read_text().strip() in text

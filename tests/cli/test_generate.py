@@ -15,7 +15,7 @@ from tests.fixtures.command_line import run_command, run_json
 from tests.fixtures.tiny import plain_twin, tiny_model, tiny_tokenizer
 from tests.hub.hub_server import OWNER, STRANGER
 
-NEW = ("--max_new_tokens", "6")
+NEW = ("--max-new-tokens", "6")
 
 
 def expected(folder, text, **call):
@@ -31,7 +31,7 @@ def expected(folder, text, **call):
 
 @pytest.mark.parametrize("ratio", [None, 4.0])
 def test_the_record_is_what_the_library_does(semtoken, text_file, ratio):
-    record = run_json("generate", semtoken, "--file", text_file, *NEW, *(["--target_ratio", ratio] if ratio else []))
+    record = run_json("generate", semtoken, "--file", text_file, *NEW, *(["--target-ratio", ratio] if ratio else []))
     text, tokens, cache = expected(semtoken, text_file.read_text(), target_ratio=ratio)
     assert (record["text"], record["tokens"], record["slots"]) == (text, tokens, int(cache.compressed_lengths[0]))
     assert record["slots"] < record["tokens"]
@@ -67,7 +67,7 @@ def test_plain_is_the_plain_model(semtoken, text_file):
 
 
 def test_fields_and_a_budget_that_cannot_be_met(semtoken, text_file):
-    fields = ["--set", "max_span_length=2", "keep_last=64", "--target_ratio", "8"]
+    fields = ["--set", "max_span_length=2", "keep_last=64", "--target-ratio", "8"]
     record = run_json("generate", semtoken, "--file", text_file, *NEW, *fields)
     assert record["budget_met"] is False
     assert record["slots"] > record["budget"]
@@ -76,7 +76,7 @@ def test_fields_and_a_budget_that_cannot_be_met(semtoken, text_file):
 
 
 def test_slots_are_those_of_the_prompt_though_text_is_merged_later(semtoken, text_file):
-    new = ("--max_new_tokens", "60", "--set", "min_prompt_length=4")
+    new = ("--max-new-tokens", "60", "--set", "min_prompt_length=4")
     plain, merging = (
         run_json("generate", semtoken, "--file", text_file, *new, *f) for f in ([], ["recompress_every=8"])
     )
@@ -145,9 +145,9 @@ def test_sampling_depends_on_the_seed_alone(semtoken, text_file):
     ("arguments", "code", "message"),
     [
         (["x", "--file", "y"], 2, "give the prompt once"),
-        (["x", "--plain", "--target_ratio", "2"], 2, "exclude each other"),
-        (["x", "--target_ratio", "0.5"], 2, "target_ratio"),
-        (["x", "--max_new_tokens", "0"], 2, "max_new_tokens"),
+        (["x", "--plain", "--target-ratio", "2"], 2, "exclude each other"),
+        (["x", "--target-ratio", "0.5"], 2, "--target-ratio"),
+        (["x", "--max-new-tokens", "0"], 2, "--max-new-tokens"),
         (["x", "--dtype", "float12"], 2, "bfloat16"),
         ([" "], 1, "error: the prompt is empty"),
         (["x", "--question", " "], 1, "error: the question is empty"),
@@ -157,7 +157,7 @@ def test_sampling_depends_on_the_seed_alone(semtoken, text_file):
         (["x", "--set", "keep_last=-1"], 1, "`keep_last` must be"),
         (["x", "--set", "keep_last"], 2, "--set takes NAME=VALUE"),
         (["x", "--device", "nonsense"], 1, "error: --device nonsense cannot be used here"),
-        (["x", "--attn_implementation", "flash_attention_2"], 1, "error: FlashAttention2"),
+        (["x", "--attn-implementation", "flash_attention_2"], 1, "error: FlashAttention2"),
     ],
 )
 def test_mistakes_end_with_one_line(semtoken, arguments, code, message):

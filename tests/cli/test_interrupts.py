@@ -61,9 +61,9 @@ def test_convert_keeps_what_it_would_have_replaced(make_llama, encoder_folder, t
 def test_adapt_goes_on_where_it_was(tmp_path, monkeypatch, number, code, word):
     inputs = make_inputs(tmp_path)
     arguments = ["adapt", "--checkpoint", inputs / "checkpoint", "--text", inputs / "text", "--trainable", "merger"]
-    arguments += ["--context_length", "64", "--chunk_length", "16", "--target_length", "16"]
-    arguments += ["--held_out_share", "0.3", "--evaluation_windows", "1", "--max_steps", "4", "--save_steps", "1"]
-    arguments += ["--bf16", "False", "--use_cpu", "--eval_strategy", "no", "--output_dir", tmp_path / "run", "--quiet"]
+    arguments += ["--context-length", "64", "--chunk-length", "16", "--target-length", "16"]
+    arguments += ["--held-out-share", "0.3", "--evaluation-windows", "1", "--max-steps", "4", "--save-steps", "1"]
+    arguments += ["--bf16", "False", "--use-cpu", "--eval-strategy", "no", "--output-dir", tmp_path / "run", "--quiet"]
     step = AdaptationTrainer.training_step
     with monkeypatch.context() as patch:
         patch.setattr(AdaptationTrainer, "training_step", interrupting(step, number, at=3))
@@ -82,9 +82,9 @@ def test_adapt_goes_on_where_it_was(tmp_path, monkeypatch, number, code, word):
 @needs_lm_eval
 @SIGNALS
 def test_evaluate_reads_only_the_rest(semtoken, tmp_path, monkeypatch, number, code, word):
-    few = ("--tasks", "wikitext", "--methods", "full", "--ablations", "none", "--lengths", "0", "--curve_ratios", "2")
-    sizes = ("--context_length", "96", "--target_length", "16", "--fraction", "0.2", "--output_dir", tmp_path)
-    arguments = ["evaluate", "--checkpoint", semtoken, "--data_dir", write_data(tmp_path / "data"), *few, *sizes]
+    few = ("--tasks", "wikitext", "--methods", "full", "--ablations", "none", "--lengths", "0", "--curve-ratios", "2")
+    sizes = ("--context-length", "96", "--target-length", "16", "--fraction", "0.2", "--output-dir", tmp_path)
+    arguments = ["evaluate", "--checkpoint", semtoken, "--data-dir", write_data(tmp_path / "data"), *few, *sizes]
     read = cells.read_prompt
     with monkeypatch.context() as patch:
         patch.setattr(cells, "read_prompt", interrupting(read, number, at=2))
@@ -108,7 +108,7 @@ def test_push_says_what_is_there(make_checkpoint, hub, monkeypatch, number, code
 
 
 def test_a_child_stops_while_it_writes(semtoken, text_file):
-    child = start_command("generate", semtoken, "--file", text_file, "--max_new_tokens", "15000", "--quiet")
+    child = start_command("generate", semtoken, "--file", text_file, "--max-new-tokens", "15000", "--quiet")
     first = child.stdout.read(3)
     child.send_signal(signal.SIGINT)
     code, _, err = end_of(child)
@@ -129,7 +129,7 @@ def test_a_child_stops_before_its_command_is_there():
 
 
 def test_a_reader_that_goes_away_ends_it_silently(semtoken):
-    child = start_command("push", semtoken, "me/tiny", "--dry_run")
+    child = start_command("push", semtoken, "me/tiny", "--dry-run")
     child.stdout.close()
     err = child.stderr.read()
     assert child.wait(240) == 141

@@ -14,6 +14,7 @@ from semtoken_hf.cli.dataclass_options import build, takes_fields
 from semtoken_hf.cli.main import CONTEXT
 from semtoken_hf.cli.options import SpreadingCommand
 from semtoken_hf.evaluation.configuration import EvaluationConfig
+from semtoken_hf.evaluation.option_names import dashed
 from semtoken_hf.training.adaptation_arguments import AdaptationArguments
 
 
@@ -74,7 +75,7 @@ def test_a_list_ends_at_the_next_option_and_before_what_is_none_of_it():
 def test_flags_may_have_a_value():
     assert parse("--name", "x", "--cold", "true", "--warm", "False") == Config("x", cold=True, warm=False)
     assert parse("--name", "x", "--cold", "no", "--warm", "yes") == Config("x")
-    assert parse("--name", "x", "--cold", "--no_warm") == Config("x", cold=True, warm=False)
+    assert parse("--name", "x", "--cold", "--no-warm") == Config("x", cold=True, warm=False)
 
 
 def test_flags_have_none_where_there_are_arguments():
@@ -103,7 +104,7 @@ def test_every_field_is_an_option_with_its_help(module, of):
     command = typer.main.get_command(module.app)
     options = {param.name: param for param in command.params}
     for known in fields(of):
-        assert options[known.name].opts == [f"--{known.name}"]
+        assert options[known.name].opts == [dashed(f"--{known.name}")]
         assert options[known.name].help.startswith(known.metadata.get("help", ""))
     panels = [name for names in module.PANELS.values() for name in names]
     assert len(panels) == len(set(panels))

@@ -20,7 +20,7 @@ def push(*arguments) -> str:
 def test_a_dry_run_shows_everything_and_asks_nothing(make_checkpoint, hub):
     folder = make_checkpoint()
     (folder / "training_args.bin").write_bytes(b"x")
-    out = push(folder, "me/tiny", "--dry_run")
+    out = push(folder, "me/tiny", "--dry-run")
     assert hub.requests == []
     listed, rest = out.split("left out:\n")
     rows = {
@@ -42,12 +42,12 @@ def test_the_card_of_the_folder_is_shown(make_checkpoint):
     folder = make_checkpoint()
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
     shown = "left out:\n  nothing\n\nREADME.md:\n\n---\nlicense: mit\n---\n# Mine\n\n<!-- modules: begin -->\n"
-    assert shown in push(folder, "me/tiny", "--dry_run")
+    assert shown in push(folder, "me/tiny", "--dry-run")
 
 
 def test_pushes_and_says_how_to_pin(make_checkpoint, hub):
     folder = make_checkpoint()
-    out = push(folder, "me/tiny", "--commit_message", "mine", "--revision", "v1", "--token", OWNER, "--quiet")
+    out = push(folder, "me/tiny", "--commit-message", "mine", "--revision", "v1", "--token", OWNER, "--quiet")
     repository = hub.repositories["me/tiny"]
     sha = repository.branches["v1"]
     assert repository.history("v1")[0].message == "mine"
@@ -87,14 +87,14 @@ def test_mistakes_end_with_one_line(make_checkpoint, hub, arguments, message):
 def test_a_folder_that_is_not_whole(make_checkpoint):
     folder = make_checkpoint()
     (folder / "compression.py").unlink()
-    assert "lacks compression.py" in run_command("push", folder, "me/tiny", "--dry_run", code=1).stderr
+    assert "lacks compression.py" in run_command("push", folder, "me/tiny", "--dry-run", code=1).stderr
 
 
 def test_what_it_says_to_machines(make_checkpoint, hub):
     folder = make_checkpoint()
     package = prepare(folder, "me/tiny")
     sent = {"files": package.sizes, "bytes": sum(package.sizes.values()), "left_out": {}}
-    dry = run_json("push", folder, "me/tiny", "--dry_run")
+    dry = run_json("push", folder, "me/tiny", "--dry-run")
     assert dry == {"repo_id": "me/tiny", "dry_run": True, **sent, "card": package.card}
     assert hub.requests == []
     record = run_json("push", folder, "me/tiny")

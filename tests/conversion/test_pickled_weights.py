@@ -53,7 +53,7 @@ def convert(source, encoder, output, **options):
 def test_refused_unless_told(make_llama, encoder_folder, tmp_path, who):
     source = make_llama()
     as_pickle(source if who == "model" else encoder_folder)
-    with pytest.raises(FileNotFoundError, match=r"safetensors; pickle weights are not read.*`--allow_pickle`") as found:
+    with pytest.raises(FileNotFoundError, match=r"safetensors; pickle weights are not read.*`--allow-pickle`") as found:
         convert(source, encoder_folder, tmp_path / "out")
     assert str(source if who == "model" else encoder_folder) in str(found.value)
     assert not list(tmp_path.glob("out*"))

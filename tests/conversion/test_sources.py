@@ -63,7 +63,7 @@ def test_off_is_the_plain_model_of_the_same_file(gguf_file, encoder_folder, tmp_
 
 def test_a_folder_of_several_files_needs_a_name(gguf_file, encoder_folder, tmp_path):
     shutil.copy(gguf_file, gguf_file.with_name("tiny.Q4_0.gguf"))
-    with pytest.raises(ValueError, match=r"several GGUF files.*--gguf_file.*: tiny.Q4_0.gguf, tiny.Q8_0.gguf"):
+    with pytest.raises(ValueError, match=r"several GGUF files.*--gguf-file.*: tiny.Q4_0.gguf, tiny.Q8_0.gguf"):
         convert(gguf_file.parent, encoder_folder, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"holds no file 'tiny\.gguf'"):
         convert(gguf_file.parent, encoder_folder, tmp_path, gguf_file="tiny.gguf")

@@ -14,6 +14,7 @@ from typing import Any
 import tomllib
 from transformers import TrainingArguments
 
+from semtoken_hf.evaluation.option_names import dashed
 from tests.fixtures.children import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -40,7 +41,7 @@ def check_options(words: list[str], run: Callable[[list[str]], str]) -> None:
 
 def check_training(words: list[str], run: Callable[[list[str]], str]) -> None:
     """As `check_options`; the options of `TrainingArguments` are not all in the help."""
-    known = {f"--{field.name}" for field in dataclasses.fields(TrainingArguments)}
+    known = {dashed(f"--{field.name}") for field in dataclasses.fields(TrainingArguments)}
     check_options([word for word in words if word not in known], run)
 
 
@@ -68,7 +69,7 @@ LINES: tuple[tuple[str, str, Callable[[list[str], Any], None]], ...] = (
     (r"python scripts/(measure|ablate|profile|kvpress)_\w+\.py.*", "measures for minutes or hours", check_options),
     (r"(semtoken|python scripts/)\W?benchmark.* --shapes .*", "hours; tests/benchmarking runs it", check_options),
     (r"(semtoken |python scripts/)evaluate(?!.*--fraction).*", "hours; tests/evaluation runs it whole", check_options),
-    (r"(semtoken |python scripts/)adapt.* --max_steps [1-9]\d{2,}.*", "minutes; the defaults are run", check_training),
+    (r"(semtoken |python scripts/)adapt.* --max-steps [1-9]\d{2,}.*", "minutes; the defaults are run", check_training),
     (r"(semtoken lm-eval|lm_eval) .*--tasks (?!semtoken).*", "data sets of the Hub; test_lm_eval.py", check_options),
 )
 

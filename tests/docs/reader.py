@@ -26,8 +26,8 @@ from tests.hub.hub_server import HubServer
 WRITES: tuple[tuple[tuple[str, ...], str | int], ...] = (
     (("convert", "scripts/convert.py"), 2),
     (("push", "scripts/push_to_hub.py"), 1),
-    (("adapt", "scripts/adapt.py", "evaluate", "scripts/evaluate.py", "benchmark"), "--output_dir"),
-    (("scripts/export_prompt_embeds.py",), "--export_plain"),
+    (("adapt", "scripts/adapt.py", "evaluate", "scripts/evaluate.py", "benchmark"), "--output-dir"),
+    (("scripts/export_prompt_embeds.py",), "--export-plain"),
     (("inspect",), "--html"),
 )
 

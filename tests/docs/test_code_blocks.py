@@ -92,6 +92,6 @@ def test_lines_go_on_behind_a_backslash_or_a_pipe():
 
 
 def test_long_runs_alone_are_left_out():
-    assert why_line_is_not_run("semtoken evaluate --checkpoint c --data_dir d") is not None
-    assert why_line_is_not_run("semtoken evaluate --checkpoint c --data_dir d --fraction 0.02") is None
+    assert why_line_is_not_run("semtoken evaluate --checkpoint c --data-dir d") is not None
+    assert why_line_is_not_run("semtoken evaluate --checkpoint c --data-dir d --fraction 0.02") is None
     assert why_line_is_not_run("semtoken adapt --checkpoint c --text t") is None

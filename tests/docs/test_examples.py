@@ -98,6 +98,6 @@ def test_another_checkpoint(example, run, things, hub, folder):
 def test_the_planner_of_the_loader_runs_in_workers(things, hub, folder):
     """Workers are other processes: they import the example again."""
     things.prepare("my-semtoken", folder, hub, set())
-    options = ["--checkpoint", "my-semtoken", "--workers", "1", "--max_new_tokens", "1"]
+    options = ["--checkpoint", "my-semtoken", "--workers", "1", "--max-new-tokens", "1"]
     command = [sys.executable, ROOT / "examples" / "batch_summaries.py", *options]
     assert children.run(command, children.environment(), cwd=folder).stdout.count(" slots: ") == 4

@@ -227,7 +227,7 @@ def test_why_a_cell_is_left_out(config_of, checkpoint, tmp_path):
     assert reason(Cell("wikitext", "full", None)) is None
     nowhere = {"data_dir": str(tmp_path)}
     hotpotqa, qmsum = Cell("hotpotqa", "full", None), Cell("qmsum", "full", None)
-    lacking = "is not in --data_dir, and --sources names none"
+    lacking = "is not in --data-dir, and --sources names none"
     hub = "on the Hub it is hotpotqa/hotpot_qa"
     assert reason(hotpotqa, **nowhere) == f"no data: hotpotqa.jsonl.xz {lacking}; {hub}"
     assert reason(hotpotqa, **nowhere, sources=["hotpotqa=x"]) is None

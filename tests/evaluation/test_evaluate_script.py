@@ -17,6 +17,7 @@ from semtoken_hf.evaluation.cells import list_cells, why_not
 from semtoken_hf.evaluation.configuration import EvaluationConfig
 from semtoken_hf.evaluation.jobs import read_records
 from semtoken_hf.evaluation.methods import METHODS
+from semtoken_hf.evaluation.option_names import dashed
 from semtoken_hf.evaluation.tasks import TASKS
 from tests.fixtures.children import run_script
 from tests.fixtures.command_line import run_command
@@ -41,7 +42,7 @@ def arguments_of(**fields):
     """The command line of these fields."""
     arguments = []
     for name, value in fields.items():
-        arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        arguments += [dashed(f"--{name}"), *map(str, value if isinstance(value, list) else [value])]
     return arguments
 
 
@@ -227,11 +228,11 @@ def test_long_contexts_are_measured_once(fields, tmp_path, monkeypatch, reports)
 def test_without_data_there_is_nothing_to_evaluate(fields, tmp_path):
     nowhere = {"data_dir": str(tmp_path), "output_dir": str(tmp_path), "tasks": ["wikitext", "qmsum"]}
     done = run_command("evaluate", *arguments_of(**{**fields, **nowhere}), code=1)
-    assert "error: nothing to evaluate: no task has data. Pass --data_dir, or --sources" in done.stderr
+    assert "error: nothing to evaluate: no task has data. Pass --data-dir, or --sources" in done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("left out")]
     assert len(lines) == 2
     for task, file in (("wikitext", "wikitext-103/test.txt"), ("qmsum", "qmsum.jsonl.xz")):
-        assert any(task in line and f": no data: {file} is not in --data_dir" in line for line in lines)
+        assert any(task in line and f": no data: {file} is not in --data-dir" in line for line in lines)
 
 
 def test_without_any_data_there_is_nothing_to_evaluate(fields, tmp_path):
@@ -244,7 +245,7 @@ def test_without_any_data_there_is_nothing_to_evaluate(fields, tmp_path):
     [
         ({"sources": ["qmsum=missing.jsonl"]}, 1, "error: there is no file missing.jsonl"),
         ({"fraction": 2.0}, 2, "error: --fraction must be in"),
-        ({"data_dir": "nowhere"}, 2, "error: --data_dir must be a folder, and there is none at nowhere"),
+        ({"data_dir": "nowhere"}, 2, "error: --data-dir must be a folder, and there is none at nowhere"),
     ],
 )
 def test_mistakes_end_with_one_line(fields, tmp_path, changed, code, message):

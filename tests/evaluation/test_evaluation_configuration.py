@@ -3,11 +3,11 @@ import shutil
 from dataclasses import asdict
 
 import pytest
-from transformers import HfArgumentParser
 
 from semtoken_hf.evaluation.ablations import ABLATIONS
 from semtoken_hf.evaluation.configuration import EvaluationConfig, checkpoint_stamp, chosen
 from semtoken_hf.evaluation.methods import METHODS
+from semtoken_hf.evaluation.option_names import DataclassParser
 from semtoken_hf.evaluation.tasks import TASKS
 from tests.fixtures.evaluation_data import write_checkpoint, write_data
 
@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory):
         ({"ablations": ["colour"]}, r"--ablations does not know \['colour'\]; it knows .*'none'"),
         ({"sources": ["wikitext"]}, r"--sources takes NAME=VALUE, got \['wikitext'\]"),
         ({"checkpoints": ["folder"]}, "--checkpoints takes NAME=VALUE"),
-        ({"task_fractions": ["needle:0.5"]}, "--task_fractions takes NAME=VALUE"),
+        ({"task_fractions": ["needle:0.5"]}, "--task-fractions takes NAME=VALUE"),
         ({"task_fractions": ["needle=half"]}, "half"),
         ({"sources": ["sudoku=file"]}, r"no task \['sudoku'\]; there are .*'wikitext'"),
         ({"task_fractions": ["sudoku=0.5"]}, r"no task \['sudoku'\]"),
@@ -148,7 +148,7 @@ def test_the_command_line_has_every_field(tmp_path):
     arguments = (
         "--checkpoint tiny --tasks needle tables --ratios 2 3.5 --sources needle=a qmsum=b --lengths 64 --report"
     )
-    (config,) = HfArgumentParser(EvaluationConfig).parse_args_into_dataclasses(arguments.split())
+    (config,) = DataclassParser(EvaluationConfig).parse_args_into_dataclasses(arguments.split())
     assert (config.tasks, config.ratios, config.lengths) == (["needle", "tables"], [2.0, 3.5], [64])
     assert (config.source_of, config.report) == ({"needle": "a", "qmsum": "b"}, True)
     config.output_dir = str(tmp_path)
@@ -158,5 +158,5 @@ def test_the_command_line_has_every_field(tmp_path):
 
 def test_no_lengths_are_a_zero():
     arguments = ["--checkpoint", "tiny", "--lengths", "0"]
-    (config,) = HfArgumentParser(EvaluationConfig).parse_args_into_dataclasses(arguments)
+    (config,) = DataclassParser(EvaluationConfig).parse_args_into_dataclasses(arguments)
     assert config.lengths == []

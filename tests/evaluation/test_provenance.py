@@ -7,8 +7,8 @@ from semtoken_hf.evaluation.provenance import command_line
     ("argv", "command"),
     [
         (
-            ["/home/me/scripts/quickstart.py", "--text_file", "/tmp/a b.txt"],
-            "python scripts/quickstart.py --text_file 'a b.txt'",
+            ["/home/me/scripts/quickstart.py", "--text-file", "/tmp/a b.txt"],
+            "python scripts/quickstart.py --text-file 'a b.txt'",
         ),
         (["semtoken", "evaluate", "--checkpoints", "mini=/tmp/x/mini"], "semtoken evaluate --checkpoints mini=mini"),
         (["/usr/bin/semtoken", "evaluate", "--checkpoint", "model"], "semtoken evaluate --checkpoint model"),

@@ -92,7 +92,7 @@ def test_a_row_of_another_data_set_is_an_error_that_names_its_columns():
 
 @pytest.mark.parametrize("name", [n for n in TASKS if n not in ("wikitext", "kv_retrieval", "needle")])
 def test_a_task_without_data_says_what_it_needs(tokenizer, name):
-    with pytest.raises(ValueError, match=f"{TASKS[name].title}: no data: {TASKS[name].file} is not in --data_dir"):
+    with pytest.raises(ValueError, match=f"{TASKS[name].title}: no data: {TASKS[name].file} is not in --data-dir"):
         TASKS[name].prompts(tokenizer, settings())
 
 

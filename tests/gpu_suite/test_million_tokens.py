@@ -131,7 +131,7 @@ def test_script_reads_in_processes_of_their_own(script, tmp_path, monkeypatch):
     _, main = script
     output = tmp_path / "million.md"
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
-    main("--lengths", 512, "--plain_seconds", 0, "--output", output)
+    main("--lengths", 512, "--plain-seconds", 0, "--output", output)
     (record,) = json.loads(output.with_suffix(".json").read_text())["records"]
     assert record["tokens"] == 512
     assert "| SemToken 2.4x | 512 |" in output.read_text()
@@ -149,7 +149,7 @@ def test_script_leaves_out_what_takes_too_long(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "read_in_child", read)
     output = tmp_path / "million.md"
-    main("--lengths", 512, 256, "--chunk", 128, "--new_tokens", 3, "--output", output)
+    main("--lengths", 512, 256, "--chunk", 128, "--new-tokens", 3, "--output", output)
     assert asked == [("SemToken", 256), ("SemToken", 512), ("plain", 256)]
     assert "| plain | 256 | over -1 s |" in output.read_text()
     assert len(json.loads(output.with_suffix(".json").read_text())["records"]) == 3

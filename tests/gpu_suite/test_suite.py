@@ -160,7 +160,7 @@ def test_without_a_gpu(monkeypatch, capsys, tmp_path):
 
 def test_the_command_on_a_processor(tmp_path, monkeypatch, capsys):
     output = tmp_path / "out" / "r.json"
-    options = ["--device", "cpu", "--shapes", "tiny", "--long_length", "512", "--dtype", "float32"]
+    options = ["--device", "cpu", "--shapes", "tiny", "--long-length", "512", "--dtype", "float32"]
     options += ["--parts", "environment", "million_tokens", "--output", str(output)]
     # Its worker is the script in another process.
     monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / "gpu_suite.py"), *options])

@@ -54,7 +54,7 @@ def test_in_the_terminal(text_file, capsys):
 
 def test_a_page_of_the_same_plans(text_file, tmp_path, capsys):
     page = tmp_path / "new" / "page.html"
-    found = record(capsys, text_file, "--html", page, "--target_ratio", 4, 1.5)
+    found = record(capsys, text_file, "--html", page, "--target-ratio", 4, 1.5)
     assert found["html"] == str(page)
     data = data_of(page.read_text(encoding="utf-8"))
     assert "".join(data["pieces"][1:]) == PROSE
@@ -72,12 +72,12 @@ def test_texts_from_everywhere_are_the_same(text_file, capsys, monkeypatch):
 
 
 def test_a_question_stays_whole_and_steers(text_file, capsys):
-    plain = record(capsys, text_file, "--target_ratio", 3)
-    asked = record(capsys, text_file, "--target_ratio", 3, "--question", "Who has taken it?")
+    plain = record(capsys, text_file, "--target-ratio", 3)
+    asked = record(capsys, text_file, "--target-ratio", 3, "--question", "Who has taken it?")
     (reasons,) = [plan["reasons"] for plan in asked["plans"]]
     assert reasons["question"] > 3
     assert asked["plans"][0]["tokens"] > plain["plans"][0]["tokens"]
-    question = ("--target_ratio", 3, "--question", "Who has taken it?")
+    question = ("--target-ratio", 3, "--question", "Who has taken it?")
     assert asked["notes"] == []
     assert "does not decide" in record(capsys, text_file, *question, "--set", "query_weight=0")["notes"][0]
 
@@ -104,7 +104,7 @@ def test_fields_of_the_configuration(text_file, capsys):
 def test_wrong_usage(text_file, capsys):
     assert "give the text once" in fails(capsys, 2, FOLDER)
     assert "give the text once" in fails(capsys, 2, FOLDER, text_file, "--text", "both")
-    assert "target_ratio" in fails(capsys, 2, FOLDER, text_file, "--target_ratio", 0.5)
+    assert "--target-ratio" in fails(capsys, 2, FOLDER, text_file, "--target-ratio", 0.5)
     assert "set" in fails(capsys, 2, FOLDER, text_file, "--set", "novalue")
 
 
@@ -130,6 +130,6 @@ def test_a_page_that_cannot_be_written_leaves_nothing(text_file, tmp_path, capsy
 def test_help_has_examples(capsys):
     main(["inspect", "--help"])
     shown = capsys.readouterr().out
-    for option in ("--target_ratio", "--html", "--question", "--chat", "--set", "--max_tokens", "--json"):
+    for option in ("--target-ratio", "--html", "--question", "--chat", "--set", "--max-tokens", "--json"):
         assert option in shown
     assert "semtoken inspect my-semtoken chapter.txt" in shown

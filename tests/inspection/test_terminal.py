@@ -100,7 +100,7 @@ def test_a_long_text_shows_its_start_and_its_end(plans, pieces):
     assert text.endswith("}")
     hidden = int(re.search(r"\.\.\. ([\d,]+) tokens more", text)[1])
     assert len(pieces) - 80 <= hidden <= len(pieces) - 80 + 2 * 16
-    assert "--max_tokens" not in plan_text(plans[1], pieces, len(pieces)).plain
+    assert "--max-tokens" not in plan_text(plans[1], pieces, len(pieces)).plain
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_a_request_and_the_plain_model_that_answers_it(folder, tmp_path):
     """In a process of its own, from standard input to standard output: with the plain folder, what `generate` says."""
-    options = ["--export_plain", tmp_path / "plain", "--format", "json", "--model", "served"]
-    result = run_child(SCRIPT, folder, "-", *options, "--max_tokens", "9", "--target_ratio", "3", stdin=TEXT)
+    options = ["--export-plain", tmp_path / "plain", "--format", "json", "--model", "served"]
+    result = run_child(SCRIPT, folder, "-", *options, "--max-tokens", "9", "--target-ratio", "3", stdin=TEXT)
     request = json.loads(result.stdout)
     embeds = decode_prompt_embeds(request.pop("prompt_embeds"))
     assert request == {"model": "served", "max_tokens": 9}
@@ -85,7 +85,7 @@ def test_a_chat_as_a_tensor_in_a_file(run_script, folder, tmp_path):
 
 
 def test_base64_and_a_ratio_that_cannot_be_met(run_script, folder):
-    code, written, errors = run_script(folder, "-", "--target_ratio", "40")
+    code, written, errors = run_script(folder, "-", "--target-ratio", "40")
     expected = export_prompt(tiny_model(), AutoTokenizer.from_pretrained(folder), TEXT, target_ratio=40.0)
     assert code == 0
     assert torch.equal(decode_prompt_embeds(written.strip()), expected.prompt_embeds)
@@ -104,7 +104,7 @@ def test_mistakes_end_with_one_line_and_no_file(run_script, folder, tmp_path, mi
         folder = tmp_path / "adapted"
         adapted_model().save_pretrained(folder)
     elif mistake == "ratio":
-        options = ["--target_ratio", "0.5"]
+        options = ["--target-ratio", "0.5"]
     elif mistake == "no checkpoint":
         folder = tmp_path / "nowhere"
     elif mistake == "no text":

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from semtoken_hf.adapter_semtoken import has_adapter
 from semtoken_hf.training.adaptation import adapt, build_trainer
 from tests.fixtures.children import run_script
-from tests.fixtures.command_line import run_command
 from tests.fixtures.tiny import random_ids
 from tests.training.adaptation_runs import OPTIONS, curve, make_inputs, options
 
@@ -212,18 +211,12 @@ def test_gradient_checkpointing_changes_nothing(inputs, tmp_path, trainable):
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_the_command_explains_itself():
-    text = run_command("adapt", "--help").stdout
-    for option in ("--checkpoint", "--text_column", "<merger|lora|full>", "--set_fields", "--help_training"):
-        assert option in text
-
-
 def test_the_script_runs(inputs, tmp_path):
-    fields = ("--set_fields", "position_mode=compact", "--ratios", "2", "4", "--weights", "novel.txt=1.5")
-    lengths = ("--context_length", "64", "--target_length", "16", "--chunk_length", "32", "--span_lengths", "1", "4")
-    sizes = ("--max_steps", "2", "--per_device_train_batch_size", "2", "--evaluation_windows", "1")
-    paths = ("--checkpoint", inputs / "checkpoint", "--text", inputs / "text", "--output_dir", tmp_path / "run")
-    rest = ("--held_out_share", "0.3", "--bf16", "False", "--trainable", "lora", "--use_cpu")
+    fields = ("--set-fields", "position_mode=compact", "--ratios", "2", "4", "--weights", "novel.txt=1.5")
+    lengths = ("--context-length", "64", "--target-length", "16", "--chunk-length", "32", "--span-lengths", "1", "4")
+    sizes = ("--max-steps", "2", "--per-device-train-batch-size", "2", "--evaluation-windows", "1")
+    paths = ("--checkpoint", inputs / "checkpoint", "--text", inputs / "text", "--output-dir", tmp_path / "run")
+    rest = ("--held-out-share", "0.3", "--bf16", "False", "--trainable", "lora", "--use-cpu")
     printed = run_script("adapt.py", *paths, *fields, *lengths, *sizes, *rest).stdout
     assert printed.splitlines()[-1] == str(tmp_path / "run" / "model")
     config = loaded(tmp_path / "run" / "model").config

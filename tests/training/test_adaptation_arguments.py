@@ -27,7 +27,7 @@ def inputs(tmp_path_factory):
         ({"uncompressed_share": -0.1}, "uncompressed_share must be"),
         ({"weights": ["a.txt"]}, "--weights takes NAME=VALUE"),
         ({"weights": ["a.txt=much"]}, "--weights takes NAME=NUMBER"),
-        ({"set_fields": ["position_mode"]}, "--set_fields takes NAME=VALUE"),
+        ({"set_fields": ["position_mode"]}, "--set-fields takes NAME=VALUE"),
         ({"min_context_length": 0}, "at least 1"),
         ({"target_length": 0}, "at least 1"),
         ({"evaluation_windows": 0}, "at least 1"),
@@ -81,7 +81,7 @@ def test_learning_rates(inputs, tmp_path, trainable):
         ({"set_fields": ["merger_base=best"]}, "`merger_base`"),
         ({"set_fields": ["position_mode=near"]}, "`position_mode`"),
         ({"set_fields": ["postion_mode=compact"]}, "postion_mode"),
-        ({"weights": ["other.txt=2"]}, "unknown files"),
+        ({"weights": ["other.txt=2"]}, "stands for no file"),
         ({"held_out_share": 0.0}, "held_out_share"),
     ],
 )

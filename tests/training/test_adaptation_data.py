@@ -172,7 +172,7 @@ def test_export_dataset(tmp_path, data_set):
 
 
 def test_export_dataset_names_the_columns(tmp_path, data_set):
-    with pytest.raises(ValueError, match=r"\['text', 'title'\], not 'body'.*--text_column"):
+    with pytest.raises(ValueError, match=r"\['text', 'title'\], not 'body'.*--text-column"):
         export_dataset(data_set, None, "train", "body", tmp_path / "out", 4)
     assert not list((tmp_path / "out").rglob("*.txt"))
 

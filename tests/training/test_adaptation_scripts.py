@@ -34,8 +34,8 @@ def test_the_table_of_adapted_checkpoints(inputs: Path, tmp_path: Path) -> None:
     report = run_script(
         "measure_adaptation.py",
         *("--checkpoint", inputs / "semtoken", "--adapted", f"merger only={inputs / 'semtoken'}"),
-        *("--text_file", inputs / "test.txt", "--held_out", inputs / "corpus" / "novels.txt"),
-        *("--held_out_share", "0.2", "--ratios", "2.4", "--context", "64", "--target", "16", "--windows", "2"),
+        *("--text-file", inputs / "test.txt", "--held-out", inputs / "corpus" / "novels.txt"),
+        *("--held-out-share", "0.2", "--ratios", "2.4", "--context", "64", "--target", "16", "--windows", "2"),
         *("--output", tmp_path / "adaptation.md"),
     ).stdout
     assert report.count("| full context | 1.00 |") == 2

@@ -12,6 +12,7 @@ from semtoken_hf.training.corpus import (
     read_documents,
     read_held_out,
     tokenize_file,
+    weights_by_file,
 )
 
 
@@ -85,6 +86,14 @@ def test_sampler_weights_order_and_errors():
         BlockSampler(streams, 10, {"c": 1.0}, seed=0)
     with pytest.raises(ValueError, match="no file holds"):
         BlockSampler(streams, 2000, {}, seed=0)
+
+
+def test_weights_name_files_with_or_without_their_suffix():
+    files = ["a.md", "a.txt", "b.en.txt.xz", "c.txt"]
+    assert weights_by_file({"b.en": 2.0, "a.txt": 0.5}, files) == {"b.en.txt.xz": 2.0, "a.txt": 0.5}
+    for names, message in ((["d"], "no file; there are"), (["a"], r"\['a.md', 'a.txt'\]"), (["c", "c.txt"], "twice")):
+        with pytest.raises(ValueError, match=message):
+            weights_by_file(dict.fromkeys(names, 1.0), files)
 
 
 def test_held_out_documents_are_those_that_training_leaves_out(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..evaluation.named_values import read_fields
+from ..evaluation.option_names import dashed
 from .shapes import SHAPES, dtype_of, shape_of
 from .workloads import BATCHES, row_lengths
 
@@ -68,9 +69,9 @@ class BenchmarkConfig:
     max_seconds: float = field(
         default=300.0, metadata={"help": "for the rounds of a cell; a way predicted to take longer alone is skipped"}
     )
-    stage_only: bool = field(default=False, metadata={"help": "the compression stage alone, at --stage_lengths"})
+    stage_only: bool = field(default=False, metadata={"help": "the compression stage alone, at --stage-lengths"})
     stage_lengths: list[int] = field(
-        default_factory=lambda: [8192, 32768, 131072, 262144, 524288, 1048576], metadata={"help": "of --stage_only"}
+        default_factory=lambda: [8192, 32768, 131072, 262144, 524288, 1048576], metadata={"help": "of --stage-only"}
     )
     compile: bool = field(default=False, metadata={"help": "torch.compile of stage and decoding, beside eager"})
     report: bool = field(default=False, metadata={"help": "only render the report of what is already measured"})
@@ -88,15 +89,15 @@ class BenchmarkConfig:
                 row_lengths(name, length)
         for option in ("repetitions", "max_seconds"):
             if not getattr(self, option) > 0:
-                raise ValueError(f"--{option} must be more than 0, got {getattr(self, option)}")
+                raise ValueError(f"--{dashed(option)} must be more than 0, got {getattr(self, option)}")
         if self.new_tokens < 2:
-            raise ValueError(f"--new_tokens must be at least 2 to have a step of decoding, got {self.new_tokens}")
+            raise ValueError(f"--new-tokens must be at least 2 to have a step of decoding, got {self.new_tokens}")
         if not self.stage_lengths or min(self.stage_lengths) < 1:
-            raise ValueError(f"--stage_lengths must be prompt lengths of at least 1 token, got {self.stage_lengths}")
+            raise ValueError(f"--stage-lengths must be prompt lengths of at least 1 token, got {self.stage_lengths}")
         if self.encoder_layers is not None and self.encoder is None:
-            raise ValueError("--encoder_layers are those of --encoder, which is not given")
+            raise ValueError("--encoder-layers are those of --encoder, which is not given")
         if self.encoder_kind not in ("transformer", "static"):
-            raise ValueError(f"--encoder_kind must be transformer or static, got {self.encoder_kind!r}")
+            raise ValueError(f"--encoder-kind must be transformer or static, got {self.encoder_kind!r}")
 
     @property
     def folder(self) -> Path:

@@ -124,7 +124,7 @@ def text_ids(checkpoint: str, text_file: str) -> Tensor:
     """
     path = Path(text_file)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no text at {text_file}; pass --text_file")
+        raise FileNotFoundError(f"there is no text at {text_file}; pass --text-file")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     if len(ids) < 2:

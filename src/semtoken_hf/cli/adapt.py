@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Any, NoReturn
 
 import typer
-from transformers import HfArgumentParser
 
+from ..evaluation.option_names import DataclassParser
 from ..training.adaptation_arguments import AdaptationArguments, AdaptationTrainingArguments
 from .dataclass_options import build, takes_fields
 from .main import CONTEXT
@@ -28,11 +28,11 @@ PANELS = {
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
 
-class TrainingParser(HfArgumentParser):
+class TrainingParser(DataclassParser):
     """The options of `TrainingArguments`; a mistake is one line."""
 
     def error(self, message: str) -> NoReturn:
-        fail(f"{message} (semtoken adapt --help_training lists the options of the training)", USAGE)
+        fail(f"{message} (semtoken adapt --help-training lists the options of the training)", USAGE)
 
 
 def training_parser() -> TrainingParser:
@@ -60,7 +60,7 @@ def adapt(
     help_training: Annotated[
         bool,
         typer.Option(
-            "--help_training", is_eager=True, callback=_show_training_help, help="list the options of the training"
+            "--help-training", is_eager=True, callback=_show_training_help, help="list the options of the training"
         ),
     ] = False,
     as_json: Json = False,
@@ -69,15 +69,15 @@ def adapt(
 ) -> None:
     """Teach a converted checkpoint to predict from a merged context what it predicts from the whole one.
 
-    Every option of `transformers.TrainingArguments` is taken, too: `--max_steps`, `--learning_rate`, ...
-    (`--help_training` lists them). The adapted checkpoint is `OUTPUT_DIR/model`, with `curve.csv` and `curve.png`
+    Every option of `transformers.TrainingArguments` is taken, too: `--max-steps`, `--learning-rate`, ...
+    (`--help-training` lists them). The adapted checkpoint is `OUTPUT_DIR/model`, with `curve.csv` and `curve.png`
     beside it. A killed run goes on where it was when it is started again.
 
     **Examples**
 
-        semtoken adapt --checkpoint my-semtoken --text corpus --output_dir runs/adapt
-        semtoken adapt --checkpoint my-semtoken --text corpus --trainable full --max_steps 1000 --output_dir runs/full
-        accelerate launch -m semtoken_hf adapt --checkpoint my-semtoken --text corpus --output_dir runs/adapt
+        semtoken adapt --checkpoint my-semtoken --text corpus --output-dir runs/adapt
+        semtoken adapt --checkpoint my-semtoken --text corpus --trainable full --max-steps 1000 --output-dir runs/full
+        accelerate launch -m semtoken_hf adapt --checkpoint my-semtoken --text corpus --output-dir runs/adapt
 
     **Exit codes**: 0 adapted; 1 the text or the checkpoint does not do; 2 wrong usage; 130 Ctrl-C.
     """
@@ -103,9 +103,8 @@ def read_training_options(args: list[str]) -> AdaptationTrainingArguments:
         SystemExit: with 2.
     """
     parser = training_parser()
-    names = [f"--{arg[2:].replace('-', '_')}" if arg.startswith("--") and "=" not in arg else arg for arg in args]
     try:
-        training, unknown = parser.parse_args_into_dataclasses(names, return_remaining_strings=True)
+        training, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
     except ValueError as error:
         fail(str(error), USAGE)
     if unknown:

@@ -32,14 +32,14 @@ app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 def benchmark(as_json: Json = False, quiet: Quiet = False, **given: Any) -> None:
     """Measure time and memory of a prompt in every way, on random weights of a model's shape.
 
-    One process measures every way in turn; each measurement is a file in `--output_dir`, and what is there is not
+    One process measures every way in turn; each measurement is a file in `--output-dir`, and what is there is not
     measured again. Whatever is in the folder, also of kvpress (`scripts/kvpress_benchmark.py`), goes into
     `benchmark.json`, `benchmark.md` and `speed.png`.
 
     **Examples**
 
-        semtoken benchmark --shapes 160m --lengths 1024 4096 --ratios 2.4 4 --output_dir benchmark
-        semtoken benchmark --stage_only --stage_lengths 8192 131072
+        semtoken benchmark --shapes 160m --lengths 1024 4096 --ratios 2.4 4 --output-dir benchmark
+        semtoken benchmark --stage-only --stage-lengths 8192 131072
         semtoken benchmark --report --json
 
     **Exit codes**: 0 measured; 1 a file is missing, or nothing is measured yet; 2 wrong usage; 130 Ctrl-C (start the

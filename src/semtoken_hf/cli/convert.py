@@ -36,37 +36,37 @@ def convert(
     encoder_kind: Annotated[
         Literal[ENCODER_KINDS],  # type: ignore[valid-type]
         typer.Option(
-            "--encoder_kind",
+            "--encoder-kind",
             rich_help_panel=ENCODER,
             help="keep the encoder's layers, or distil it to a table of one vector per token",
         ),
     ] = "transformer",
     encoder_layers: Annotated[
         int | None,
-        typer.Option("--encoder_layers", rich_help_panel=ENCODER, help="keep its first layers only; all if unset"),
+        typer.Option("--encoder-layers", rich_help_panel=ENCODER, help="keep its first layers only; all if unset"),
     ] = None,
     encoder_dtype: Annotated[
         Literal[ENCODER_DTYPES],  # type: ignore[valid-type]
         typer.Option(
-            "--encoder_dtype", rich_help_panel=ENCODER, help="of its layers; auto: bfloat16 where the device has it"
+            "--encoder-dtype", rich_help_panel=ENCODER, help="of its layers; auto: bfloat16 where the device has it"
         ),
     ] = "auto",
     static_dim: Annotated[
-        int, typer.Option("--static_dim", rich_help_panel=ENCODER, help="length of the table's vectors")
+        int, typer.Option("--static-dim", rich_help_panel=ENCODER, help="length of the table's vectors")
     ] = 64,
     protect_digits: Annotated[
-        bool, typer.Option("--protect_digits", rich_help_panel=PROTECTION, help="tokens with a digit never merge")
+        bool, typer.Option("--protect-digits", rich_help_panel=PROTECTION, help="tokens with a digit never merge")
     ] = False,
     protect_rare: Annotated[
         float,
-        typer.Option("--protect_rare", rich_help_panel=PROTECTION, metavar="SHARE", help="of the vocabulary, rarest"),
+        typer.Option("--protect-rare", rich_help_panel=PROTECTION, metavar="SHARE", help="of the vocabulary, rarest"),
     ] = 0.0,
     revision: Annotated[
         str | None, typer.Option("--revision", rich_help_panel=FILES, help="revision of the model on the Hub")
     ] = None,
     gguf_file: Annotated[
         str | None,
-        typer.Option("--gguf_file", rich_help_panel=FILES, help="which GGUF file of the folder or repository MODEL"),
+        typer.Option("--gguf-file", rich_help_panel=FILES, help="which GGUF file of the folder or repository MODEL"),
     ] = None,
     dtype: Annotated[
         Literal[DTYPES] | None,  # type: ignore[valid-type]
@@ -77,18 +77,18 @@ def convert(
         ),
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust_remote_code", rich_help_panel=FILES, help="for the encoder's tokenizer")
+        bool, typer.Option("--trust-remote-code", rich_help_panel=FILES, help="for the encoder's tokenizer")
     ] = False,
     allow_pickle: Annotated[
         bool,
         typer.Option(
-            "--allow_pickle",
+            "--allow-pickle",
             rich_help_panel=FILES,
             help="read the model's pickle weights (.bin) where it has no safetensors; only of a source you trust",
         ),
     ] = False,
     max_shard_size: Annotated[
-        str, typer.Option("--max_shard_size", rich_help_panel=FILES, help="largest weight file")
+        str, typer.Option("--max-shard-size", rich_help_panel=FILES, help="largest weight file")
     ] = "5GB",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", rich_help_panel=FILES, help="replace OUTPUT_DIR, at the very end")
@@ -105,8 +105,8 @@ def convert(
     **Examples**
 
         semtoken convert meta-llama/Llama-3.2-1B sentence-transformers/all-MiniLM-L6-v2 my-semtoken
-        semtoken convert llama encoder my-semtoken --set target_ratio=4 keep_last=128 --protect_digits
-        semtoken convert llama encoder my-semtoken --encoder_kind static --static_dim 64
+        semtoken convert llama encoder my-semtoken --set target_ratio=4 keep_last=128 --protect-digits
+        semtoken convert llama encoder my-semtoken --encoder-kind static --static-dim 64
         semtoken convert llama none my-semtoken --set segmentation_mode=uniform
         semtoken convert model.Q4_K_M.gguf encoder my-semtoken --dtype bfloat16
         semtoken convert my-lora encoder my-semtoken

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 
+from ..evaluation.option_names import dashed
 from .options import NUMBER
 from .output import USAGE, fail
 
@@ -61,12 +62,13 @@ def _parameter(field: Field, hint: Any, panel: str | None) -> inspect.Parameter:
     help_text, choices = field.metadata.get("help", ""), field.metadata.get("choices")
     if choices and not is_list:
         kind = Literal[tuple(choices)]
-    name = f"--{field.name}" + (f"/--no_{field.name}" if kind is bool and field.default is not False else "")
+    name = dashed(field.name)
+    names = f"--{name}" + (f"/--no-{name}" if kind is bool and field.default is not False else "")
     metavar = _metavar(kind, help_text) if is_list else None
     is_required = field.default is MISSING and field.default_factory is MISSING
     default = "" if is_required else _shown_default(field)
     annotation: Any = list[kind] if is_list else kind  # type: ignore[valid-type]
-    option = typer.Option(name, help=help_text + default, rich_help_panel=panel, metavar=metavar, show_default=False)
+    option = typer.Option(names, help=help_text + default, rich_help_panel=panel, metavar=metavar, show_default=False)
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,

@@ -26,16 +26,16 @@ FILES = "\n".join(
 HELP = f"""Measure a checkpoint: every task in every way, at the same number of slots, so at equal bytes of KV cache.
 
 Predictions, `metrics.json`, plots, `report.html` (one self-contained page) and `report.md` go into a folder of
-`--output_dir` that is named by the configuration. A killed run goes on where it was when it is started again.
+`--output-dir` that is named by the configuration. A killed run goes on where it was when it is started again.
 `scripts/kvpress_baselines.sh` with the same options adds the presses of kvpress.
 
 **Examples**
 
-    semtoken evaluate --checkpoint my-semtoken --data_dir data --workers 2
-    semtoken evaluate --checkpoint my-semtoken --data_dir data --fraction 0.02 --lengths 0 --ablations none
-    semtoken evaluate --checkpoint my-semtoken --data_dir data --report --update_card my-semtoken
+    semtoken evaluate --checkpoint my-semtoken --data-dir data --workers 2
+    semtoken evaluate --checkpoint my-semtoken --data-dir data --fraction 0.02 --lengths 0 --ablations none
+    semtoken evaluate --checkpoint my-semtoken --data-dir data --report --update-card my-semtoken
 
-**Tasks**, their files in `--data_dir`, and where the Hub has them:
+**Tasks**, their files in `--data-dir`, and where the Hub has them:
 
 {FILES}
 
@@ -54,7 +54,7 @@ def evaluate(
     update_card: Annotated[
         Path | None,
         typer.Option(
-            "--update_card",
+            "--update-card",
             metavar="FOLDER",
             help="also put report, figures and plots into this folder and its card, README.md",
         ),

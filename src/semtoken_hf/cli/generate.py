@@ -40,12 +40,12 @@ def generate(
         bool, typer.Option("--chat", rich_help_panel=PROMPT, help="as a user's turn, in the tokenizer's chat template")
     ] = False,
     max_new_tokens: Annotated[
-        int, typer.Option("--max_new_tokens", min=1, rich_help_panel=SAMPLING, help="tokens to write at most")
+        int, typer.Option("--max-new-tokens", min=1, rich_help_panel=SAMPLING, help="tokens to write at most")
     ] = 256,
     target_ratio: Annotated[
         float | None,
         typer.Option(
-            "--target_ratio", min=1, rich_help_panel=COMPRESSION, help="tokens per slot; the checkpoint's if unset"
+            "--target-ratio", min=1, rich_help_panel=COMPRESSION, help="tokens per slot; the checkpoint's if unset"
         ),
     ] = None,
     plain: Annotated[
@@ -54,13 +54,13 @@ def generate(
     fields: Fields = None,
     do_sample: Annotated[
         bool | None,
-        typer.Option("--do_sample/--greedy", rich_help_panel=SAMPLING, help="as the checkpoint says if unset"),
+        typer.Option("--do-sample/--greedy", rich_help_panel=SAMPLING, help="as the checkpoint says if unset"),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", rich_help_panel=SAMPLING, help="implies --do_sample")
+        float | None, typer.Option("--temperature", rich_help_panel=SAMPLING, help="implies --do-sample")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option("--top_p", rich_help_panel=SAMPLING, help="implies --do_sample")
+        float | None, typer.Option("--top-p", rich_help_panel=SAMPLING, help="implies --do-sample")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", rich_help_panel=SAMPLING, help="of the sampling")] = None,
     dtype: Annotated[
@@ -75,11 +75,11 @@ def generate(
     ] = None,
     attn_implementation: Annotated[
         str | None,
-        typer.Option("--attn_implementation", rich_help_panel=LOADING, help="eager, sdpa, flash_attention_2, ..."),
+        typer.Option("--attn-implementation", rich_help_panel=LOADING, help="eager, sdpa, flash_attention_2, ..."),
     ] = None,
     trust_remote_code: Annotated[
         bool,
-        typer.Option("--trust_remote_code", rich_help_panel=LOADING, help="run the checkpoint's own modules"),
+        typer.Option("--trust-remote-code", rich_help_panel=LOADING, help="run the checkpoint's own modules"),
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -91,8 +91,8 @@ def generate(
 
     **Examples**
 
-        semtoken generate my-semtoken "Once upon a time" --max_new_tokens 40
-        semtoken generate my-semtoken --file report.txt --question "What did they decide?" --target_ratio 4
+        semtoken generate my-semtoken "Once upon a time" --max-new-tokens 40
+        semtoken generate my-semtoken --file report.txt --question "What did they decide?" --target-ratio 4
         semtoken generate my-semtoken --chat --file - --json < transcript.txt
         semtoken generate my-semtoken --file report.txt --plain
 
@@ -101,7 +101,7 @@ def generate(
     with ending_well("nothing was saved"), only_json(as_json) as answer, bars(quiet):
         given = fields_of(fields)
         if plain and target_ratio is not None:
-            fail("--plain and --target_ratio exclude each other", USAGE)
+            fail("--plain and --target-ratio exclude each other", USAGE)
         text = read_prompt(prompt, file)
         sampling: dict[str, Any] = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p}
         if do_sample is None and (temperature is not None or top_p is not None):

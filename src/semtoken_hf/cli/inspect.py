@@ -36,7 +36,7 @@ def inspect(
     target_ratio: Annotated[
         list[float] | None,
         typer.Option(
-            "--target_ratio",
+            "--target-ratio",
             min=1,
             metavar=NUMBER,
             help="tokens per slot, many; the first one is shown. Unset: the checkpoint's, beside 1.5 to 8",
@@ -46,11 +46,11 @@ def inspect(
         Path | None, typer.Option("--html", metavar="PAGE.html", help="also write a page that needs nothing else")
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option("--max_tokens", min=0, help="of the text shown in the terminal; 0: figures alone")
+        int, typer.Option("--max-tokens", min=0, help="of the text shown in the terminal; 0: figures alone")
     ] = 400,
     fields: Fields = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust_remote_code", help="allow a tokenizer that brings its own code")
+        bool, typer.Option("--trust-remote-code", help="allow a tokenizer that brings its own code")
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -63,7 +63,7 @@ def inspect(
     **Examples**
 
         semtoken inspect my-semtoken chapter.txt
-        semtoken inspect my-semtoken chapter.txt --target_ratio 2.4 4 8 --html chapter.html
+        semtoken inspect my-semtoken chapter.txt --target-ratio 2.4 4 8 --html chapter.html
         semtoken inspect my-semtoken report.txt --question "What did they decide?" --set query_weight=2
         semtoken inspect my-semtoken - --chat --json < transcript.txt
 

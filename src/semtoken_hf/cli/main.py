@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from ..evaluation.option_names import dashed
 from .output import ending_well
 
 MAKE, USE, MEASURE, PUBLISH = "Make a checkpoint", "Use and see it", "Measure it", "Publish it"
@@ -25,9 +26,9 @@ COMMANDS = {
     "benchmark": ("benchmark", MEASURE, "time and memory of reading a prompt, beside plain Llama"),
     "push": ("push", PUBLISH, "send a checkpoint to the Hub, in one commit"),
 }
-# Of every command: options may be written with dashes, too, as Transformers' own may.
+# Of every command: options of earlier releases, with underscores, are read, too.
 CONTEXT: dict[Any, Any] = {
-    "token_normalize_func": lambda name: name.replace("-", "_"),
+    "token_normalize_func": dashed,
     "help_option_names": ["--help", "-h"],
 }
 
@@ -55,7 +56,7 @@ class LazyGroup(TyperGroup):
 
     def _known_as(self, name: str) -> str:
         """`lm_eval` is `lm-eval`."""
-        return name.replace("_", "-") if name.replace("_", "-") in COMMANDS else name
+        return dashed(name) if dashed(name) in COMMANDS else name
 
 
 app = typer.Typer(

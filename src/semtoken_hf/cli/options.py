@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..evaluation.named_values import is_number, read_fields
+from ..evaluation.option_names import dashed
 from .output import USAGE, fail
 
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, everything else on stderr")]
@@ -49,7 +50,7 @@ class SpreadingCommand(TyperCommand):
 
 def _spread(args: list[str], params: list[Any]) -> Iterator[str]:
     """The same arguments with every list as a repeated option, and every flag without a value."""
-    named = {name.lstrip("-").replace("-", "_"): p for p in params for name in p.opts}
+    named = {name: p for p in params for name in p.opts}
     flags_have_values = all(p.param_type_name == "option" for p in params)
     current, is_first, rest = None, False, list(args)
     while rest:
@@ -57,7 +58,7 @@ def _spread(args: list[str], params: list[Any]) -> Iterator[str]:
         if arg == "--":
             yield from [arg, *rest]
             return
-        option = named.get(arg[2:].replace("-", "_")) if arg.startswith("--") else None
+        option = named.get(dashed(arg)) if arg.startswith("--") else None
         if option is not None:
             current, is_first = None, False
             if getattr(option, "multiple", False):

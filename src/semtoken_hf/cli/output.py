@@ -109,7 +109,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, SafetensorError):
         return f"a safetensors file is damaged ({text}): `semtoken doctor FOLDER` says which"
     if isinstance(error, OutOfMemoryError):
-        return f"{text} Use a higher --target_ratio, a shorter prompt or a smaller batch."
+        return f"{text} Use a higher --target-ratio, a shorter prompt or a smaller batch."
     if isinstance(error, HTTPError) and not isinstance(error, OSError):
         # The client's own, without the address: nothing has answered.
         return f"the Hub cannot be reached ({text}): check the network, or name a local folder"

@@ -30,10 +30,10 @@ def push_to_hub(
         str | None, typer.Option("--token", help="HF_TOKEN, or the one of `hf auth login`, if unset")
     ] = None,
     commit_message: Annotated[
-        str | None, typer.Option("--commit_message", help='"Upload SemToken checkpoint" if unset')
+        str | None, typer.Option("--commit-message", help='"Upload SemToken checkpoint" if unset')
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry_run", help="only show what would be sent; asks nothing of the Hub")
+        bool, typer.Option("--dry-run", help="only show what would be sent; asks nothing of the Hub")
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -42,11 +42,11 @@ def push_to_hub(
 
     Sent are the weights (safetensors), configurations, tokenizer, modules, adapter, licence, and the card (README.md)
     with the images and documents that it shows or links to; nothing else ever is. A folder that would not load is
-    refused. `semtoken evaluate --update_card FOLDER` puts an evaluation into the card first.
+    refused. `semtoken evaluate --update-card FOLDER` puts an evaluation into the card first.
 
     **Examples**
 
-        semtoken push my-semtoken me/llama-3.2-1b-semtoken --dry_run
+        semtoken push my-semtoken me/llama-3.2-1b-semtoken --dry-run
         semtoken push my-semtoken me/llama-3.2-1b-semtoken --public --revision adapted
 
     **Exit codes**: 0 pushed, or there already; 1 the folder is not whole or the Hub refuses; 2 wrong usage; 130 Ctrl-C.

@@ -32,14 +32,14 @@ def find_gguf(model: Path, gguf_file: str | None = None) -> Path | None:
         return model
     if gguf_file is not None:
         if not (model / gguf_file).is_file():
-            raise FileNotFoundError(f"{model} holds no file {gguf_file!r}: `gguf_file` (--gguf_file) names one of it")
+            raise FileNotFoundError(f"{model} holds no file {gguf_file!r}: `gguf_file` (--gguf-file) names one of it")
         return model / gguf_file
     files = sorted(model.glob(f"*{SUFFIX}"))
     if not files or (model / "config.json").is_file():
         return None
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise ValueError(f"{model} holds several GGUF files: choose one with `gguf_file` (--gguf_file): {names}")
+        raise ValueError(f"{model} holds several GGUF files: choose one with `gguf_file` (--gguf-file): {names}")
     return files[0]
 
 

@@ -18,7 +18,7 @@ PICKLE_FILES = ("pytorch_model*.bin", PICKLE_INDEX)
 RESAVE = "write them as safetensors first: `AutoModel...from_pretrained(folder).save_pretrained(new_folder)`"
 REFUSED = (
     f"pickle weights are not read, since such files can carry code: {RESAVE}; or let the conversion read tensors alone "
-    "from them with `allow_pickle=True` (`--allow_pickle`)"
+    "from them with `allow_pickle=True` (`--allow-pickle`)"
 )
 
 

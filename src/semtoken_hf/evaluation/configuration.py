@@ -14,6 +14,7 @@ from .ablations import ABLATIONS
 from .files import write_text
 from .methods import METHODS
 from .named_values import read_numbers, read_pairs
+from .option_names import dashed
 from .tasks import TASKS, TaskSettings
 from .tasks.sources import read_text
 
@@ -76,7 +77,7 @@ class EvaluationConfig:
             if ratio < 1:
                 raise ValueError(f"a ratio is at least 1 token per slot, got {ratio}")
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
-            raise ValueError(f"--data_dir must be a folder, and there is none at {self.data_dir}")
+            raise ValueError(f"--data-dir must be a folder, and there is none at {self.data_dir}")
         if self.workers < 1:
             raise ValueError(f"--workers must be at least 1, got {self.workers}")
         self.lengths = [length for length in self.lengths if length]
@@ -88,7 +89,7 @@ class EvaluationConfig:
             (self.ablations, {**ABLATIONS, "none": None}, "ablations"),
         ):
             if unknown := [n for n in names if n != "all" and n not in known]:
-                raise ValueError(f"--{option} does not know {unknown}; it knows {list(known)}")
+                raise ValueError(f"--{dashed(option)} does not know {unknown}; it knows {list(known)}")
         self.source_of = read_pairs(self.sources, "sources")
         self.checkpoint_of = read_pairs(self.checkpoints, "checkpoints")
         self.fraction_of = read_numbers(self.task_fractions, "task_fractions")

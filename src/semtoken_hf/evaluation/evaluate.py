@@ -56,7 +56,7 @@ def cells_with_data(config: EvaluationConfig) -> list[Cell]:
         print(line)
     cells = [cell for cell, reason in reasons.items() if reason is None]
     if not cells:
-        raise ValueError("nothing to evaluate: no task has data. Pass --data_dir, or --sources TASK=FILE_OR_HUB_ID")
+        raise ValueError("nothing to evaluate: no task has data. Pass --data-dir, or --sources TASK=FILE_OR_HUB_ID")
     return cells
 
 

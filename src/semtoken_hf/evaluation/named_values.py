@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from .option_names import dashed
+
 
 def read_pairs(values: list[str], option: str) -> dict[str, str]:
     """`["a=b"]` as `{"a": "b"}`.
@@ -13,7 +15,7 @@ def read_pairs(values: list[str], option: str) -> dict[str, str]:
         ValueError: one has no `=`, or no name before it.
     """
     if wrong := [value for value in values if "=" not in value[1:]]:
-        raise ValueError(f"--{option} takes NAME=VALUE, got {wrong}")
+        raise ValueError(f"--{dashed(option)} takes NAME=VALUE, got {wrong}")
     return dict(value.split("=", 1) for value in values)
 
 
@@ -30,7 +32,7 @@ def read_numbers(values: list[str], option: str) -> dict[str, float]:
         except ValueError:
             numbers[name] = -1.0
         if not 0 <= numbers[name] < float("inf"):
-            raise ValueError(f"--{option} takes NAME=NUMBER, 0 or more, got {f'{name}={value}'!r}")
+            raise ValueError(f"--{dashed(option)} takes NAME=NUMBER, 0 or more, got {f'{name}={value}'!r}")
     return numbers
 
 

@@ -35,9 +35,9 @@ def window_prompt(number: int, window: Tensor, context_length: int) -> Prompt:
 
 def add_text_arguments(parser: argparse.ArgumentParser, context: int, target: int) -> None:
     """The options that `load_windows` reads."""
-    parser.add_argument("--text_file", type=Path, nargs="*", default=[], help="texts that nobody trained on")
-    parser.add_argument("--held_out", type=Path, nargs="*", default=[], help="corpus files: their held-out documents")
-    parser.add_argument("--held_out_share", type=float, default=0.01, help="as in training")
+    parser.add_argument("--text-file", type=Path, nargs="*", default=[], help="texts that nobody trained on")
+    parser.add_argument("--held-out", type=Path, nargs="*", default=[], help="corpus files: their held-out documents")
+    parser.add_argument("--held-out-share", type=float, default=0.01, help="as in training")
     parser.add_argument("--context", type=int, default=context, help="context tokens of a window")
     parser.add_argument("--target", type=int, default=target, help="scored tokens of a window")
     parser.add_argument("--windows", type=int, default=60, help="of each text, at most")
@@ -52,7 +52,7 @@ def load_windows(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, Ten
     texts = {f.name: f.read_text(encoding="utf-8") for f in arguments.text_file}
     texts |= {f"held out of {f.name}": read_held_out(f, arguments.held_out_share) for f in arguments.held_out}
     if not texts:
-        raise ValueError("nothing to measure on: pass --text_file or --held_out")
+        raise ValueError("nothing to measure on: pass --text-file or --held-out")
     windows = {}
     for name, text in texts.items():
         ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])

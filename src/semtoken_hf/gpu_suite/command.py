@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..benchmarking.shapes import SHAPES, dtype_of
+from ..evaluation.option_names import DashedParser
 from ..evaluation.provenance import provenance
 from .parts import Context
 from .report import Report
@@ -19,7 +20,7 @@ from .suite import BROKEN_DEVICE, PARTS, run_parts, supervise, worker_command
 
 NO_GPU = (
     "No CUDA device: the GPU suite measures a GPU. To try its parts on the processor: "
-    "python scripts/gpu_suite.py --device cpu --shapes tiny --lengths 512 1024 --long_length 4096"
+    "python scripts/gpu_suite.py --device cpu --shapes tiny --lengths 512 1024 --long-length 4096"
 )
 # The report's own time, and that of the process to end.
 MARGIN = 10.0
@@ -27,16 +28,16 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = DashedParser(description=__doc__)
     names = [part.name for part in PARTS]
     parser.add_argument("--output", type=Path, default=Path("runs/gpu_suite.json"), help="JSON; Markdown beside it")
-    parser.add_argument("--max_minutes", type=float, default=9.0, help="of everything together")
+    parser.add_argument("--max-minutes", type=float, default=9.0, help="of everything together")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, help="in order of worth")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="smallest first; the last one reads the most")
     parser.add_argument("--lengths", nargs="+", type=int, default=[2**i for i in range(10, 18)], help="prompt tokens")
-    parser.add_argument("--long_length", type=int, default=2**20, help="tokens of the long prompt")
+    parser.add_argument("--long-length", type=int, default=2**20, help="tokens of the long prompt")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

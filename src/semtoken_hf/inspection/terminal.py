@@ -56,7 +56,7 @@ def plan_text(plan: SpanDetails, pieces: Sequence[str], most_tokens: int) -> Tex
     tail = [slot for slot in slots[len(head) :] if slot.first >= tokens - most_tokens // 2]
     text = _marked(head)
     if hidden := tokens - sum(slot.stop - slot.first for slot in (*head, *tail)):
-        text.append(f"\n... {hidden:,} tokens more (--max_tokens) ...\n", "italic")
+        text.append(f"\n... {hidden:,} tokens more (--max-tokens) ...\n", "italic")
     return text.append_text(_marked(tail))
 
 

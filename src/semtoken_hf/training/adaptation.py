@@ -28,8 +28,17 @@ from ..conversion.staging import check_output, remove_stale, staged_folder
 from ..evaluation.files import only_run_in, write_text
 from ..evaluation.named_values import read_fields
 from .adaptation_arguments import LEARNING_RATES, AdaptationArguments, AdaptationTrainingArguments
-from .adaptation_data import ContextCollator, PackedCollator, TextBlocks, begin_id, export_dataset, load_blocks
+from .adaptation_data import (
+    EXPORTED,
+    ContextCollator,
+    PackedCollator,
+    TextBlocks,
+    begin_id,
+    export_dataset,
+    load_blocks,
+)
 from .adaptation_trainer import AdaptationTrainer, rotate_checkpoints
+from .corpus import list_text_files, weights_by_file
 from .distillation import DistillationModel
 from .instruction_data import InstructionBlocks
 from .packed_objective import PackedDistillationModel
@@ -66,10 +75,11 @@ def build_trainer(arguments: AdaptationArguments, training: AdaptationTrainingAr
 
     Raises:
         FileNotFoundError: the text folder holds no text.
-        ValueError: lengths do not fit the model or the text.
+        ValueError: lengths do not fit the model or the text, or a weight stands for no file.
         ImportError: PEFT or `datasets` is needed and missing.
     """
     set_seed(training.seed)
+    weights = weights_by_file(arguments.file_weights(), _text_files(arguments))
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     student = load_student(arguments)
     window = _context_length(arguments, student.config) + arguments.target_length
@@ -80,7 +90,7 @@ def build_trainer(arguments: AdaptationArguments, training: AdaptationTrainingAr
     module, collate, row, targets = build_objective(arguments, training, student, teacher)
     output_dir = Path(training.output_dir or "runs/adapt")
     folder, share = _text_folder(arguments, output_dir), arguments.held_out_share
-    cache, weights = output_dir / "tokens", arguments.file_weights()
+    cache = output_dir / "tokens"
     sampler, held_out = load_blocks(folder, tokenizer, cache, row, weights, share, training.seed, window)
     training.learning_rate = training.learning_rate or LEARNING_RATES[arguments.trainable]
     rows = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps * training.world_size
@@ -117,6 +127,12 @@ def build_objective(
     context, targets = _context_length(arguments, config), arguments.target_length
     window = ContextCollator(arguments.batch_shape(context, rows, training.seed))
     return DistillationModel(student, teacher, weight, arguments.tasks != "none"), window, context + targets, targets
+
+
+def _text_files(arguments: AdaptationArguments) -> list[str]:
+    """Names of the files with the text, before a data set is exported to its one."""
+    is_folder = Path(arguments.text).is_dir()
+    return [file.name for file in list_text_files(arguments.text)] if is_folder else [EXPORTED]
 
 
 def _text_folder(arguments: AdaptationArguments, output_dir: Path) -> Path:

@@ -31,7 +31,10 @@ class AdaptationArguments:
     text_split: str = field(default="train", metadata={"help": "split of the data set"})
     text_column: str = field(default="text", metadata={"help": "column of the data set"})
     text_documents: int = field(default=20000, metadata={"help": "documents taken from the data set"})
-    weights: list[str] = field(default_factory=list, metadata={"help": "FILE=WEIGHT, how often a file is passed over"})
+    weights: list[str] = field(
+        default_factory=list,
+        metadata={"help": "FILE=WEIGHT, how often a file is passed over; FILE with or without suffix"},
+    )
     held_out_share: float = field(default=0.01, metadata={"help": "of the documents, for the evaluation"})
     objective: str = field(
         default="packed",

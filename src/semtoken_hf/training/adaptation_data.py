@@ -130,6 +130,10 @@ def is_of_share(index: int, share: float) -> bool:
     return math.floor((index + 1) * share) > math.floor(index * share)
 
 
+# The file of an exported data set.
+EXPORTED = "documents.txt"
+
+
 def export_dataset(name: str, config: str | None, split: str, column: str, folder: Path, limit: int) -> Path:
     """Write up to `limit` documents of a `datasets` data set to `folder` as a text file; returns the folder.
 
@@ -143,13 +147,13 @@ def export_dataset(name: str, config: str | None, split: str, column: str, folde
         raise ImportError(f"'{name}' is no folder; to load it as a data set install `datasets`") from error
     data = load_dataset(name, config, split=split, streaming=True)
     key = hashlib.sha256(f"{name}{config}{split}{column}{limit}".encode()).hexdigest()[:12]
-    target = folder / key / "documents.txt"
+    target = folder / key / EXPORTED
     if target.exists():
         return target.parent
     with staged_file(target) as staged, staged.open("w", encoding="utf-8") as handle:
         for document in data.take(limit):
             if column not in document:
-                raise ValueError(f"'{name}' has the columns {sorted(document)}, not '{column}': pass --text_column")
+                raise ValueError(f"'{name}' has the columns {sorted(document)}, not '{column}': pass --text-column")
             # Three newlines part documents in `corpus.read_documents`.
             handle.write(re.sub(r"\n{3,}", "\n\n", document[column].strip("\n")) + "\n\n\n")
     return target.parent

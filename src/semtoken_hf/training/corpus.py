@@ -38,6 +38,25 @@ def list_text_files(folder: str | os.PathLike) -> list[Path]:
     return files
 
 
+def weights_by_file(weights: dict[str, float], files: list[str]) -> dict[str, float]:
+    """Weights by the names of files; a name without its suffix stands for the one file that begins with it.
+
+    Raises:
+        ValueError: a name stands for no file or for several, or two names stand for the same one.
+    """
+    found: dict[str, float] = {}
+    for name, weight in weights.items():
+        meant = [name] if name in files else [file for file in files if file in {name + end for end in SUFFIXES}]
+        if len(meant) != 1:
+            raise ValueError(
+                f"--weights names {name!r}, which stands for {meant or 'no file'}; there are {sorted(files)}"
+            )
+        if meant[0] in found:
+            raise ValueError(f"--weights names {meant[0]!r} twice")
+        found[meant[0]] = weight
+    return found
+
+
 def open_text(file: Path) -> Any:
     """A text file, unpacked if its name ends in .xz."""
     return lzma.open(file, "rt", encoding="utf-8") if file.suffix == ".xz" else open(file, encoding="utf-8")

@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..conversion.staging import remove_stale, staged_folder
 from ..evaluation.named_values import read_numbers
-from .corpus import BlockSampler, iter_training_text, list_text_files, tokenize_file
+from .corpus import BlockSampler, iter_training_text, list_text_files, tokenize_file, weights_by_file
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
@@ -60,7 +60,10 @@ class ReferenceConfig:
     learning_rate: float = 4e-3
     weight_decay: float = 0.1
     held_out_share: float = 0.01
-    weights: list[str] = field(default_factory=list, metadata={"help": "FILE=WEIGHT, how often a file is passed over"})
+    weights: list[str] = field(
+        default_factory=list,
+        metadata={"help": "FILE=WEIGHT, how often a file is passed over; FILE with or without suffix"},
+    )
     seed: int = 0
     mixed_precision: str = "bf16"
     compile: bool = False
@@ -146,12 +149,13 @@ class ReferenceTrainer:
             raise ValueError(f"{blocks} blocks a step cannot be shared by {processes} processes: raise tokens_per_step")
         set_seed(config.seed)
         files = list_text_files(config.text_folder)
+        weights = weights_by_file(config.file_weights, [file.name for file in files])
         self.tokenizer = self._load_tokenizer(files)
         backend, cache = self.tokenizer.backend_tokenizer, self.output_dir / "tokens"
         bos_id = self.tokenizer.bos_token_id
         sides = {f.name: tokenize_file(f, backend, cache, config.held_out_share, bos_id) for f in files}
         length = config.long_sequence_length
-        self.sampler = BlockSampler({n: s["train"] for n, s in sides.items()}, length, config.file_weights, config.seed)
+        self.sampler = BlockSampler({n: s["train"] for n, s in sides.items()}, length, weights, config.seed)
         self.held_out = {n: s["held_out"] for n, s in sides.items() if len(s["held_out"]) >= length}
         self.step = 0
         model = build_model(config, self.tokenizer)

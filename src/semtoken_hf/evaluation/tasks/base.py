@@ -69,7 +69,7 @@ class Task(ABC):
         if settings.source is not None:
             return None
         hub = f"; on the Hub it is {self.hub_id}" if self.hub_id else ""
-        return f"no data: {self.file} is not in --data_dir, and --sources names none{hub}"
+        return f"no data: {self.file} is not in --data-dir, and --sources names none{hub}"
 
     def require(self, settings: TaskSettings) -> None:
         """Raise ValueError if anything is lacking."""
