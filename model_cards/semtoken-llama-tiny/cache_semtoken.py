@@ -63,7 +63,7 @@ class SemTokenCache(DynamicCache):
         self.plain_tail = 0 if compressed else self.plain_tail + tokens
         self.whole_tail = 0 if padded else self.whole_tail + slot_lengths.shape[1]
 
-    def leave_out(self, attention_mask: Tensor) -> None:
+    def drop_masked(self, attention_mask: Tensor) -> None:
         """Take tokens out of the record that were read and that a later mask hides: what fills up a finished row.
 
         Args:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configuration_semtoken import POSITION_MODES, base_merge_mode
+from .configuration_semtoken import base_merge_mode
 from .learned_merger import LearnedMerger
 from .logging_semtoken import get_logger
 from .semantic_encoder import SemanticEncoder
@@ -134,8 +134,8 @@ def compress_prompt(
         ValueError: an argument has the wrong shape or values.
     """
     mode = config.position_mode if position_mode is None else position_mode
-    if mode not in POSITION_MODES:
-        raise ValueError(f"`position_mode` must be one of {list(POSITION_MODES)}, got {mode!r}")
+    if mode not in config.position_modes:
+        raise ValueError(f"`position_mode` must be one of {list(config.position_modes)}, got {mode!r}")
     plan = plan_spans(config, encoder, input_ids, **planning)
     if position_ids is not None:
         _check_positions(position_ids, *input_ids.shape)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -119,6 +119,8 @@ class SemTokenConfigMixin:
 
     # Not predictions: `Trainer` must not gather them.
     keys_to_ignore_at_inference = ["past_key_values", "span_ids", "compressed_lengths"]
+    # A family that learns a vector for each position knows "compact" alone.
+    position_modes: ClassVar[tuple[str, ...]] = POSITION_MODES
 
     compression: bool = True
     target_ratio: float | int | None = 2.4
@@ -257,7 +259,7 @@ def _check_single_fields(config: Any) -> None:
             raise ValueError(f"`{name}` must be a number in [{lowest:g}, 1] or None, got {value!r}")
     check_query_weight(config.query_weight)
     for name, modes in (
-        ("position_mode", POSITION_MODES),
+        ("position_mode", config.position_modes),
         ("segmentation_mode", SEGMENTATION_MODES),
         ("merge_mode", MERGE_MODES),
         ("merger_base", MERGER_BASES),

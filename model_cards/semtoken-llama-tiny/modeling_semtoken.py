@@ -17,12 +17,12 @@ from transformers.utils import can_return_tuple
 from .adapter_semtoken import adapter_acts_on
 from .attention_semtoken import flash_attention_kwargs
 from .cache_semtoken import SemTokenCache, tracks_slots
-from .cached_turn import append_plain, check_chunk_size, counts_of_turn, heed_mask_of_past, mask_of_turn
+from .cached_turn import Turn, append_plain, apply_past_mask, check_chunk_size, counts_of_turn
 from .compression import CompressedPrompt
 from .learned_merger import LearnedMerger
 from .logging_semtoken import get_logger, log_prefill
 from .paged_semtoken import step_of_call
-from .pretrained_semtoken import SemTokenPreTrainedMixin
+from .pretrained_semtoken import PlainTuple, SemTokenPreTrainedMixin
 from .ragged_cache_semtoken import ranges
 from .ragged_modeling_semtoken import SemTokenRaggedMixin
 from .semantic_encoder import SemanticEncoder
@@ -31,14 +31,15 @@ logger = get_logger(__name__)
 
 
 @dataclass
-class SemTokenModelOutputWithPast(BaseModelOutputWithPast):
-    """`BaseModelOutputWithPast` over slots.
+class SemTokenModelOutputWithPast(PlainTuple, BaseModelOutputWithPast):
+    """`BaseModelOutputWithPast`, over slots where tokens merged; as a tuple, exactly that.
 
     Args:
         span_ids: int64 [B, T], slot of every token, -1 for padding; None where nothing merged.
         compressed_lengths: int64 [B], slots of each row; None where nothing merged.
     """
 
+    cross_attentions: Any = None  # of GPT-2, whose head looks for it
     span_ids: Tensor | None = None
     compressed_lengths: Tensor | None = None
 
@@ -61,7 +62,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        compression: bool = False,
+        compression: bool | None = None,
         target_ratio: float | None = None,
         span_ids: Tensor | None = None,
         protected_mask: Tensor | None = None,
@@ -69,31 +70,45 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         query_weight: float | None = None,
         read_mask: Tensor | None = None,
         prefill_chunk_size: int | None = None,
-        states_to_keep: int = 0,
+        slot_reading: Any = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """The family's forward over every token, or with `compression=True` over the slots of `compress`.
+    ) -> SemTokenModelOutputWithPast:
+        """The family's forward, over the slots of `compress` where tokens may merge.
 
         Args:
-            compression: True merges the tokens that `read_mask` and the protections leave free.
+            compression: False is exactly the plain model; None takes the configuration's.
             target_ratio, span_ids, protected_mask, query_mask, query_weight, read_mask: as in `compress`.
             prefill_chunk_size: run the layers over this many columns at a time, to bound the working memory.
-            states_to_keep: the last columns that the caller reads; states of chunks before them are let go. 0: all.
+            slot_reading: what the head reads of a prompt that it has compressed (see `read_positions.py`).
 
         Returns:
-            `last_hidden_state` [B, T, H] and no `span_ids` where nothing merged; else [B, M, H] over the slots. With
-            `states_to_keep` and chunks, only the last columns of that.
+            `last_hidden_state` [B, T, H] and no `span_ids` where nothing merged; else [B, M, H] over the slots, or what
+            `slot_reading` makes of them.
 
         Raises:
             ValueError: an argument has the wrong shape or values.
         """
+        call = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            **kwargs,
+        }
+        layers: dict[str, Any] = {**kwargs, "use_cache": use_cache, "chunk_size": prefill_chunk_size}
+        layers.pop("shift_labels", None)  # of the head's loss
+        if slot_reading is not None:
+            outputs = self._forward_slots(slot_reading.prompt, past_key_values, slot_reading.last_columns, **layers)
+            outputs.last_hidden_state = slot_reading.states(outputs.last_hidden_state)
+            return outputs
         check_chunk_size(prefill_chunk_size)
-        heed_mask_of_past(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
+        apply_past_mask(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
         prompt = None
-        if compression and input_ids is not None:
+        if self._wants_compression(compression, target_ratio, query_weight) and self._is_compressible(call):
             prompt = self.compress(
-                input_ids,
-                mask_of_turn(attention_mask, input_ids, past_key_values),
+                call["input_ids"],
+                attention_mask,
                 span_ids,
                 target_ratio,
                 protected_mask,
@@ -105,19 +120,9 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             )
             prompt.origin = None  # its fingerprints: the layers need the room
             if prompt.is_merged:
-                return self._forward_slots(
-                    prompt, past_key_values, use_cache, prefill_chunk_size, states_to_keep, **kwargs
-                )
+                return self._forward_slots(prompt, past_key_values, 0, **layers)
         outputs = self._forward_tokens(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            prefill_chunk_size,
-            states_to_keep,
-            **kwargs,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **layers
         )
         if prompt is not None:
             log_prefill(prompt, outputs.past_key_values)
@@ -132,9 +137,8 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         inputs_embeds: Tensor | None,
         use_cache: bool | None,
         chunk_size: int | None,
-        states_to_keep: int,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> SemTokenModelOutputWithPast:
         """The family's forward over every token, behind slots where the cache holds some."""
         adapted: Tensor | bool = False
         if (step := step_of_call(kwargs)) is not None and not step.is_plain:
@@ -147,41 +151,33 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             raise ValueError("pass `input_ids` or `inputs_embeds`")
         if getattr(columns, "ndim", 0) < 2:
             raise ValueError(f"`{name}` must be a tensor [batch, tokens, ...], got {type(columns).__name__}")
+        turn = Turn(name, columns, position_ids, past_key_values, attention_mask, adapted)
         if tracks_slots(past_key_values):
-            tokens, is_masked = columns[..., 0] if input_ids is None else columns, attention_mask is not None
-            attention_mask, position_ids = append_plain(
-                past_key_values, tokens, attention_mask, position_ids, self.config.position_mode
-            )
-            if getattr(past_key_values, "ragged_rows", None) is not None:
-                assert position_ids is not None
-                counts, index = counts_of_turn(past_key_values, tokens, is_masked)
-                gate = self._rows_of_adapter(past_key_values)
-                turn = name, columns, position_ids, past_key_values, counts, index
-                return self._run_ragged(*turn, use_cache, chunk_size, states_to_keep, gate, **kwargs)
-        has_gaps = tracks_slots(past_key_values) and past_key_values.is_compressed
-        with adapter_acts_on(self._rows_of_adapter(past_key_values) if has_gaps else adapted):
-            return self._run_layers(
-                name,
-                columns,
-                attention_mask,
-                position_ids,
-                past_key_values,
-                use_cache,
-                chunk_size,
-                states_to_keep,
-                has_gaps,
-                **kwargs,
-            )
+            self._append(turn, columns[..., 0] if input_ids is None else columns)
+        return _own_output(self._run(turn, 0, use_cache, chunk_size, **kwargs))
+
+    def _append(self, turn: Turn, tokens: Tensor) -> None:
+        """Record a turn of plain `tokens` [B, Q] in its cache, and find out what its layers need for it."""
+        cache, is_masked = turn.cache, turn.attention_mask is not None
+        turn.attention_mask, turn.position_ids = append_plain(
+            cache, tokens, turn.attention_mask, turn.position_ids, self.config.position_mode
+        )
+        turn.has_gaps = cache.is_compressed
+        if getattr(cache, "ragged_rows", None) is not None:
+            turn.counts, turn.index = counts_of_turn(cache, tokens, is_masked)
+        if turn.has_gaps or turn.counts is not None:
+            turn.adapted = self._rows_of_adapter(cache)
 
     def _forward_slots(
         self,
         prompt: CompressedPrompt,
         past_key_values: Any,
+        last_columns: int,
         use_cache: bool | None,
         chunk_size: int | None,
-        states_to_keep: int,
         **kwargs: Any,
     ) -> SemTokenModelOutputWithPast:
+        """The family's forward over slots; states of chunks before the `last_columns` are freed, unless that is 0."""
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if past_key_values is None and use_cache and not (self.training and self.is_gradient_checkpointing):
             past_key_values = SemTokenCache(config=self.config)
@@ -191,27 +187,21 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 f"`sliding_window` ({window}) counts slots, so that rotary distances grow beyond those of the plain "
                 "model: use position_mode='compact' if the model was not trained on them."
             )
-        # Without a cache and a mask, Transformers would read gapped positions as packed sequences.
-        mask = prompt.attention_mask
-        is_ragged = past_key_values is not None and self._makes_ragged(past_key_values, len(mask))
+        turn = Turn("inputs_embeds", prompt.inputs_embeds, prompt.position_ids, past_key_values, prompt.attention_mask)
+        turn.has_gaps = True
+        is_ragged = past_key_values is not None and self._makes_ragged(past_key_values, len(prompt.span_ids))
         if past_key_values is not None:
             tokens = prompt.span_ids.shape[1]
             past_key_values.record(prompt.slot_lengths, tokens, compressed=True, padded=prompt.is_padded)
-            mask = past_key_values.attention_mask
-        gate = self._rows_of_adapter(past_key_values, prompt)
+            turn.attention_mask = past_key_values.attention_mask
+        turn.adapted = self._rows_of_adapter(past_key_values, prompt)
         if is_ragged:
-            counts, width = prompt.slot_counts, prompt.position_ids.shape[1]
-            starts = [(row + 1) * width - count for row, count in enumerate(counts)]
-            index = ranges(starts, counts, prompt.position_ids.device) if prompt.is_padded else None
-            packed = "inputs_embeds", prompt.inputs_embeds, prompt.position_ids, past_key_values, counts, index
-            outputs = self._run_ragged(*packed, use_cache, chunk_size, states_to_keep, gate, **kwargs)
-        else:
-            columns, positions = prompt.inputs_embeds, prompt.position_ids
-            with adapter_acts_on(gate):
-                turn = "inputs_embeds", columns, mask, positions, past_key_values
-                outputs = self._run_layers(*turn, use_cache, chunk_size, states_to_keep, True, **kwargs)
+            turn.counts, width = prompt.slot_counts, prompt.position_ids.shape[1]
+            starts = [(row + 1) * width - count for row, count in enumerate(turn.counts)]
+            turn.index = ranges(starts, turn.counts, prompt.position_ids.device) if prompt.is_padded else None
+        outputs = self._run(turn, last_columns, use_cache, chunk_size, **kwargs)
         log_prefill(prompt, past_key_values)
-        return SemTokenModelOutputWithPast(**outputs, span_ids=prompt.span_ids, compressed_lengths=prompt.kept_lengths)
+        return _own_output(outputs, prompt)
 
     def _rows_of_adapter(self, cache: Any, prompt: CompressedPrompt | None = None) -> Tensor | None:
         """bool [B], rows with merged slots, on which an adapter acts; None where there is no adapter."""
@@ -221,47 +211,52 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             return prompt.kept_lengths < prompt.original_lengths
         return cache.compressed_rows
 
+    def _run(self, turn: Turn, last_columns: int, use_cache: bool | None, chunk_size: int | None, **kwargs: Any) -> Any:
+        """The family's forward over a turn, padded or ragged; states before the `last_columns` are freed, unless 0."""
+        if turn.counts is not None:
+            return self._run_ragged(turn, last_columns, use_cache, chunk_size, **kwargs)
+        with adapter_acts_on(turn.adapted):
+            return self._run_layers(turn, last_columns, use_cache, chunk_size, **kwargs)
+
     def _run_layers(
-        self,
-        name: str,
-        columns: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Any,
-        use_cache: bool | None,
-        chunk_size: int | None,
-        states_to_keep: int,
-        has_gaps: bool,
-        **kwargs: Any,
+        self, turn: Turn, last_columns: int, use_cache: bool | None, chunk_size: int | None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
-        """The family's forward, in one go or `chunk_size` columns at a time; `has_gaps`: of the positions so far."""
-        length = columns.shape[1]
-        chunk_size = chunk_size if chunk_size and tracks_slots(past_key_values) else length
-        before = past_key_values.physical_length() if tracks_slots(past_key_values) else 0
+        """The family's forward, in one go or `chunk_size` columns at a time."""
+        columns, length = turn.columns, turn.columns.shape[1]
+        chunk_size = chunk_size if chunk_size and tracks_slots(turn.cache) else length
+        before = turn.cache.physical_length() if tracks_slots(turn.cache) else 0
         states = []
         for start in range(0, max(length, 1), max(chunk_size, 1)):
             end = min(start + chunk_size, length)
-            mask, positions = attention_mask, position_ids
+            mask, positions = turn.attention_mask, turn.position_ids
             if length > chunk_size:
                 mask = None if mask is None else mask[:, : before + end]
                 positions = None if positions is None else positions[:, start:end]
-            if has_gaps:
+            if turn.has_gaps:
+                # Without a cache and a mask, Transformers would read gapped positions as packed sequences.
                 kwargs |= flash_attention_kwargs(
                     self.config._attn_implementation, len(columns), end - start, before + end, columns.device
                 )
             outputs = super().forward(
-                **{name: columns[:, start:end]},
+                **{turn.name: columns[:, start:end]},
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=past_key_values,
+                past_key_values=turn.cache,
                 use_cache=use_cache,
                 **{**kwargs, "return_dict": True},
             )
-            if not states_to_keep or end > length - states_to_keep:
+            if not last_columns or end > length - last_columns:
                 states.append(outputs.last_hidden_state)
         if len(states) > 1:
             outputs.last_hidden_state = torch.cat(states, dim=1)
         return outputs
+
+
+def _own_output(outputs: Any, prompt: CompressedPrompt | None = None) -> SemTokenModelOutputWithPast:
+    """The family's output, and what became of the prompt."""
+    if prompt is None:
+        return SemTokenModelOutputWithPast(**outputs)
+    return SemTokenModelOutputWithPast(**outputs, span_ids=prompt.span_ids, compressed_lengths=prompt.kept_lengths)
 
 
 __all__ = ["SemTokenModelMixin", "SemTokenModelOutputWithPast"]

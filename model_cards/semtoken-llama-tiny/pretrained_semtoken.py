@@ -8,19 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
 
 from .adapter_semtoken import load_adapter, remembering_rows, save_adapter, saves_adapter, without_adapter
 from .cache_semtoken import tracks_slots
+from .cached_turn import mask_of_turn
 from .compression import CompressedPrompt, compress_prompt
+from .configuration_semtoken import check_query_weight, check_ratio
 from .learned_merger import LearnedMerger
+from .logging_semtoken import get_logger
 from .semantic_encoder import SemanticEncoder
+from .span_planner import check_ids
+
+logger = get_logger(__name__)
 
 # Of `from_pretrained`, for the files that are fetched beside the model's own.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
+# Of a forward, beyond the plain model's.
+OWN_OUTPUTS = ("span_ids", "compressed_lengths")
+
+
+class PlainTuple(ModelOutput):
+    """An output that is the plain model's as a tuple, whether anything merged or not."""
+
+    def to_tuple(self) -> tuple:
+        return tuple(self[name] for name in self.keys() if name not in OWN_OUTPUTS)
 
 
 class SemTokenPreTrainedMixin:
-    """Loading and saving: the encoder is part of the checkpoint, frozen and in a dtype of its own."""
+    """Loading and saving, with an encoder that is part of the checkpoint and frozen, and what compresses."""
 
     # What the family's classes bring.
     config: Any
@@ -34,6 +50,13 @@ class SemTokenPreTrainedMixin:
     get_input_embeddings: Any
     _auto_class: str | None
     state_dict: Any
+
+    _no_split_modules: Any
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "config_class" in cls.__dict__:
+            cls._no_split_modules = [*(cls._no_split_modules or ()), "SemanticEncoder"]
 
     # While loading, so that no other dtype rounds it; `SemanticEncoder.freeze` gives it back its own.
     _keep_in_fp32_modules_strict = ["semantic_encoder"]
@@ -147,7 +170,7 @@ class SemTokenPreTrainedMixin:
 
         Args:
             input_ids: int64 [B, T].
-            attention_mask: [B, T], 0 for padding on any side.
+            attention_mask: [B, T], 0 for padding on any side; or over all tokens so far, with those in the cache.
             span_ids: int [B, T], a ready plan (see `SemTokenFastTokenizer`) instead of the model's own.
             target_ratio: tokens per slot, instead of the configuration's.
             protected_mask: [B, T], non-zero for tokens that stay whole.
@@ -176,7 +199,7 @@ class SemTokenPreTrainedMixin:
             position_offset=offset,
             position_mode=mode,
             merger=model.learned_merger if self.config.merge_mode == "learned" else None,
-            attention_mask=attention_mask,
+            attention_mask=mask_of_turn(attention_mask, input_ids, past_key_values),
             read_mask=read_mask,
             protected_mask=protected_mask,
             span_ids=span_ids,
@@ -186,5 +209,56 @@ class SemTokenPreTrainedMixin:
             query_weight=query_weight,
         )
 
+    def _wants_compression(
+        self, compression: bool | None, target_ratio: float | None, query_weight: float | None = None
+    ) -> bool:
+        """Whether a call and the configuration ask for it; refuses nonsense whatever else the call asks for."""
+        if target_ratio is not None:
+            check_ratio(target_ratio)
+        if query_weight is not None:
+            check_query_weight(query_weight)
+        if not isinstance(compression, bool | type(None)):
+            raise ValueError(f"`compression` must be True or False, got {compression!r}")
+        wanted = self.config.compression if compression is None else compression
+        ratio = self.config.target_ratio if target_ratio is None else target_ratio
+        return bool(wanted) and not (ratio == 1 and self.config.max_kept_tokens is None)
 
-__all__ = ["SemTokenPreTrainedMixin"]
+    def _is_compressible(self, call: dict[str, Any]) -> bool:
+        """Whether the compression stage can read a call of `forward`; warns where only its form forbids it."""
+        columns = call["inputs_embeds"] if call["input_ids"] is None else call["input_ids"]
+        if getattr(columns, "ndim", 0) >= 2 and self._is_short(columns.shape[1]):
+            return False
+        if (reason := _unsupported_reason(call)) is not None:
+            self._warn_uncompressed(reason)
+            return False
+        check_ids(call["input_ids"])
+        return True
+
+    def _is_short(self, length: int | None) -> bool:
+        return length is not None and length < max(2, self.config.min_prompt_length)
+
+    def _warn_uncompressed(self, reason: str) -> None:
+        logger.warning_once(f"SemToken does not compress this call and runs the plain model exactly: {reason}")
+
+
+def _unsupported_reason(call: dict[str, Any]) -> str | None:
+    """Why a call of `forward` cannot be compressed, or None."""
+    mask, positions, cache = call["attention_mask"], call["position_ids"], call["past_key_values"]
+    if call["input_ids"] is None:
+        return "`inputs_embeds` has no token ids to plan with; pass `input_ids`"
+    if "cache" in call or "block_table" in call:
+        return (
+            "paged attention manages its own cache; use `generate_batch` or the manager of `init_continuous_batching`"
+        )
+    if mask is not None and getattr(mask, "ndim", 0) != 2:
+        return "a prepared attention mask cannot be shortened; pass a 2D mask"
+    if cache is not None and not tracks_slots(cache):
+        return f"{type(cache).__name__} cannot hold merged slots; pass a SemTokenCache or leave `past_key_values` out"
+    if call.get("shift_labels") is not None:
+        return "`shift_labels` is not supported; pass `labels`"
+    if isinstance(positions, Tensor) and mask is None and bool((positions.diff(dim=-1) <= 0).any()):
+        return "`position_ids` that restart mean packed sequences; pass one sequence a row"
+    return None
+
+
+__all__ = ["PlainTuple", "SemTokenPreTrainedMixin"]

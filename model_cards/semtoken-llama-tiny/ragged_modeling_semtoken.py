@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .adapter_semtoken import adapter_acts_on
 from .attention_semtoken import VARLEN, attend_ragged
+from .cached_turn import Turn
 from .logging_semtoken import get_logger
 from .ragged_cache_semtoken import make_ragged
 
@@ -43,30 +44,14 @@ class SemTokenRaggedMixin:
         return False
 
     def _run_ragged(
-        self,
-        name: str,
-        columns: Tensor,
-        positions: Tensor,
-        cache: Any,
-        counts: list[int],
-        index: Tensor | None,
-        use_cache: bool | None,
-        chunk_size: int | None,
-        states_to_keep: int,
-        gate: Tensor | None,
-        **kwargs: Any,
+        self, turn: Turn, last_columns: int, use_cache: bool | None, chunk_size: int | None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         """The family's forward over the new slots of all rows as one row.
 
         Args:
-            name: "input_ids" or "inputs_embeds".
-            columns: [B, Q] or [B, Q, H], recorded in the cache.
-            positions: int64 [B, Q] or [1, Q].
-            counts: columns of each row that are no padding.
-            index: int64 [N], those of all rows, in the flattened [B * Q]; None where no column is padding.
+            turn: with `counts`.
+            last_columns: of a single row without padding, the last columns whose states are read; 0: all of them.
             chunk_size: run over this many slots a row at a time.
-            states_to_keep: of a single row without padding, the last columns whose states are read; 0: all of them.
-            gate: bool [B], rows on which the adapter acts, or None.
 
         Returns:
             states [B, Q, H], zero at padding, or the last columns of them; `hidden_states` alike, but packed,
@@ -80,28 +65,31 @@ class SemTokenRaggedMixin:
                 f"this cache holds rows of different lengths, which only `{VARLEN}` can read, and the model's "
                 f"attention is now `{self.config._attn_implementation}`: set it back, or start with an empty cache"
             )
+        columns, cache, index, counts, gate = turn.columns, turn.cache, turn.index, turn.counts, turn.adapted
+        assert counts is not None
+        assert turn.position_ids is not None
         rows, width = columns.shape[:2]
-        packed, positions = columns.flatten(0, 1), positions.expand(rows, -1).flatten()
-        gate = None if gate is None else gate[:, None].expand(rows, width).flatten()
+        packed, positions = columns.flatten(0, 1), turn.position_ids.expand(rows, -1).flatten()
+        gate = gate[:, None].expand(rows, width).flatten() if isinstance(gate, Tensor) else None
         if index is not None:
             packed, positions = packed[index], positions[index]
             gate = None if gate is None else gate.to(index.device)[index]
         cache.ragged_rows.reserve(cache.layers, counts)
         chunk, states = (chunk_size or width) * rows, []
-        keeps_all = not states_to_keep or rows > 1 or index is not None
+        keeps_all = not last_columns or rows > 1 or index is not None
         for start in range(0, len(packed), chunk):
             part = slice(start, start + chunk)
             step = cache.ragged_rows.advance(_overlap(counts, part))
             with adapter_acts_on(None if gate is None else gate[None, part]):
                 outputs = super().forward(  # type: ignore[misc]
-                    **{name: packed[None, part]},
+                    **{turn.name: packed[None, part]},
                     attention_mask=None,
                     position_ids=positions[None, part],
                     past_key_values=cache,
                     use_cache=use_cache,
                     **{**kwargs, "return_dict": True, "ragged_attention": partial(attend_ragged, step=step)},
                 )
-            if keeps_all or part.stop > len(packed) - states_to_keep:
+            if keeps_all or part.stop > len(packed) - last_columns:
                 states.append(outputs.last_hidden_state)
         outputs.last_hidden_state = _lay_out(torch.cat(states, 1), index, rows, width)
         if outputs.hidden_states is not None and len(states) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,8 +58,20 @@ def _check_logits_to_keep(value: Any, shape: tuple[int, ...]) -> None:
         )
 
 
+def kept_positions(values: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Of `values` [B, T, ...] what `logits_to_keep` asks for, as Transformers picks states."""
+    if isinstance(logits_to_keep, int):
+        return values[:, -logits_to_keep:] if logits_to_keep else values
+    logits_to_keep = logits_to_keep.to(values.device)
+    if logits_to_keep.dtype == torch.bool:
+        return values[logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        return values.gather(1, logits_to_keep)
+    return values[:, logits_to_keep]
+
+
 def slot_columns(span_ids: Tensor, compressed_lengths: Tensor, width: int) -> Tensor:
-    """Column of each token's slot among the `width` columns of left-padded rows, -1 for padding: int64 [B, T].
+    """Column of each token's slot among the last `width` columns of left-padded rows, -1 for padding: int64 [B, T].
 
     Args:
         span_ids: int64 [B, T], slot of every token counted from 0 in its row, -1 for padding.
@@ -68,57 +81,77 @@ def slot_columns(span_ids: Tensor, compressed_lengths: Tensor, width: int) -> Te
     return (span_ids + (width - compressed_lengths)[:, None]).where(span_ids >= 0, -1)
 
 
-def kept_states(states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The states [B, T, H] that `logits_to_keep` asks for, as the plain model picks them."""
-    if isinstance(logits_to_keep, int):
-        return states[:, -logits_to_keep:] if logits_to_keep else states
-    if logits_to_keep.dtype == torch.bool:
-        return states[logits_to_keep]
-    if logits_to_keep.ndim == 2:
-        return torch.take_along_dim(states, logits_to_keep[..., None], dim=1)
-    return states[:, logits_to_keep]
+@dataclass
+class KeptPositions:
+    """What a head reads of a merged prompt by `logits_to_keep`.
 
-
-def kept_slot_states(states: Tensor, columns: Tensor, logits_to_keep: int | Tensor) -> tuple[Tensor, Tensor]:
-    """As `kept_states`, from slot states.
-
-    Args:
-        states: [B, M, H].
-        columns: int64 [B, T], column of each token's slot, -1 for padding.
-        logits_to_keep: over the T tokens.
-
-    Returns:
-        states [B, n, H] (or [n, H] for a bool mask) and bool [B, n], True where the position is padding.
+    Attributes:
+        prompt: the CompressedPrompt.
+        logits_to_keep: over its tokens.
     """
-    if isinstance(logits_to_keep, Tensor):
-        logits_to_keep = logits_to_keep.to(columns.device)
-    wanted = kept_states(columns[..., None], logits_to_keep).squeeze(-1)
-    if wanted.ndim == 1:
-        assert isinstance(logits_to_keep, Tensor)
-        row = logits_to_keep.nonzero()[:, 0]
-        return states[row, wanted.clamp(min=0)], wanted < 0
-    return torch.take_along_dim(states, wanted.clamp(min=0)[..., None], dim=1), wanted < 0
+
+    prompt: Any
+    logits_to_keep: int | Tensor
+
+    @property
+    def last_columns(self) -> int:
+        """Columns at the end of the slots that are read: those read have slots of their own, at the end as in the row.
+        0: any."""
+        return self.logits_to_keep if isinstance(self.logits_to_keep, int) else 0
+
+    def states(self, states: Tensor) -> Tensor:
+        """Slot states [B, M, H], or the last columns of them, as states of tokens for the head.
+
+        Returns:
+            [B, last_columns, H] or [B, T, H]; zero at padding.
+        """
+        columns = slot_columns(self.prompt.span_ids, self.prompt.kept_lengths, states.shape[1]).to(states.device)
+        columns = columns[:, -self.last_columns :] if self.last_columns else columns
+        taken = torch.take_along_dim(states, columns.clamp(min=0)[..., None], dim=1)
+        return taken.masked_fill((columns < 0)[..., None], 0)
+
+    def lay_out(self, logits: Tensor) -> Tensor:
+        """The head's logits, NaN at padding."""
+        is_padding = kept_positions(self.prompt.span_ids < 0, self.logits_to_keep)
+        return logits.masked_fill(is_padding[..., None].to(logits.device), torch.nan)
 
 
-def labelled_slot_states(states: Tensor, columns: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Slot states of the positions that labels score.
+class LabelledPositions:
+    """What a head reads of a merged prompt by its labels: the R positions that a label scores.
 
     Args:
-        states: [B, M, H].
-        columns: int64 [B, T], column of each token's slot, -1 for padding.
+        prompt: the CompressedPrompt.
         labels: int64 [B, T].
 
-    Returns:
-        states [R, H]; targets int64 [R], ignored where padding would have to predict; flat index int64 [R] of the
-        positions in `[B * T]`.
+    Attributes:
+        targets: int64 [1, R], the labels behind those positions, ignored where padding would have to predict.
     """
-    row, position = (labels[:, 1:] != IGNORED_LABEL).nonzero().unbind(1)
-    column = columns[row, position]
-    targets = labels[row, position + 1].where(column >= 0, IGNORED_LABEL)
-    return states[row, column.clamp(min=0)], targets, row * labels.shape[1] + position
+
+    last_columns = 0
+
+    def __init__(self, prompt: Any, labels: Tensor):
+        self.prompt, self.shape = prompt, labels.shape
+        self.row, self.position = (labels[:, 1:] != IGNORED_LABEL).nonzero().to(prompt.span_ids.device).unbind(1)
+        self.is_padding = prompt.span_ids[self.row, self.position] < 0
+        targets = labels[self.row.to(labels.device), self.position.to(labels.device) + 1]
+        self.targets = targets.masked_fill(self.is_padding.to(labels.device), IGNORED_LABEL)[None]
+
+    def states(self, states: Tensor) -> Tensor:
+        """Slot states [B, M, H] of those positions, [1, R, H]."""
+        columns = slot_columns(self.prompt.span_ids, self.prompt.kept_lengths, states.shape[1])
+        column = columns[self.row, self.position].clamp(min=0)
+        return states[self.row.to(states.device), column.to(states.device)][None]
+
+    def lay_out(self, logits: Tensor) -> Tensor:
+        """The head's logits [1, R, V] as [B, T, V], NaN where no label scores or padding would have to predict."""
+        scored = logits[0].masked_fill(self.is_padding[:, None].to(logits.device), torch.nan)
+        laid_out = logits.new_full((self.shape.numel(), logits.shape[-1]), torch.nan)
+        # In place: a second tensor of this size is what training has no room for.
+        index = (self.row * self.shape[1] + self.position).to(logits.device)
+        return laid_out.index_copy_(0, index, scored).unflatten(0, tuple(self.shape))
 
 
-def fit_to_call(values: Tensor | None, name: str, start: int, tokens: int, drafted: int) -> Tensor | None:
+def align_to_step(values: Tensor | None, name: str, start: int, tokens: int, drafted: int) -> Tensor | None:
     """Cut or extend what was given for the prompt to the tokens of one call.
 
     `generate` hands the same tensor to every call: to the first one, which may hold drafted tokens behind the prompt,
@@ -160,10 +193,9 @@ def fit_to_call(values: Tensor | None, name: str, start: int, tokens: int, draft
 
 __all__ = [
     "IGNORED_LABEL",
-    "fit_to_call",
-    "kept_slot_states",
-    "kept_states",
-    "labelled_slot_states",
+    "KeptPositions",
+    "LabelledPositions",
+    "align_to_step",
     "read_mask_of",
     "slot_columns",
 ]

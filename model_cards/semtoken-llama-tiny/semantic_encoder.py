@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -52,9 +53,18 @@ class StaticEncoder(nn.Module):
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer of the encoder; no `nn.Linear`, so that PEFT's "all-linear" and quantisers pass it by."""
+    """A linear layer of the encoder; no `nn.Linear`, so that PEFT's "all-linear" and quantisers pass it by.
 
-    forward = nn.Linear.forward
+    Args:
+        linear: whose parameters it takes.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, states: Tensor) -> Tensor:
+        return F.linear(states, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         # PEFT quotes this where `target_modules` names the layer.
@@ -79,9 +89,9 @@ def build_transformer(config: PreTrainedConfig, dtype: torch.dtype) -> PreTraine
         encoder = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
     except ValueError:  # an architecture without SDPA
         encoder = AutoModel.from_config(config, attn_implementation="eager", dtype=dtype)
-    for module in encoder.modules():
+    for name, module in list(encoder.named_modules()):
         if type(module) is nn.Linear:
-            module.__class__ = FrozenLinear  # type: ignore[assignment]
+            encoder.set_submodule(name, FrozenLinear(module))
     return encoder
 
 
@@ -95,8 +105,8 @@ class SemanticEncoder(nn.Module):
 
     def __init__(self, config: Any):
         super().__init__()
-        encoder_config = config.encoder_config
-        encoder_config.vocab_size = config.vocab_size
+        encoder_config = copy.copy(config.encoder_config)
+        encoder_config.vocab_size = config.vocab_size  # the encoder reads the model's own ids
         self.window, self.overlap = config.encoder_window, config.encoder_overlap
         self.width = encoder_config.hidden_size
         self.radius = config.fingerprint_radius

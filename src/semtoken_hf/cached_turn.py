@@ -1,13 +1,41 @@
-"""A new turn behind a cache: its chunks, its part of the mask, its record, what it hides of earlier turns."""
+"""A new turn behind a cache: its columns, its part of the mask, its record, what it hides of earlier turns."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cache_semtoken import tracks_slots
+
+
+@dataclass
+class Turn:
+    """What one forward hands the family's layers.
+
+    Attributes:
+        name: "input_ids" or "inputs_embeds".
+        columns: [B, Q] or [B, Q, H], recorded in the cache.
+        position_ids: int64 [B, Q] or [1, Q], or None.
+        cache: behind which they stand, or None.
+        attention_mask: over all columns so far, or None; ragged rows need none.
+        adapted: bool [B] or [B, Q], where an adapter acts; None or False: nowhere.
+        has_gaps: whether the positions so far are gapped.
+        counts: of ragged rows, columns of each row that are no padding; None: rows are padded.
+        index: int64 [N], those columns in the flattened [B * Q]; None where no column is padding.
+    """
+
+    name: str
+    columns: Tensor
+    position_ids: Tensor | None
+    cache: Any
+    attention_mask: Tensor | None = None
+    adapted: Tensor | bool | None = None
+    has_gaps: bool = False
+    counts: list[int] | None = None
+    index: Tensor | None = None
 
 
 def check_chunk_size(value: Any) -> None:
@@ -81,4 +109,4 @@ def append_plain(
     return (cache.attention_mask if cache.is_compressed else attention_mask), position_ids
 
 
-__all__ = ["append_plain", "apply_past_mask", "check_chunk_size", "counts_of_turn", "mask_of_turn"]
+__all__ = ["Turn", "append_plain", "apply_past_mask", "check_chunk_size", "counts_of_turn", "mask_of_turn"]

@@ -43,9 +43,10 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
     """The language-modelling head. A family names the base model to use instead of its own in `base_class`."""
 
     base_class: Any
+    base_model_prefix: str
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         setattr(self, self.base_model_prefix, self.base_class(config))
         self.post_init()
 
@@ -112,9 +113,9 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
         keeps_all, prompt = isinstance(logits_to_keep, int) and logits_to_keep == 0, None
         reads_all = keeps_all and labels is None
         if wanted and not reads_all and step_of_call(kwargs) is None and self._is_compressible(call):
-            ways = {"target_ratio": target_ratio, "query_weight": query_weight}
+            options = {"target_ratio": target_ratio, "query_weight": query_weight}
             given = {"span_ids": span_ids, "protected_mask": protected_mask, "query_mask": query_mask}
-            prompt = self._compress_call(call, ways, given)
+            prompt = self._compress_call(call, options, given)
         if prompt is None or not prompt.is_merged:
             outputs = _own_output(super().forward(**call, compression=False))
             if prompt is not None:
@@ -125,17 +126,18 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
             reading = LabelledPositions(prompt, labels)
             call["shift_labels"] = reading.targets
         outputs = _own_output(super().forward(**call, slot_reading=reading), prompt)
+        assert outputs.logits is not None
         outputs.logits = reading.lay_out(outputs.logits)
         return outputs
 
     def _compress_call(
-        self, call: dict[str, Any], ways: dict[str, float | None], given: dict[str, Tensor | None]
+        self, call: dict[str, Any], options: dict[str, Any], given: dict[str, Any]
     ) -> CompressedPrompt | None:
         """The prompt of a call as slots, None where every position is read.
 
         Args:
             call: arguments of `forward`.
-            ways: the ratio and the weight of the question.
+            options: the ratio and the weight of the question.
             given: masks and plan of the prompt, which `generate` passes to every call.
         """
         ids, cache, kept = call["input_ids"], call["past_key_values"], call["logits_to_keep"]
@@ -153,7 +155,7 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
             position_ids=call["position_ids"],
             past_key_values=cache,
             read_mask=read,
-            **ways,
+            **options,
             **given,
         )
         # The layers run without what only the page of a prompt shows.

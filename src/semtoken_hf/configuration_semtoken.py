@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -120,7 +120,7 @@ class SemTokenConfigMixin:
     # Not predictions: `Trainer` must not gather them.
     keys_to_ignore_at_inference = ["past_key_values", "span_ids", "compressed_lengths"]
     # A family that learns a vector for each position knows "compact" alone.
-    position_modes = POSITION_MODES
+    position_modes: ClassVar[tuple[str, ...]] = POSITION_MODES
 
     compression: bool = True
     target_ratio: float | int | None = 2.4

@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 from .adapter_semtoken import adapter_acts_on
 from .attention_semtoken import flash_attention_kwargs
 from .cache_semtoken import SemTokenCache, tracks_slots
-from .cached_turn import append_plain, apply_past_mask, check_chunk_size, counts_of_turn
+from .cached_turn import Turn, append_plain, apply_past_mask, check_chunk_size, counts_of_turn
 from .compression import CompressedPrompt
 from .learned_merger import LearnedMerger
 from .logging_semtoken import get_logger, log_prefill
@@ -151,21 +151,22 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             raise ValueError("pass `input_ids` or `inputs_embeds`")
         if getattr(columns, "ndim", 0) < 2:
             raise ValueError(f"`{name}` must be a tensor [batch, tokens, ...], got {type(columns).__name__}")
+        turn = Turn(name, columns, position_ids, past_key_values, attention_mask, adapted)
         if tracks_slots(past_key_values):
-            tokens, is_masked = columns[..., 0] if input_ids is None else columns, attention_mask is not None
-            attention_mask, position_ids = append_plain(
-                past_key_values, tokens, attention_mask, position_ids, self.config.position_mode
-            )
-            if getattr(past_key_values, "ragged_rows", None) is not None:
-                assert position_ids is not None
-                counts, index = counts_of_turn(past_key_values, tokens, is_masked)
-                gate = self._rows_of_adapter(past_key_values)
-                turn = name, columns, position_ids, past_key_values, counts, index
-                return _own_output(self._run_ragged(*turn, use_cache, chunk_size, 0, gate, **kwargs))
-        has_gaps = tracks_slots(past_key_values) and past_key_values.is_compressed
-        with adapter_acts_on(self._rows_of_adapter(past_key_values) if has_gaps else adapted):
-            turn = name, columns, attention_mask, position_ids, past_key_values
-            return _own_output(self._run_layers(*turn, use_cache, chunk_size, 0, has_gaps, **kwargs))
+            self._append(turn, columns[..., 0] if input_ids is None else columns)
+        return _own_output(self._run(turn, 0, use_cache, chunk_size, **kwargs))
+
+    def _append(self, turn: Turn, tokens: Tensor) -> None:
+        """Record a turn of plain `tokens` [B, Q] in its cache, and find out what its layers need for it."""
+        cache, is_masked = turn.cache, turn.attention_mask is not None
+        turn.attention_mask, turn.position_ids = append_plain(
+            cache, tokens, turn.attention_mask, turn.position_ids, self.config.position_mode
+        )
+        turn.has_gaps = cache.is_compressed
+        if getattr(cache, "ragged_rows", None) is not None:
+            turn.counts, turn.index = counts_of_turn(cache, tokens, is_masked)
+        if turn.has_gaps or turn.counts is not None:
+            turn.adapted = self._rows_of_adapter(cache)
 
     def _forward_slots(
         self,
@@ -186,25 +187,19 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 f"`sliding_window` ({window}) counts slots, so that rotary distances grow beyond those of the plain "
                 "model: use position_mode='compact' if the model was not trained on them."
             )
-        # Without a cache and a mask, Transformers would read gapped positions as packed sequences.
-        mask = prompt.attention_mask
-        is_ragged = past_key_values is not None and self._makes_ragged(past_key_values, len(mask))
+        turn = Turn("inputs_embeds", prompt.inputs_embeds, prompt.position_ids, past_key_values, prompt.attention_mask)
+        turn.has_gaps = True
+        is_ragged = past_key_values is not None and self._makes_ragged(past_key_values, len(prompt.span_ids))
         if past_key_values is not None:
             tokens = prompt.span_ids.shape[1]
             past_key_values.record(prompt.slot_lengths, tokens, compressed=True, padded=prompt.is_padded)
-            mask = past_key_values.attention_mask
-        gate = self._rows_of_adapter(past_key_values, prompt)
+            turn.attention_mask = past_key_values.attention_mask
+        turn.adapted = self._rows_of_adapter(past_key_values, prompt)
         if is_ragged:
-            counts, width = prompt.slot_counts, prompt.position_ids.shape[1]
-            starts = [(row + 1) * width - count for row, count in enumerate(counts)]
-            index = ranges(starts, counts, prompt.position_ids.device) if prompt.is_padded else None
-            packed = "inputs_embeds", prompt.inputs_embeds, prompt.position_ids, past_key_values, counts, index
-            outputs = self._run_ragged(*packed, use_cache, chunk_size, last_columns, gate, **kwargs)
-        else:
-            columns, positions = prompt.inputs_embeds, prompt.position_ids
-            with adapter_acts_on(gate):
-                turn = "inputs_embeds", columns, mask, positions, past_key_values
-                outputs = self._run_layers(*turn, use_cache, chunk_size, last_columns, True, **kwargs)
+            turn.counts, width = prompt.slot_counts, prompt.position_ids.shape[1]
+            starts = [(row + 1) * width - count for row, count in enumerate(turn.counts)]
+            turn.index = ranges(starts, turn.counts, prompt.position_ids.device) if prompt.is_padded else None
+        outputs = self._run(turn, last_columns, use_cache, chunk_size, **kwargs)
         log_prefill(prompt, past_key_values)
         return _own_output(outputs, prompt)
 
@@ -216,39 +211,37 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             return prompt.kept_lengths < prompt.original_lengths
         return cache.compressed_rows
 
+    def _run(self, turn: Turn, last_columns: int, use_cache: bool | None, chunk_size: int | None, **kwargs: Any) -> Any:
+        """The family's forward over a turn, padded or ragged; states before the `last_columns` are freed, unless 0."""
+        if turn.counts is not None:
+            return self._run_ragged(turn, last_columns, use_cache, chunk_size, **kwargs)
+        with adapter_acts_on(turn.adapted):
+            return self._run_layers(turn, last_columns, use_cache, chunk_size, **kwargs)
+
     def _run_layers(
-        self,
-        name: str,
-        columns: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Any,
-        use_cache: bool | None,
-        chunk_size: int | None,
-        last_columns: int,
-        has_gaps: bool,
-        **kwargs: Any,
+        self, turn: Turn, last_columns: int, use_cache: bool | None, chunk_size: int | None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
-        """The family's forward, in one go or `chunk_size` columns at a time; `has_gaps`: of the positions so far."""
-        length = columns.shape[1]
-        chunk_size = chunk_size if chunk_size and tracks_slots(past_key_values) else length
-        before = past_key_values.physical_length() if tracks_slots(past_key_values) else 0
+        """The family's forward, in one go or `chunk_size` columns at a time."""
+        columns, length = turn.columns, turn.columns.shape[1]
+        chunk_size = chunk_size if chunk_size and tracks_slots(turn.cache) else length
+        before = turn.cache.physical_length() if tracks_slots(turn.cache) else 0
         states = []
         for start in range(0, max(length, 1), max(chunk_size, 1)):
             end = min(start + chunk_size, length)
-            mask, positions = attention_mask, position_ids
+            mask, positions = turn.attention_mask, turn.position_ids
             if length > chunk_size:
                 mask = None if mask is None else mask[:, : before + end]
                 positions = None if positions is None else positions[:, start:end]
-            if has_gaps:
+            if turn.has_gaps:
+                # Without a cache and a mask, Transformers would read gapped positions as packed sequences.
                 kwargs |= flash_attention_kwargs(
                     self.config._attn_implementation, len(columns), end - start, before + end, columns.device
                 )
             outputs = super().forward(
-                **{name: columns[:, start:end]},
+                **{turn.name: columns[:, start:end]},
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=past_key_values,
+                past_key_values=turn.cache,
                 use_cache=use_cache,
                 **{**kwargs, "return_dict": True},
             )

@@ -10,14 +10,12 @@ from .modeling_semtoken import SemTokenModelMixin
 class SemTokenGemma2Model(SemTokenModelMixin, Gemma2Model):
     """`Gemma2Model` with a compression stage before its first layer."""
 
-    config: SemTokenGemma2Config
     config_class = SemTokenGemma2Config
 
 
 class SemTokenGemma2ForCausalLM(SemTokenForCausalLMMixin, Gemma2ForCausalLM, GenerationMixin):
     """`Gemma2ForCausalLM` that reads long prompts in fewer positions."""
 
-    config: SemTokenGemma2Config
     config_class = SemTokenGemma2Config
     base_class = SemTokenGemma2Model
 

@@ -10,14 +10,12 @@ from .modeling_semtoken import SemTokenModelMixin
 class SemTokenGemma3Model(SemTokenModelMixin, Gemma3TextModel):
     """`Gemma3TextModel` with a compression stage before its first layer."""
 
-    config: SemTokenGemma3Config
     config_class = SemTokenGemma3Config
 
 
 class SemTokenGemma3ForCausalLM(SemTokenForCausalLMMixin, Gemma3ForCausalLM, GenerationMixin):
     """`Gemma3ForCausalLM` that reads long prompts in fewer positions."""
 
-    config: SemTokenGemma3Config
     config_class = SemTokenGemma3Config
     base_class = SemTokenGemma3Model
 

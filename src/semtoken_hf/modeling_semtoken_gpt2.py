@@ -10,14 +10,12 @@ from .modeling_semtoken import SemTokenModelMixin
 class SemTokenGPT2Model(SemTokenModelMixin, GPT2Model):
     """`GPT2Model` with a compression stage before its first layer."""
 
-    config: SemTokenGPT2Config
     config_class = SemTokenGPT2Config
 
 
 class SemTokenGPT2ForCausalLM(SemTokenForCausalLMMixin, GPT2LMHeadModel, GenerationMixin):
     """`GPT2LMHeadModel` that reads long prompts in fewer positions."""
 
-    config: SemTokenGPT2Config
     config_class = SemTokenGPT2Config
     base_class = SemTokenGPT2Model
 

@@ -10,14 +10,12 @@ from .modeling_semtoken import SemTokenModelMixin
 class SemTokenGPTNeoXModel(SemTokenModelMixin, GPTNeoXModel):
     """`GPTNeoXModel` with a compression stage before its first layer."""
 
-    config: SemTokenGPTNeoXConfig
     config_class = SemTokenGPTNeoXConfig
 
 
 class SemTokenGPTNeoXForCausalLM(SemTokenForCausalLMMixin, GPTNeoXForCausalLM, GenerationMixin):
     """`GPTNeoXForCausalLM` that reads long prompts in fewer positions."""
 
-    config: SemTokenGPTNeoXConfig
     config_class = SemTokenGPTNeoXConfig
     base_class = SemTokenGPTNeoXModel
 

@@ -10,14 +10,12 @@ from .modeling_semtoken import SemTokenModelMixin
 class SemTokenGraniteModel(SemTokenModelMixin, GraniteModel):
     """`GraniteModel` with a compression stage before its first layer."""
 
-    config: SemTokenGraniteConfig
     config_class = SemTokenGraniteConfig
 
 
 class SemTokenGraniteForCausalLM(SemTokenForCausalLMMixin, GraniteForCausalLM, GenerationMixin):
     """`GraniteForCausalLM` that reads long prompts in fewer positions."""
 
-    config: SemTokenGraniteConfig
     config_class = SemTokenGraniteConfig
     base_class = SemTokenGraniteModel
 

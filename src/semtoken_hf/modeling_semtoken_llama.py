@@ -10,14 +10,12 @@ from .modeling_semtoken import SemTokenModelMixin
 class SemTokenLlamaModel(SemTokenModelMixin, LlamaModel):
     """`LlamaModel` with a compression stage before its first layer."""
 
-    config: SemTokenLlamaConfig
     config_class = SemTokenLlamaConfig
 
 
 class SemTokenLlamaForCausalLM(SemTokenForCausalLMMixin, LlamaForCausalLM, GenerationMixin):
     """`LlamaForCausalLM` that reads long prompts in fewer positions."""
 
-    config: SemTokenLlamaConfig
     config_class = SemTokenLlamaConfig
     base_class = SemTokenLlamaModel
 

@@ -10,14 +10,12 @@ from .modeling_semtoken import SemTokenModelMixin
 class SemTokenMistralModel(SemTokenModelMixin, MistralModel):
     """`MistralModel` with a compression stage before its first layer."""
 
-    config: SemTokenMistralConfig
     config_class = SemTokenMistralConfig
 
 
 class SemTokenMistralForCausalLM(SemTokenForCausalLMMixin, MistralForCausalLM, GenerationMixin):
     """`MistralForCausalLM` that reads long prompts in fewer positions."""
 
-    config: SemTokenMistralConfig
     config_class = SemTokenMistralConfig
     base_class = SemTokenMistralModel
 

@@ -10,14 +10,12 @@ from .modeling_semtoken import SemTokenModelMixin
 class SemTokenOlmo2Model(SemTokenModelMixin, Olmo2Model):
     """`Olmo2Model` with a compression stage before its first layer."""
 
-    config: SemTokenOlmo2Config
     config_class = SemTokenOlmo2Config
 
 
 class SemTokenOlmo2ForCausalLM(SemTokenForCausalLMMixin, Olmo2ForCausalLM, GenerationMixin):
     """`Olmo2ForCausalLM` that reads long prompts in fewer positions."""
 
-    config: SemTokenOlmo2Config
     config_class = SemTokenOlmo2Config
     base_class = SemTokenOlmo2Model
 

@@ -10,14 +10,12 @@ from .modeling_semtoken import SemTokenModelMixin
 class SemTokenPhi3Model(SemTokenModelMixin, Phi3Model):
     """`Phi3Model` with a compression stage before its first layer."""
 
-    config: SemTokenPhi3Config
     config_class = SemTokenPhi3Config
 
 
 class SemTokenPhi3ForCausalLM(SemTokenForCausalLMMixin, Phi3ForCausalLM, GenerationMixin):
     """`Phi3ForCausalLM` that reads long prompts in fewer positions."""
 
-    config: SemTokenPhi3Config
     config_class = SemTokenPhi3Config
     base_class = SemTokenPhi3Model
 

@@ -10,14 +10,12 @@ from .modeling_semtoken import SemTokenModelMixin
 class SemTokenQwen2Model(SemTokenModelMixin, Qwen2Model):
     """`Qwen2Model` with a compression stage before its first layer."""
 
-    config: SemTokenQwen2Config
     config_class = SemTokenQwen2Config
 
 
 class SemTokenQwen2ForCausalLM(SemTokenForCausalLMMixin, Qwen2ForCausalLM, GenerationMixin):
     """`Qwen2ForCausalLM` that reads long prompts in fewer positions."""
 
-    config: SemTokenQwen2Config
     config_class = SemTokenQwen2Config
     base_class = SemTokenQwen2Model
 

@@ -10,14 +10,12 @@ from .modeling_semtoken import SemTokenModelMixin
 class SemTokenQwen3Model(SemTokenModelMixin, Qwen3Model):
     """`Qwen3Model` with a compression stage before its first layer."""
 
-    config: SemTokenQwen3Config
     config_class = SemTokenQwen3Config
 
 
 class SemTokenQwen3ForCausalLM(SemTokenForCausalLMMixin, Qwen3ForCausalLM, GenerationMixin):
     """`Qwen3ForCausalLM` that reads long prompts in fewer positions."""
 
-    config: SemTokenQwen3Config
     config_class = SemTokenQwen3Config
     base_class = SemTokenQwen3Model
 

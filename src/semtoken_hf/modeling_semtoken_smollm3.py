@@ -10,14 +10,12 @@ from .modeling_semtoken import SemTokenModelMixin
 class SemTokenSmolLM3Model(SemTokenModelMixin, SmolLM3Model):
     """`SmolLM3Model` with a compression stage before its first layer."""
 
-    config: SemTokenSmolLM3Config
     config_class = SemTokenSmolLM3Config
 
 
 class SemTokenSmolLM3ForCausalLM(SemTokenForCausalLMMixin, SmolLM3ForCausalLM, GenerationMixin):
     """`SmolLM3ForCausalLM` that reads long prompts in fewer positions."""
 
-    config: SemTokenSmolLM3Config
     config_class = SemTokenSmolLM3Config
     base_class = SemTokenSmolLM3Model
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter_semtoken import adapter_acts_on
+from ..cached_turn import Turn
 from ..compression import compress_prompt
 from .distillation import DistillationModel
 from .packed_attention import chunk_views, use_packed_attention
@@ -96,10 +96,8 @@ def packed_states(student: Any, input_ids: Tensor, span_lengths: Tensor) -> Tens
     positions = torch.cat([slots.position_ids, slots.raw_position_ids], dim=1)
     views = chunk_views(slots.counts, length)
     mask = embeds.new_zeros((1, 1, 1, 1))  # of four dimensions: Transformers makes none; the views say what is seen
-    with adapter_acts_on(True):
-        outputs = base._run_layers(
-            "inputs_embeds", embeds, mask, positions, None, False, None, 0, False, packed_views=views
-        )
+    turn = Turn("inputs_embeds", embeds, positions, None, mask, adapted=True)
+    outputs = base._run(turn, 0, False, None, packed_views=views)
     return outputs.last_hidden_state[:, slots.embeds.shape[1] :]
 
 
