@@ -56,21 +56,6 @@ def test_every_difference_is_named(make_checkpoint):
     assert found.describe() == "changed: compression.py; missing: token_layout.py, worse.py; foreign: evil.py"
 
 
-@pytest.mark.parametrize("name", ["modeling_semtoken_llama.py", "tokenization_semtoken_fast.py"])
-def test_what_auto_map_names_is_missed(make_checkpoint, name):
-    folder = make_checkpoint()
-    (folder / name).unlink()
-    assert compare_modules(folder).missing == (name,)
-
-
-def test_a_folder_without_code_is_not_the_same(tmp_path):
-    assert not compare_modules(tmp_path).is_same
-    (tmp_path / "config.json").write_text("{half")
-    assert not compare_modules(tmp_path).is_same
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        compare_modules(tmp_path / "nowhere")
-
-
 def test_what_ships_is_every_flat_module_but_the_package_itself():
     names = {file.name for file in shipped_modules()}
     assert {file.name for file in PACKAGE.glob("*.py")} - names == {"__init__.py", "__main__.py"}
@@ -90,7 +75,7 @@ def test_a_card_says_whether_the_code_is_the_releases(make_checkpoint):
     assert ": compression.py, evil.py." in card
 
 
-@pytest.mark.parametrize("card", [BEGIN, END, f"{END}{BEGIN}", f"{BEGIN}{BEGIN}{END}"])
+@pytest.mark.parametrize("card", [BEGIN, f"{END}{BEGIN}"])
 def test_half_a_section_is_refused(card):
     with pytest.raises(ValueError, match="once each"):
         with_modules(card, {})
