@@ -44,23 +44,7 @@ def run_compress(call: Call) -> str:
         check_prompt(asked_of(call, arguments, read), prompt, model.get_input_embeddings())
         if "position_ids" not in arguments.given:
             check_positions(prompt, arguments.given.get("position_mode") or model.config.position_mode)
-        if call.seed % 3 == 0:
-            check_row_alone(call, arguments, model, prompt)
     return "merged" if prompt.is_merged else "nothing to merge"
-
-
-def check_row_alone(call: Call, arguments: Arguments, model: Any, prompt: Any) -> None:
-    """A row has the same plan without the others and without padding (law 4)."""
-    row = call.seed % call.rows
-    where, given = arguments.valid[row], {}
-    for name, value in arguments.given.items():
-        if isinstance(value, Tensor) and name != "attention_mask" and value.shape == arguments.valid.shape:
-            given[name] = value[row : row + 1, where]
-        elif not isinstance(value, Tensor):
-            given[name] = value
-    alone = model.compress(arguments.ids[row : row + 1, where], **given)
-    same = torch.equal(alone.span_ids[0], prompt.span_ids[row, where])
-    require(same, "a row alone has another plan than in its batch")
 
 
 def read_of(call: Call, arguments: Arguments) -> Tensor | None:
