@@ -74,9 +74,7 @@ def test_a_folder_of_several_files_needs_a_name(gguf_file, encoder_folder, tmp_p
     ("damage", "error", "match"),
     [
         (lambda f, m: f.write_bytes(f.read_bytes()[:100]), ValueError, "damaged"),
-        (lambda f, m: f.write_bytes(f.read_bytes()[:-5000]), ValueError, "damaged"),
         (lambda f, m: f.write_bytes(b"GGML" * 100), ValueError, "damaged or no GGUF file"),
-        (lambda f, m: f.rename(f.with_suffix(".bin")), FileNotFoundError, "neither a folder nor"),
         (lambda f, m: m.setattr(gguf, "is_gguf_available", lambda: False), ImportError, r"semtoken-hf\[gguf\]"),
     ],
 )
