@@ -18,7 +18,7 @@ from semtoken_hf.publishing.module_hashes import (
     shipped_modules,
     with_modules,
 )
-from tests.fixtures.children import ROOT, run_python
+from tests.fixtures.children import ROOT
 from tests.fixtures.scripts import load_script
 
 EMBEDDED = ROOT / "model_cards" / "semtoken-llama-tiny"
@@ -114,15 +114,3 @@ def test_a_folder_gets_the_modules_and_the_card_their_hashes(make_checkpoint, mo
     assert card.startswith("# Mine\n")
     assert card.endswith("the end\n")
     assert (folder.parent / "MODULES.sha256").read_text() == checksum_lines(module_hashes(shipped_modules()))
-
-
-def test_the_comparison_needs_the_standard_library_alone():
-    """So that what looks at a folder need not load PyTorch, as long as it imports this file by its path."""
-    code = f"""
-import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("module_hashes", {str(PACKAGE / "publishing" / "module_hashes.py")!r})
-sys.modules["module_hashes"] = module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-print("FACTS" + json.dumps([len(module.shipped_modules()), sorted({{"torch", "transformers"}} & set(sys.modules))]))
-"""
-    assert run_python(code) == [len(shipped_modules()), []]
