@@ -60,17 +60,12 @@ def test_learning_rates(inputs, tmp_path, trainable):
     ("fields", "message"),
     [
         ({"context_length": 120}, r"120 \+ target_length 16 exceed the model's 128 positions"),
-        ({"context_length": 12}, "min_prompt_length 16"),
         ({"objective": "window", "min_context_length": 65}, r"min_context_length \(65\)"),
         ({"sequence_length": 144}, "144 exceeds the model's 128 positions"),
-        ({"sequence_length": 40}, "two chunks or more of chunk_length 16"),
         ({"instructions": 0.5}, "chat template"),
         ({"set_fields": ["merge_mode=mean"]}, "leave merge_mode out"),
-        ({"set_fields": ["merger_base=best"]}, "`merger_base`"),
-        ({"set_fields": ["position_mode=near"]}, "`position_mode`"),
         ({"set_fields": ["postion_mode=compact"]}, "postion_mode"),
         ({"weights": ["other.txt=2"]}, "unknown files"),
-        ({"held_out_share": 0.0}, "held_out_share"),
     ],
 )
 def test_what_does_not_fit_is_refused(inputs, tmp_path, fields, message):
