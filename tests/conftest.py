@@ -58,4 +58,3 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     with HubServer() as server:
         use_hub(monkeypatch, server, tmp_path / "hub-cache", OWNER)
         yield server
-    assert server.unknown == []

@@ -55,7 +55,7 @@ def test_uncompressed_calls_are_the_plain_model(models):
             assert torch.equal(ours, theirs)
         short = ids[1:, -LENGTHS[1] :]
         assert torch.equal(model(short, logits_to_keep=1).logits, plain(short, logits_to_keep=1).logits)
-        states = model.model(ids, attention_mask=mask).last_hidden_state
+        states = model.model(ids, attention_mask=mask, compression=False).last_hidden_state
     assert torch.equal(states, plain.model(ids, attention_mask=mask).last_hidden_state)
     for search in ({}, {"num_beams": 3}):
         ours, our_logits, _ = generate(model, ids, mask, compression=False, **search)

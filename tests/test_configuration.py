@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import types
@@ -80,7 +81,7 @@ def test_defaults() -> None:
 
 
 def test_the_list_of_fields_here_is_complete() -> None:
-    assert FIELDS.keys() == SemTokenConfigMixin.__dataclass_fields__.keys()
+    assert FIELDS.keys() == {field.name for field in dataclasses.fields(SemTokenConfigMixin)}
     plain = tiny_config()
     assert all(getattr(plain, name) != value for name, value in FIELDS.items())
 

@@ -15,7 +15,7 @@ from tests.fixtures.adapted import adapted_model
 from tests.fixtures.children import run_clean
 from tests.fixtures.logs import warnings_of
 from tests.fixtures.ragged import CLOSE, LENGTHS, SLOTS, STEPS, generate
-from tests.fixtures.tiny import FAMILIES, plain_twin, ragged_prompts, random_ids, tiny_model
+from tests.fixtures.tiny import FEW, plain_twin, ragged_prompts, random_ids, tiny_model
 
 
 def widths_of(model, run):
@@ -31,7 +31,7 @@ def widths_of(model, run):
 
 
 @pytest.mark.parametrize(("chunk", "prefill"), [(None, [98]), (10, [40, 40, 18])])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_layers_see_no_padding(family, chunk, prefill):
     model = tiny_model(family=family, attn_implementation=VARLEN)
     ids, mask = ragged_prompts(LENGTHS)
@@ -108,7 +108,7 @@ def test_another_revision_in_the_same_process_changes_nothing(monkeypatch):
         AttentionInterface._global_mapping.update(registered)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_rows_are_those_of_single_prompts(family):
     """In bits of fp32 that a longer matrix product may change, nothing else."""
     model = tiny_model(family=family, attn_implementation=VARLEN)

@@ -10,7 +10,7 @@ from semtoken_hf import SemTokenCache
 from semtoken_hf.attention_semtoken import VARLEN
 from semtoken_hf.ragged_cache_semtoken import RaggedLayer, RaggedRows, make_ragged, ranges
 from tests.fixtures.cached_rows import states_of_row
-from tests.fixtures.tiny import FAMILIES, left_padded, ragged_prompts, random_ids, tiny_model
+from tests.fixtures.tiny import FEW, left_padded, ragged_prompts, random_ids, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 LENGTHS, SLOTS = (96, 41, 10), [40, 18, 10]
@@ -264,7 +264,7 @@ def test_layers_made_on_the_way(models, batch):
 
 
 @pytest.mark.parametrize("first", ["short", "gradients"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_padded_layers_become_ragged(family, first):
     """A cache that was filled before: a short prompt, left-padded, or a prompt read with gradients."""
     models = [tiny_model(family=family, attn_implementation=name) for name in (VARLEN, "sdpa")]

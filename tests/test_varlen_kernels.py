@@ -10,7 +10,7 @@ from semtoken_hf import attention_semtoken
 from semtoken_hf.attention_semtoken import VARLEN
 from semtoken_hf.ragged_cache_semtoken import RaggedRows, RaggedStep
 from tests.fixtures.ragged import LENGTHS, SLOTS, STEPS, assert_same_generation, generate
-from tests.fixtures.tiny import FAMILIES, ragged_prompts, tiny_model
+from tests.fixtures.tiny import FEW, ragged_prompts, tiny_model
 
 
 def eager(query, keys, values, scaling):
@@ -127,7 +127,7 @@ def test_lengths_of_a_kernel():
 
 @pytest.mark.parametrize("chunk", [None, 7])
 @pytest.mark.parametrize("positions", ["original", "compact"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_every_kernel_through_the_model(kernel, family, positions, chunk):
     """Against the padded road of SDPA."""
     ours, theirs = (

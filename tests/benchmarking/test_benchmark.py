@@ -8,8 +8,7 @@ import pytest
 
 from semtoken_hf.benchmarking import benchmark as command
 from semtoken_hf.benchmarking import cells
-from semtoken_hf.benchmarking.clock import peak_extra_bytes
-from semtoken_hf.benchmarking.ways import PADDED, PLAIN_M, PLAIN_N, RAGGED, has_ragged_attention
+from semtoken_hf.benchmarking.ways import PADDED, PLAIN_M, PLAIN_N, RAGGED
 from tests.benchmarking.conftest import LENGTHS, RATIO
 
 # 2 layers, keys and values, 2 heads of 16, float32
@@ -60,11 +59,6 @@ def test_kv_bytes_are_exact(measured):
                 assert way["kv_bytes"] == padded * SLOT
 
 
-def test_ragged_attention_takes_part_where_it_is(measured):
-    for cell in measured[1]["cells"]:
-        assert (RAGGED in cell["ways"]) == (cell["batch"] != "1" and has_ragged_attention())
-
-
 def test_report_and_plot(measured):
     folder, found = measured
     text = (folder / "benchmark.md").read_text()
@@ -96,25 +90,6 @@ def test_what_is_there_is_not_measured_again(measured, config_of, monkeypatch):
         command.benchmark(config_of(folder, lengths=[*LENGTHS, 300]))
 
 
-def test_only_what_is_missing_is_measured(measured, config_of, monkeypatch, tmp_path):
-    folder, _ = measured
-    config = config_of(tmp_path)
-    wanted = cells.list_cells(config, "tiny")
-    for cell in wanted[:3]:
-        cell.path(tmp_path).parent.mkdir(exist_ok=True)
-        cell.path(tmp_path).write_text(cell.path(folder).read_text())
-    asked = []
-
-    def measure(bench, plain, cell, before):
-        asked.append((cell, [b["length"] for b in before]))
-        return json.loads(cell.path(folder).read_text())
-
-    monkeypatch.setattr(cells, "measure_cell", measure)
-    command.benchmark(config)
-    assert asked == [(wanted[3], [256])]
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
 def test_a_way_that_takes_too_long_is_skipped_and_the_report_says_so(measured, config_of, tmp_path):
     folder, _ = measured
     config = dataclasses.replace(config_of(tmp_path), batches=["1"], max_seconds=1e-3)
@@ -144,19 +119,3 @@ def test_time_is_predicted_by_the_square_and_memory_by_the_length(seconds, free,
     found = cells.why_skip("a", 200, before, seconds, free)
     assert found is None if reason is None else reason in found
     assert cells.why_skip("b", 200, before, seconds, free) is None
-
-
-def test_out_of_memory_is_a_finding(config_of, tmp_path, monkeypatch):
-    import torch
-
-    def exhaust(call, device):
-        if calls.append(None) or len(calls) == 1:
-            raise torch.OutOfMemoryError
-        return peak_extra_bytes(call, device)
-
-    calls = []
-    monkeypatch.setattr("semtoken_hf.benchmarking.ways.peak_extra_bytes", exhaust)
-    command.benchmark(config_of(tmp_path, lengths=[256], batches=["1"]))
-    (cell,) = json.loads((tmp_path / "benchmark.json").read_text())["cells"]
-    assert cell["skipped"] == {PLAIN_N: "out of memory"}
-    assert cell["ways"].keys() == {PLAIN_M, PADDED}

@@ -11,7 +11,7 @@ import pytest
 
 from semtoken_hf.benchmarking.benchmark import benchmark, write_plan
 from tests.benchmarking.conftest import LENGTHS, RATIO
-from tests.fixtures.scripts import load_script, main_of
+from tests.fixtures.scripts import main_of
 
 SLOT = 2 * 2 * 2 * 16 * 4
 calls = []
@@ -33,11 +33,6 @@ def run(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{name}'s")
     calls.clear()
     return main_of("kvpress_benchmark.py", monkeypatch)
-
-
-def test_it_loads_nothing_of_the_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "semtoken_hf", None)
-    load_script("kvpress_benchmark.py")
 
 
 def test_presses_beside_plain_on_the_same_prompts(run, measured, config_of):
@@ -66,18 +61,3 @@ def test_presses_beside_plain_on_the_same_prompts(run, measured, config_of):
     assert "kvpress kvpress's" in text
     assert "| tiny | 512 | 2 | SemToken, static |" in text.split("## kvpress")[1]
     (folder / "kvpress.json").unlink()
-
-
-def test_what_takes_too_long_is_left_out(run, measured, tmp_path, capsys):
-    plan = json.loads((measured[0] / "plan.json").read_text())
-    (tmp_path / "plan.json").write_text(json.dumps({**plan, "max_seconds": 1e-6}))
-    run(tmp_path, "--presses", "FakePress")
-    (only,) = json.loads((tmp_path / "kvpress.json").read_text())
-    assert only["length"] == LENGTHS[0]
-    assert [len(way["generate"]) for way in only["ways"].values()] == [1, 1]
-    assert "left out, tiny, 512 tokens" in capsys.readouterr().out
-
-
-def test_without_a_plan(run, tmp_path):
-    with pytest.raises(SystemExit, match=r"no plan\.json"):
-        run(tmp_path)

@@ -31,9 +31,14 @@ def convert(source, encoder, tmp_path, **options) -> Path:
     return convert_checkpoint(source, encoder, tmp_path / "out", progress=False, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("source_shards", "output_shards"), [("5GB", "5GB"), ("20KB", "5GB"), ("5GB", "20KB")])
+@pytest.mark.parametrize(
+    ("dtype", "tied", "source_shards", "output_shards"),
+    [
+        (torch.float32, True, "5GB", "5GB"),
+        (torch.bfloat16, False, "20KB", "5GB"),
+        (torch.bfloat16, True, "5GB", "20KB"),
+    ],
+)
 def test_every_tensor_keeps_its_bits(make_llama, encoder_folder, tmp_path, dtype, tied, source_shards, output_shards):
     source = make_llama(dtype=dtype, max_shard_size=source_shards, tie_word_embeddings=tied)
     assert (source / INDEX).exists() == (source_shards != "5GB")
@@ -94,8 +99,9 @@ def test_encoder_is_the_original_on_the_new_vocabulary(make_llama, encoder_folde
         assert torch.equal(ours[name], theirs[name]), name
 
 
-@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
-@pytest.mark.parametrize("claimed", ["TokenizersBackend", "PreTrainedTokenizerFast", "LlamaTokenizerFast"])
+@pytest.mark.parametrize(
+    ("kind", "claimed"), [("byte_level", "TokenizersBackend"), ("metaspace", "LlamaTokenizerFast")]
+)
 def test_tokenizer_is_the_source_s(make_llama, encoder_folder, tmp_path, kind, claimed):
     tokenizer = TOKENIZERS[kind]()
     source = make_llama(tokenizer)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -29,8 +28,7 @@ def refused(encoder_folder, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"model_type": "gpt2"}, r"model_type 'gpt2'; only \['gpt_neox', 'llama', 'mistral', 'qwen3'\]"),
-        ({"model_type": None}, "model_type ''"),
+        ({"model_type": "opt"}, r"model_type 'opt'; only \['gemma2', .*'smollm3'\] can be converted. docs/families.md"),
         ({"model_type": "semtoken_llama"}, "is a SemToken checkpoint already"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised"),
         ({"num_hidden_layers": 3}, r"lacks tensors .*model\.layers\.2\.\S+, .* and 6 more"),
@@ -49,7 +47,7 @@ def test_untied_head_may_not_be_missing(make_llama, refused):
     refused(source, ValueError, r"lacks tensors of a SemTokenLlamaForCausalLM: lm_head\.weight$")
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_missing_files(make_llama, refused, name):
     source = make_llama()
     (source / name).unlink()
@@ -70,19 +68,6 @@ def test_missing_shard(make_llama, refused):
     refused(source, FileNotFoundError, f"lacks {shard.name}")
 
 
-def test_index_that_does_not_fit_its_files(make_llama, refused):
-    source = make_llama(max_shard_size="20KB")
-    shard = sorted(source.glob("*.safetensors"))[0]
-    tensors = load_file(shard)
-    tensors["other.name"] = tensors.pop(lost := next(iter(tensors)))
-    save_file(tensors, shard, metadata={"format": "pt"})
-    refused(source, ValueError, f"tensors that its files do not hold: {lost}")
-    index = json.loads((source / INDEX).read_text())
-    del index["weight_map"][lost]
-    (source / INDEX).write_text(json.dumps(index))
-    refused(source, ValueError, f"lacks tensors of a SemTokenLlamaForCausalLM: {lost}")
-
-
 def test_no_such_model_or_encoder(make_llama, refused, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused("not/a/hub/id", FileNotFoundError, "'not/a/hub/id' is neither a folder nor a Hub repository")
@@ -99,11 +84,9 @@ def test_encoder_is_needed(make_llama, refused):
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        (lambda f: (f / "config.json").unlink(), FileNotFoundError, "holds no config.json"),
         (lambda f: edit_json(f / "config.json", model_type="unheard_of"), ValueError, "'unheard_of', which Transf"),
         (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "has no safetensors"),
         (lambda f: edit_json(f / "config.json", num_hidden_layers=3), ValueError, r"lack encoder\.layer\.2\."),
-        (lambda f: edit_json(f / "config.json", is_encoder_decoder=True), ValueError, "is an encoder-decoder"),
     ],
 )
 def test_unusable_encoder(make_llama, refused, encoder_folder, change, error, match):
@@ -124,24 +107,14 @@ def test_encoder_without_a_pooler_gets_zeros(make_llama, encoder_folder, tmp_pat
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"encoder_kind": "lstm"}, "`encoder_kind` must be one of"),
         ({"target_ration": 3}, r"unknown configuration fields \['target_ration'\]; known are .*'target_ratio'"),
-        ({"hidden_size": 64}, r"unknown configuration fields \['hidden_size'\]"),
-        ({"encoder_config": {}}, r"unknown configuration fields \['encoder_config'\]"),
         ({"target_ratio": 0.5}, "`target_ratio` must be"),
-        ({"encoder_window": 513}, "`encoder_window` must be at most the encoder's 512 positions"),
-        ({"protect_rare": 2.0}, "`share` must be"),
-        ({"encoder_kind": "static", "static_dim": 4096}, "`dim` must be in"),
-        ({"max_shard_size": "many"}, "many"),
         (
             {"encoder_dtype": "float16"},
             r"`encoder_dtype` must be one of .*'auto', .*got 'float16'",
         ),
-        ({"dtype": "float16"}, r"`dtype` must be one of \['float32', 'bfloat16'\] or None, got 'float16'"),
         ({"dtype": "float32"}, "`dtype` is for GGUF files and adapters; the weights of a plain checkpoint keep theirs"),
-        ({"encoder_layers": 0}, r"`encoder_layers` must be an integer in \[1, 2\], the encoder's layers, got 0"),
         ({"encoder_layers": 3}, "the encoder's layers, got 3"),
-        ({"encoder_layers": True}, "the encoder's layers, got True"),
     ],
 )
 def test_options_that_make_no_sense(make_llama, refused, options, match):

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from semtoken_hf.conversion.distillation import distill_static_encoder, principal_components, rarity_weights
+from semtoken_hf.conversion.distillation import distill_static_encoder, rarity_weights
 from semtoken_hf.conversion.vocabulary import frequency_order, special_token_ids, token_texts
 
-from .checkpoints import VOCAB_SIZE, byte_level_tokenizer, word_tokenizer
+from .checkpoints import VOCAB_SIZE, word_tokenizer
 
 
 def load(folder):
@@ -29,42 +28,6 @@ def test_table_is_deterministic_and_padded(encoder_folder, lm_tokenizer):
     assert not first[blank].any()
     assert not first[len(lm_tokenizer) :].any()
     assert torch.isfinite(first).all()
-
-
-def test_same_word_with_and_without_space_differs_in_weight_only(encoder_folder):
-    tokenizer = byte_level_tokenizer()
-    table = distill_static_encoder(tokenizer, *load(encoder_folder), 8)
-    texts = token_texts(tokenizer)
-    plain, spaced = table[texts.index("7")], table[texts.index(" 7")]
-    torch.testing.assert_close(torch.cosine_similarity(plain, spaced, dim=0), torch.tensor(1.0))
-    assert spaced.norm() > plain.norm()  # a merge is rarer than a byte
-
-
-def test_vocabulary_smaller_than_the_tokenizer(encoder_folder):
-    tokenizer = byte_level_tokenizer()
-    whole = distill_static_encoder(tokenizer, *load(encoder_folder), 8)
-    cut = distill_static_encoder(tokenizer, *load(encoder_folder), 8, 100)
-    assert torch.equal(cut, whole[:100])
-
-
-@pytest.mark.parametrize("dim", [0, 25])
-def test_impossible_dimension_is_refused(encoder_folder, dim):
-    with pytest.raises(ValueError, match=r"`dim` must be in \[1, 24\]"):
-        distill_static_encoder(byte_level_tokenizer(), *load(encoder_folder), dim)
-
-
-def test_principal_components_keep_the_leading_variance():
-    generator = torch.Generator().manual_seed(0)
-    scales = torch.tensor([5.0, 3.0, 1.0, 0.1, 0.01])
-    states = torch.randn(400, 5, generator=generator) * scales + 7
-    reduced = principal_components(states, 2)
-    torch.testing.assert_close(reduced.mean(0), torch.zeros(2), atol=1e-4, rtol=0)
-    _, singular, _ = torch.linalg.svd((states - states.mean(0)).double(), full_matrices=False)
-    torch.testing.assert_close(reduced.double().norm(dim=0), singular[:2], rtol=1e-4, atol=0)
-    # A rotation of the input does not change the cosines.
-    rotation = torch.linalg.qr(torch.randn(5, 5, generator=generator)).Q
-    again = principal_components(states @ rotation, 2)
-    torch.testing.assert_close(again @ again.T, reduced @ reduced.T, rtol=1e-3, atol=1e-2)
 
 
 def test_rare_tokens_weigh_more(lm_tokenizer):

@@ -74,14 +74,6 @@ def test_the_same_checkpoint_as_from_safetensors(make_llama, encoder_folder, tmp
     assert not list(ours.glob("*.bin"))
 
 
-def test_nothing_to_read(make_llama, encoder_folder, tmp_path):
-    source = make_llama()
-    for folder, name in ((encoder_folder, "safetensors"), (source, "model.safetensors")):
-        (folder / "model.safetensors").unlink()
-        with pytest.raises(FileNotFoundError, match=f"no {name} and no {PICKLE}"):
-            convert(source, encoder_folder, tmp_path / "out", allow_pickle=True)
-
-
 def test_safetensors_win(make_llama, encoder_folder, tmp_path):
     source = make_llama()
     safe = convert(source, encoder_folder, tmp_path / "safe")
@@ -116,25 +108,13 @@ def save_old(content, file):
     [
         ({"a": torch.ones(2)}, save_old, "before 1.6, which cannot be mapped: write them as safetensors"),
         (Bomb("/nonexistent/exploded"), lambda c, f: f.write_bytes(pickle.dumps(c)), "is damaged, or in the format"),
-        ([torch.ones(2)], torch.save, "no plain dict of dense tensors"),
         ({"state_dict": {"a": torch.ones(2)}}, torch.save, "no plain dict of dense tensors"),
-        ({1: torch.ones(2)}, torch.save, "no plain dict of dense tensors"),
-        ({"a": torch.ones(2).to_sparse()}, torch.save, "no plain dict of dense tensors"),
     ],
 )
 def test_what_is_no_state_dict(tmp_path, content, save, match):
     save(content, tmp_path / PICKLE)
     with pytest.raises(ValueError, match=match):
         read_pickle(tmp_path / PICKLE)
-
-
-def test_a_truncated_file(make_llama):
-    file = as_pickle(make_llama()) / PICKLE
-    content = file.read_bytes()
-    for length in (0, 10, len(content) // 2, len(content) - 1):
-        file.write_bytes(content[:length])
-        with pytest.raises(ValueError, match="is damaged"):
-            read_pickle(file)
 
 
 def test_shared_and_transposed_tensors_are_copied(tmp_path):
@@ -149,23 +129,7 @@ def test_shared_and_transposed_tensors_are_copied(tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
-def test_one_shard_at_a_time_is_in_memory(make_llama, monkeypatch, tmp_path):
-    """Tensors of a file are views of it until they are copied for the shard that is written."""
-    folder = as_pickle(make_llama())
-    largest, save = [], weights.save_file
-
-    def save_and_count(tensors, *arguments, **options):
-        largest.append(sum(t.untyped_storage().nbytes() for t in tensors.values()))
-        return save(tensors, *arguments, **options)
-
-    monkeypatch.setattr(weights, "save_file", save_and_count)
-    stored = weights.find_tensors(folder, allow_pickle=True)
-    weights.write_weights(tmp_path, stored, {}, 60_000, False)
-    assert len(largest) > 1
-    assert max(largest) <= 60_000
-
-
-@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "sub/model.safetensors"])
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd"])
 def test_an_index_names_files_of_its_folder_alone(make_llama, encoder_folder, tmp_path, name):
     source = make_llama(max_shard_size="20KB")
     index = source / weights.INDEX

@@ -30,9 +30,3 @@ def test_a_cheaper_encoder(minilm):
     planner = planner_on_vocabulary(tiny_tokenizer(), minilm, encoder_layers=2)
     assert planner.config.encoder_config.num_hidden_layers == len(planner.encoder.encoder.encoder.layer) == 2
     assert {p.dtype for p in planner.encoder.parameters()} == {torch.bfloat16}
-
-
-def test_a_static_planner(minilm):
-    planner = planner_on_vocabulary(tiny_tokenizer(), minilm, "static", static_dim=16)
-    assert planner.encoder.is_static
-    assert planner.encoder.width == 16

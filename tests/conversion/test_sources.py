@@ -74,9 +74,7 @@ def test_a_folder_of_several_files_needs_a_name(gguf_file, encoder_folder, tmp_p
     ("damage", "error", "match"),
     [
         (lambda f, m: f.write_bytes(f.read_bytes()[:100]), ValueError, "damaged"),
-        (lambda f, m: f.write_bytes(f.read_bytes()[:-5000]), ValueError, "damaged"),
         (lambda f, m: f.write_bytes(b"GGML" * 100), ValueError, "damaged or no GGUF file"),
-        (lambda f, m: f.rename(f.with_suffix(".bin")), FileNotFoundError, "neither a folder nor"),
         (lambda f, m: m.setattr(gguf, "is_gguf_available", lambda: False), ImportError, r"semtoken-hf\[gguf\]"),
     ],
 )
@@ -88,7 +86,7 @@ def test_what_cannot_be_read_is_refused(gguf_file, encoder_folder, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("arch", "match"), [("qwen2", "model_type 'qwen2'; only"), ("rwkv6", "rwkv6.*cannot|cannot.*rwkv6")]
+    ("arch", "match"), [("stablelm", "model_type 'stablelm'; only"), ("rwkv6", "rwkv6.*cannot|cannot.*rwkv6")]
 )
 def test_other_architectures_are_refused_before_anything_is_dequantised(
     make_llama, encoder_folder, tmp_path, arch, match

@@ -5,7 +5,6 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from semtoken_hf.conversion.vocabulary import (
-    digit_token_ids,
     frequency_order,
     rare_token_ids,
     special_token_ids,
@@ -21,13 +20,6 @@ def ids_of(tokenizer, text: str) -> list[int]:
     return [i for i, t in enumerate(token_texts(tokenizer)) if t == text]
 
 
-def test_texts_keep_their_leading_space(lm_tokenizer):
-    texts = token_texts(lm_tokenizer)
-    assert len(texts) == len(lm_tokenizer)
-    assert set(texts) >= {" the", " cats", " walking", " 7", "ing", "Ing", "c", " "}
-    assert "the" not in texts
-
-
 def test_texts_of_special_and_undecodable_tokens_are_empty(lm_tokenizer):
     texts = token_texts(lm_tokenizer)
     for token in [*SPECIAL, "<|tool|>"]:
@@ -36,23 +28,6 @@ def test_texts_of_special_and_undecodable_tokens_are_empty(lm_tokenizer):
     assert texts[lm_tokenizer.convert_tokens_to_ids(lone_byte)] == ""
     newline = "<0x0A>" if "<0x0A>" in lm_tokenizer.get_vocab() else "Ċ"
     assert texts[lm_tokenizer.convert_tokens_to_ids(newline)] == "\n"
-
-
-def test_texts_of_a_sentence_join_to_the_sentence(lm_tokenizer):
-    sentence = "the cats, walking  7\n Ing."
-    texts = token_texts(lm_tokenizer)
-    ids = lm_tokenizer(sentence, add_special_tokens=False)["input_ids"]
-    # SentencePiece reads a space before the text.
-    assert "".join(texts[i] for i in ids).removeprefix(" ") == sentence
-
-
-def test_special_and_digit_ids(lm_tokenizer):
-    expected = sorted(lm_tokenizer.convert_tokens_to_ids([*SPECIAL, "<|tool|>"]))
-    assert special_token_ids(lm_tokenizer) == expected
-    texts = token_texts(lm_tokenizer)
-    digits = digit_token_ids(lm_tokenizer)
-    assert {texts[i] for i in digits} >= {"7", " 7"}
-    assert all(any(c in "0123456789" for c in texts[i]) for i in digits)
 
 
 def test_frequency_order_follows_the_merges_and_not_the_ids():
@@ -105,14 +80,6 @@ def test_transplant_is_the_mean_of_the_pieces(lm_tokenizer, encoder_folder):
     unknown = mean("[UNK]")
     for index in [*special_token_ids(lm_tokenizer), len(lm_tokenizer), VOCAB_SIZE - 1]:
         torch.testing.assert_close(table[index], unknown)
-
-
-def test_transplant_cuts_ids_that_the_model_does_not_have(encoder_folder):
-    tokenizer, encoder_tokenizer = byte_level_tokenizer(), AutoTokenizer.from_pretrained(encoder_folder)
-    weight = torch.randn(len(encoder_tokenizer), 5, dtype=torch.bfloat16)
-    whole = transplant_embeddings(tokenizer, encoder_tokenizer, weight)
-    assert len(whole) == len(tokenizer)
-    torch.testing.assert_close(transplant_embeddings(tokenizer, encoder_tokenizer, weight, 100), whole[:100])
 
 
 @torch.no_grad()

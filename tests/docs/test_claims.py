@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainingArguments
 
 from semtoken_hf.evaluation.option_names import dashed
-from tests.docs.blocks import documents
+from tests.docs.blocks import documents, help_of, options_in
 from tests.docs.test_links import FENCED
 from tests.fixtures.children import ROOT
 
@@ -29,21 +29,16 @@ COMMANDS = ("convert", "adapt", "generate", "inspect", "doctor", "evaluate", "be
 SCRIPTS = ("export_prompt_embeds.py", "fuzz.py", "gpu_suite.py", "measure_million_tokens.py")
 
 
-def options_in(text: str) -> set[str]:
-    """Long options in a text."""
-    return set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text))
-
-
 def prose(document: str) -> str:
     """A document without its blocks, and without the commands of past measurements."""
     text = FENCED.sub("", (ROOT / document).read_text(encoding="utf-8"))
     return re.sub(r"^- command: .*", "", text, flags=re.MULTILINE)
 
 
-def test_every_option_that_is_named_exists(reader):
+def test_every_option_that_is_named_exists():
     known = set(FOREIGN) | {dashed(f"--{field.name}") for field in dataclasses.fields(TrainingArguments)}
     for words in [["semtoken", name] for name in COMMANDS] + [["python", f"scripts/{name}"] for name in SCRIPTS]:
-        known |= options_in(reader.shell.command([*words, "--help"]))
+        known |= options_in(help_of(*words))
     for document in documents():
         # The evaluation's own report names the options of its configuration.
         if not document.startswith("model_cards"):

@@ -90,14 +90,12 @@ def test_batch_summaries(run):
 
 
 @pytest.mark.parametrize("example", [path.stem for path in EXAMPLES])
-def test_another_checkpoint(example, run, things, hub, folder):
-    things.prepare("my-semtoken", folder, hub, set())
+def test_another_checkpoint(example, run):
     assert run(example, "my-semtoken")
 
 
-def test_the_planner_of_the_loader_runs_in_workers(things, hub, folder):
+def test_the_planner_of_the_loader_runs_in_workers(folder):
     """Workers are other processes: they import the example again."""
-    things.prepare("my-semtoken", folder, hub, set())
     options = ["--checkpoint", "my-semtoken", "--workers", "1", "--max-new-tokens", "1"]
     command = [sys.executable, ROOT / "examples" / "batch_summaries.py", *options]
     assert children.run(command, children.environment(), cwd=folder).stdout.count(" slots: ") == 4

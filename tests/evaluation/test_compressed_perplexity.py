@@ -1,16 +1,12 @@
 import math
-import statistics
 
 import pytest
 import torch
 
 from semtoken_hf.evaluation.compressed_perplexity import (
-    PerplexityResult,
-    context_gain_kept,
     evaluate_method,
     evaluate_references,
     evaluate_semtoken,
-    perplexity_table,
 )
 from semtoken_hf.evaluation.methods import METHODS
 from semtoken_hf.evaluation.texts import make_windows
@@ -76,20 +72,3 @@ def test_references_have_as_many_slots_as_they_say(model, windows):
     # The same object: full context and none are read once.
     assert results[2.4][0] is results[4.0][0]
     assert results[2.4][1] is results[4.0][1]
-
-
-def test_context_gain():
-    def result(perplexity):
-        return type("R", (), {"perplexity": perplexity})()
-
-    assert context_gain_kept(result(12.0), result(10.0), result(20.0)) == pytest.approx(0.8)
-
-
-def test_the_table_says_cost_spread_and_gain():
-    full = PerplexityResult("full", 10.0, 1.0, torch.tensor([2.0, 2.4, 2.2]))
-    none = PerplexityResult("none", 20.0, 30.0, torch.tensor([3.0, 3.0, 3.0]))
-    ours = PerplexityResult("ours", 12.5, 2.4, torch.tensor([2.1, 2.6, 2.5]))
-    lines = perplexity_table([full, none, ours], full, none)
-    assert len(lines) == 5
-    spread = 100 * (math.exp(statistics.stdev([0.1, 0.2, 0.3]) / 3**0.5) - 1)
-    assert lines[-1] == f"| ours | 2.40 | 12.50 | +25.0 % | {spread:.1f} % | 75 % |"

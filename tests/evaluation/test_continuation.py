@@ -5,14 +5,13 @@ import pytest
 import torch
 
 from semtoken_hf.cache_bytes import cache_bytes
-from semtoken_hf.evaluation.continuation import decode_greedily, extend, score_target
-from semtoken_hf.evaluation.methods import METHODS, Compressed
+from semtoken_hf.evaluation.continuation import decode_greedily, score_target
+from semtoken_hf.evaluation.methods import METHODS
 from semtoken_hf.evaluation.methods.compressed import changed_fields
 from semtoken_hf.evaluation.prompts import Prompt
 from tests.fixtures.tiny import LLAMA, plain_twin, random_ids, tiny_model
 
 LENGTH, RATIO, NEW = 90, 2.5, 14
-WAYS = ["full", "truncation", "semtoken", "semtoken_compact"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def labels_of(prompt):
     return ids, labels
 
 
-@pytest.mark.parametrize("target", [1, 2, 12])
+@pytest.mark.parametrize("target", [1, 12])
 def test_the_score_is_the_plain_model_s_loss(model, target):
     prompt = prompt_of(target=target)
     nll = score_target(model, read(model, prompt), prompt.target)
@@ -72,10 +71,9 @@ def test_the_score_behind_merged_slots_is_the_model_s_loss(model, mode):
     assert nll.mean().item() != pytest.approx(other.mean().item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("target", [1, 8])
-def test_scoring_leaves_the_cache_as_it_was(model, way, target):
-    prompt = prompt_of(target=target)
+@pytest.mark.parametrize("way", ["full", "semtoken_compact"])
+def test_scoring_leaves_the_cache_as_it_was(model, way):
+    prompt = prompt_of()
     prefill = read(model, prompt, way)
     before = copy.deepcopy(prefill.cache)
     first = score_target(model, prefill, prompt.target)
@@ -87,7 +85,7 @@ def test_scoring_leaves_the_cache_as_it_was(model, way, target):
     assert torch.equal(first, score_target(model, prefill, prompt.target))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["full", "truncation", "semtoken"])
 def test_an_answer_after_scoring_is_the_same_answer(model, way):
     prompt = prompt_of(seed=1)
     fresh, scored = read(model, prompt, way), read(model, prompt, way)
@@ -97,19 +95,16 @@ def test_an_answer_after_scoring_is_the_same_answer(model, way):
     assert len(set(answer)) > 3  # else the model only repeats itself and the test says little
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_decoding_the_full_context_is_generate(model, seed):
-    prompt = prompt_of(seed)
+def test_decoding_the_full_context_is_generate(model):
+    prompt = prompt_of()
     answer = decode_greedily(model, read(model, prompt), NEW, lambda ids: ids[-1] == LLAMA["eos_token_id"])
     out = plain_twin(model).generate(prompt.ids[None], do_sample=False, max_new_tokens=NEW)
     assert answer == out[0, LENGTH:].tolist()
 
 
-@pytest.mark.parametrize("mode", ["original", "compact"])
-@pytest.mark.parametrize("budget", ["target_ratio", "max_kept_tokens"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_decoding_behind_merged_slots_is_generate(model, mode, budget, seed):
-    prompt = prompt_of(seed)
+@pytest.mark.parametrize(("mode", "budget"), [("original", "max_kept_tokens"), ("compact", "target_ratio")])
+def test_decoding_behind_merged_slots_is_generate(model, mode, budget):
+    prompt = prompt_of()
     prefill = read(model, prompt, "semtoken" if mode == "original" else "semtoken_compact")
     answer = decode_greedily(model, prefill, NEW, lambda ids: ids[-1] == LLAMA["eos_token_id"])
     fields = {"target_ratio": RATIO} if budget == "target_ratio" else {"max_kept_tokens": prompt.budget(RATIO)}
@@ -121,58 +116,18 @@ def test_decoding_behind_merged_slots_is_generate(model, mode, budget, seed):
     assert answer != decode_greedily(model, read(model, prompt), NEW, never)[: len(answer)]
 
 
-def test_decoding_grows_the_cache_by_all_but_the_last_token(model):
-    prompt = prompt_of()
-    prefill = read(model, prompt, "semtoken")
-    ids = decode_greedily(model, prefill, 5, never)
-    assert len(ids) == 5
-    assert prefill.cache.physical_length() == prefill.slots + 4
-
-
-@pytest.mark.parametrize("most", [0, 1, 3])
-def test_no_answer_is_longer_than_allowed(model, most):
+def test_no_answer_is_longer_than_allowed(model):
     prompt = prompt_of()
     whole = decode_greedily(model, read(model, prompt), 6, never)
-    assert decode_greedily(model, read(model, prompt), most, never) == whole[:most]
+    assert decode_greedily(model, read(model, prompt), 3, never) == whole[:3]
 
 
-def test_an_answer_ends_where_it_is_complete(model):
-    prompt, seen = prompt_of(), []
-
-    def is_end(ids):
-        seen.append(list(ids))
-        return len(ids) == 3
-
-    ids = decode_greedily(model, read(model, prompt), 6, is_end)
-    assert len(ids) == 3
-    assert seen == [ids[:1], ids[:2], ids]
-
-
-def test_appended_tokens_stand_behind_the_prompt(model):
-    """`extend` in two pieces is one pass over all of them."""
-    prompt = prompt_of(target=6)
-    prefill = read(model, prompt)
-    with torch.no_grad():
-        pieces = torch.cat([extend(model, prefill, prompt.target[:4], 0), extend(model, prefill, prompt.target[4:], 4)])
-        whole = plain_twin(model)(torch.cat([prompt.ids, prompt.target])[None]).logits[0, LENGTH:]
-    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["full", "semtoken"])
 def test_bytes_are_those_of_the_slots(model, way):
     prefill = read(model, prompt_of(), way)
     assert prefill.slots == (LENGTH if way == "full" else math.ceil(LENGTH / RATIO))
     heads, width = LLAMA["num_key_value_heads"], LLAMA["hidden_size"] // LLAMA["num_attention_heads"]
     assert cache_bytes(prefill.cache) == 2 * LLAMA["num_hidden_layers"] * heads * width * 4 * prefill.slots
-
-
-def test_a_checkpoint_that_is_compact_by_itself_goes_on_behind_its_slots():
-    model = tiny_model(min_prompt_length=0, position_mode="compact")
-    prompt = prompt_of()
-    prefill = Compressed("").read(model, prompt, 40)
-    assert prefill.next_position == prefill.slots == 40
-    original = Compressed("", fields={"position_mode": "original"}).read(model, prompt, 40)
-    assert original.next_position == LENGTH
 
 
 @pytest.mark.parametrize("way", ["full", "semtoken"])

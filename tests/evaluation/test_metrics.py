@@ -11,7 +11,6 @@ from semtoken_hf.evaluation.metrics import (
     list_press_cells,
     summarise,
 )
-from semtoken_hf.evaluation.tasks import TASKS
 
 TEXT, QUESTIONS = Cell("wikitext", "semtoken", 2.0), Cell("hotpotqa", "semtoken", 2.0)
 
@@ -53,13 +52,6 @@ def test_figures_of_text():
 def test_every_scored_token_counts_the_same():
     figures = summarise(TEXT, records((10.0, 2), (10.0, 8)), {}, {})
     assert figures["nll"] == pytest.approx(2.0)
-
-
-def test_tokens_per_slot_are_of_whole_prompts():
-    figures = summarise(
-        TEXT, records({"nll": 1, "scored": 1, "slots": 10}, {"nll": 1, "scored": 1, "slots": 70}), {}, {}
-    )
-    assert figures["tokens_per_slot"] == 200 / 80
 
 
 def test_the_spread_is_the_standard_error_of_the_paired_differences():
@@ -122,13 +114,6 @@ def test_references_are_taken_of_the_same_examples():
     assert (figures["ablation"], figures["title"]) == ("span", "spans of at most 4")
 
 
-def test_without_no_context_there_is_no_gain():
-    figures = summarise(TEXT, OURS, FULL, {"e0": NONE["e0"]})
-    assert "cost" in figures
-    assert "gain_kept" not in figures
-    assert summarise(TEXT, OURS, FULL, FULL)["gain_kept"] is None
-
-
 def test_an_example_without_a_gold_answer_is_left_out_of_the_likelihood():
     ours = records({"nll": 6.0, "scored": 2, "score": 100.0}, {"score": 0.0})
     figures = summarise(QUESTIONS, ours, ours, ours)
@@ -168,11 +153,3 @@ def test_results_are_read_by_id_up_to_half_a_line(tmp_path):
     # A separator of lines inside an answer is written as it is.
     path.write_text(json.dumps({"id": "a", "answer": "one\u2028two\x85"}, ensure_ascii=False) + "\n", encoding="utf-8")
     assert by_id(path)["a"]["answer"] == "one\u2028two\x85"
-
-
-def test_presses_have_cells_for_every_task_and_ratio():
-    found = list_press_cells(EvaluationConfig("tiny", ratios=[2.0, 3.0], curve_ratios=[4.0]))
-    assert {cell.task for cell in found} == set(TASKS)
-    assert {cell.ratio for cell in found if cell.task == "needle"} == {2.0, 3.0}
-    assert {cell.ratio for cell in found if cell.task == "wikitext"} == {4.0}
-    assert len(set(found)) == len(found)

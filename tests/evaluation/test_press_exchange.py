@@ -105,14 +105,6 @@ def test_the_exported_model_is_the_plain_one_bit_for_bit(config):
     assert not (exchange(config) / "adapted").exists()
 
 
-def test_tied_weights_are_exported_once_and_tied_again(tmp_path):
-    model = tiny_model(tie_word_embeddings=True)
-    press_exchange.save_plain(model, tmp_path / "model")
-    plain = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").eval()
-    ids = random_ids(1, 60)
-    assert torch.equal(logits_of(plain, ids), logits_of(model, ids, compression=False))
-
-
 def test_an_adapter_is_in_the_weights_of_the_model_that_reads_merged_slots(tmp_path):
     model = adapted_model()
     for name in ("model", "adapted"):
@@ -170,52 +162,6 @@ def test_a_press_that_keeps_everything_reads_like_the_full_context(config, runne
             assert merged["nll"] != pytest.approx(full["nll"], rel=1e-5)
             fed = max(prompt.question_length, 1)
             assert 0 <= budget_of_first(prompt.length - fed) - (merged["slots"] - fed) < 8
-
-
-def test_presses_are_asked_for_the_budget(runner, stub, monkeypatch):
-    for length in range(2, 60):
-        for kept in range(-1, length + 2):
-            press = runner.make_press("KnormPress", length, kept, length - 1)
-            assert int(length * (1 - press.compression_ratio)) == min(max(kept, 1), length)
-    monkeypatch.setattr(KeepAll, "window_size", 64, raising=False)
-    assert runner.make_press("SnapKVPress", 65, 20, 64).compression_ratio > 0
-    with pytest.warns(UserWarning, match="more than 64 tokens"):
-        assert runner.make_press("SnapKVPress", 64, 20, 63).compression_ratio == 0
-
-
-def test_a_press_that_looks_ahead_starts_behind_the_context(runner, stub, monkeypatch):
-    monkeypatch.setattr(KeepAll, "apply_avg_rope", lambda self, module, mean, covariance, start: start, raising=False)
-    press = runner.make_press("ExpectedAttentionPress", 50, 20, last=99)
-    assert press.apply_avg_rope(None, None, None, 50) == 100
-
-
-def test_a_killed_run_goes_on(config, runner, stub):
-    cell = runner.Cell("needle", "kvpress", "TOVA", "TOVAPress", "2")
-    runner.run_cell(exchange(config), cell)
-    path = cell.path(exchange(config))
-    first, *rest = read_lines(path)
-    path.unlink()
-    marked = json.dumps(first | {"slots": -1, "note": "a\u2028b"}, ensure_ascii=False)
-    path.with_suffix(".partial").write_text(f"{marked}\n{json.dumps(rest[0])[:20]}", encoding="utf-8")
-    runner.run_cell(exchange(config), cell)
-    again = read_lines(path)
-    assert [r["id"] for r in again] == [r["id"] for r in [first, *rest]]
-    assert [r["slots"] for r in again] == [-1, *(r["slots"] for r in rest)]
-    assert not path.with_suffix(".partial").exists()
-
-
-@pytest.mark.parametrize(("text", "answer"), [("cat\nsat", "cat\n"), ("the cat", "the cat")])
-def test_an_imported_answer_ends_where_its_task_says(config, text, answer):
-    tokenizer = cells.load_tokenizer(config.checkpoint)
-    prompt = cells.load_prompts(config, "needle")[0]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    raw = {"slots": 5, "kv_bytes": 7, "read_seconds": 0.5, "nll": 1.25, "scored": 3, "answer_ids": ids}
-    record = press_exchange.imported(config, "needle", prompt, raw)
-    assert record["answer"] == answer
-    assert record["score"] == 0
-    assert (record["tokens"], record["slots"], record["nll"]) == (prompt.length, 5, 1.25)
-    after_the_end = [*ids, tokenizer.eos_token_id, *ids]
-    assert press_exchange.imported(config, "needle", prompt, raw | {"answer_ids": after_the_end}) == record
 
 
 def test_results_that_are_missing_or_of_other_prompts_are_refused(config, tmp_path):

@@ -5,7 +5,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from semtoken_hf.evaluation.tasks import TASKS
-from semtoken_hf.evaluation.tasks.longbench import SUBSETS, official
 from semtoken_hf.evaluation.tasks.sources import spread
 from tests.fixtures.evaluation_data import (
     EMBEDDED,
@@ -65,21 +64,20 @@ def test_every_task_makes_prompts_that_fit(tokenizer, data, name):
     assert [p.ids.tolist() for p in again] == [p.ids.tolist() for p in prompts]
 
 
-@pytest.mark.parametrize("name", TASKS)
-@pytest.mark.parametrize("fraction", [1e-6, 0.5])
-def test_a_fraction_is_some_of_the_examples(tokenizer, data, name, fraction):
+@pytest.mark.parametrize("name", ["wikitext", "hotpotqa", "longbench", "needle"])
+def test_a_fraction_is_some_of_the_examples(tokenizer, data, name):
     prompts = {p.id: p for p in prompts_of(tokenizer, data, name)}
-    some = prompts_of(tokenizer, data, name, fraction=fraction)
-    assert len(some) == max(1, round(fraction * len(prompts)))
+    some = prompts_of(tokenizer, data, name, fraction=0.5)
+    assert len(some) == round(0.5 * len(prompts))
     assert {p.id for p in some} <= prompts.keys()
 
 
-@pytest.mark.parametrize("name", [n for n, t in TASKS.items() if not t.is_perplexity and t.file])
+@pytest.mark.parametrize("name", ["hotpotqa", "qmsum", "tables", "longbench"])
 def test_a_short_limit_leaves_room_for_the_answer_and_keeps_the_question(tokenizer, data, name):
     whole = prompts_of(tokenizer, data, name)
     cut = prompts_of(tokenizer, data, name, limit=64 + 120)
     for long, short in zip(whole, cut, strict=True):
-        assert short.length == min(120, long.length) or name == "kv_retrieval"
+        assert short.length == min(120, long.length)
         assert short.question_length == long.question_length
         assert short.ids[short.question].tolist() == long.ids[long.question].tolist()
 
@@ -96,9 +94,8 @@ def test_perplexity_reads_consecutive_windows(tokenizer, data):
         TASKS["wikitext"].prompts(tokenizer, settings())
 
 
-@pytest.mark.parametrize("name", ["hotpotqa", "musique"])
-def test_multi_hop_prompts_number_their_passages(tokenizer, data, name):
-    prompt = prompts_of(tokenizer, data, name)[0]
+def test_multi_hop_prompts_number_their_passages(tokenizer, data):
+    prompt = prompts_of(tokenizer, data, "hotpotqa")[0]
     context, question = texts(tokenizer, prompt)
     passages = [f"Passage {i}:\n{title}\n{text}" for i, (title, text) in enumerate(PARAGRAPHS, 1)]
     assert "\n".join(passages) in context
@@ -106,22 +103,6 @@ def test_multi_hop_prompts_number_their_passages(tokenizer, data, name):
     assert prompt.answers == ["Longbourn", "in Longbourn"]
     assert tokenizer.decode(prompt.target) == " Longbourn"
     assert "Longbourn" in tokenizer.decode(prompt.ids[prompt.answer])
-
-
-@pytest.mark.parametrize(
-    ("name", "query", "answer"),
-    [
-        ("qmsum", "What do they talk about?", "About Netherfield."),
-        ("booksum", "Write a summary of the text.", "Netherfield is let at last."),
-    ],
-)
-def test_summaries_are_asked_for_or_of_the_whole(tokenizer, data, name, query, answer):
-    prompts = prompts_of(tokenizer, data, name)
-    context, question = texts(tokenizer, prompts[0])
-    assert PROSE in context
-    assert question == f"Query: {query}\nAnswer:"
-    assert [p.answers for p in prompts] == [[answer]] * 2
-    assert TASKS[name].answer_tokens(prompts[0]) == 512
 
 
 def test_tables_are_read_as_text(tokenizer, data, tmp_path):
@@ -149,7 +130,7 @@ def test_chartqa_reads_its_own_layout(tokenizer, data, tmp_path):
         TASKS["chartqa"].prompts(tokenizer, settings(folder))
 
 
-@pytest.mark.parametrize("limit", [170, 250, 330, 520, 5000])
+@pytest.mark.parametrize("limit", [170, 520, 5000])
 def test_key_values_fit_any_limit_and_stay_at_their_depth(tokenizer, tmp_path, limit):
     rows, task = key_values(rows=9, pairs=33), TASKS["kv_retrieval"]
     prompts = task.prompts(tokenizer, settings(write_rows(tmp_path / "kv.jsonl", rows), limit=limit))
@@ -167,11 +148,6 @@ def test_key_values_fit_any_limit_and_stay_at_their_depth(tokenizer, tmp_path, l
     assert {p.group for p in prompts} == {f"depth {d} %" for d in (0, 25, 50, 75, 100)}
 
 
-def test_key_values_need_room_for_one_pair(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="not one pair fits into 36 tokens"):
-        TASKS["kv_retrieval"].prompts(tokenizer, settings(write_rows(tmp_path / "kv.jsonl", key_values()), limit=100))
-
-
 def test_key_values_are_generated_without_a_file(tokenizer):
     task = TASKS["kv_retrieval"]
     everything = task.prompts(tokenizer, settings(limit=700))
@@ -181,19 +157,6 @@ def test_key_values_are_generated_without_a_file(tokenizer):
     assert all(prompt.answers[0] in texts(tokenizer, prompt)[0] for prompt in everything)
     other = task.prompts(tokenizer, settings(limit=700, seed=1, fraction=0.05))
     assert not {p.answers[0] for p in everything} & {p.answers[0] for p in other}
-
-
-@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.2])
-def test_a_fraction_of_generated_key_values_has_all_depths(tokenizer, fraction):
-    prompts = TASKS["kv_retrieval"].prompts(tokenizer, settings(fraction=fraction, limit=300))
-    assert {p.group for p in prompts} == {f"depth {d} %" for d in (0, 25, 50, 75, 100)}
-
-
-def test_key_values_accept_pairs_as_text(tokenizer, tmp_path):
-    rows = [{**row, "pairs": str(row["pairs"])} for row in key_values(rows=2)]
-    got = TASKS["kv_retrieval"].prompts(tokenizer, settings(write_rows(tmp_path / "t.jsonl", rows)))
-    wanted = TASKS["kv_retrieval"].prompts(tokenizer, settings(write_rows(tmp_path / "l.jsonl", key_values(rows=2))))
-    assert [p.ids.tolist() for p in got] == [p.ids.tolist() for p in wanted]
 
 
 def test_a_needle_lies_at_its_depth(tokenizer, data):
@@ -221,13 +184,6 @@ def test_a_needle_lies_at_its_depth(tokenizer, data):
     assert [p.answers for p in other] != [p.answers for p in prompts]
 
 
-def test_a_needle_needs_a_haystack_and_room(tokenizer, data):
-    with pytest.raises(ValueError, match="no text to hide needles in: pass --haystack FILE"):
-        TASKS["needle"].prompts(tokenizer, settings())
-    with pytest.raises(ValueError, match="tokens are too few for a needle"):
-        prompts_of(tokenizer, data, "needle", limit=300)
-
-
 def test_longbench_reads_whole_prompts_and_their_gold(tokenizer, data):
     prompts = {p.id: p for p in prompts_of(tokenizer, data, "longbench")}
     assert list(prompts) == [f"{t}-{i}" for t in ("hotpotqa", "trec", "lcc", "passage_count") for i in (0, 1)]
@@ -245,43 +201,22 @@ def test_longbench_reads_whole_prompts_and_their_gold(tokenizer, data):
     assert tokenizer.decode(chinese[0].target) == "彭伯里。"
 
 
-@pytest.mark.parametrize(
-    ("task", "tail"),
-    [
-        ("narrativeqa", "Question: What did Anvoy do?\n\nAnswer:"),
-        ("triviaqa", "Question:\nWhat can't he drive?\nAnswer:\n"),
-        ("trec", "Question: Who was she ?\nType:"),
-        (
-            "passage_retrieval_en",
-            "The following is an abstract.\n\nDarcy loves.\n\nGive its number.\n\nThe answer is: ",
-        ),
-    ],
-)
-def test_longbench_keeps_the_question_whole(tokenizer, tmp_path, task, tail):
-    text = PROSE.replace("\n", " ")
-    rows = [{"task": task, "index": 0, "prompt": f"Read.\n\n{text}\n{tail}", "gold": ["x"]}]
+def test_longbench_keeps_the_question_whole(tokenizer, tmp_path):
+    text, tail = PROSE.replace("\n", " "), "Question:\nWhat can't he drive?\nAnswer:\n"
+    rows = [{"task": "triviaqa", "index": 0, "prompt": f"Read.\n\n{text}\n{tail}", "gold": ["x"]}]
     prompt = TASKS["longbench"].prompts(tokenizer, settings(write_rows(tmp_path / "l.jsonl", rows)))[0]
     assert tail in texts(tokenizer, prompt)[1]
 
 
-@pytest.mark.parametrize("subset", SUBSETS)
-def test_every_longbench_task_is_defined(subset):
-    definition = official(subset)
-    assert "{{context}}" in definition["doc_to_text"]
-    assert definition["doc_to_text"].index("{{context}}") < (definition["doc_to_text"] + "{{q").index("{{q")
-    assert definition["process_results"].startswith("metrics.get_")
-    assert definition["generation_kwargs"]["max_gen_toks"] in (32, 64, 128, 512)
-
-
 @pytest.mark.parametrize(
     ("count", "fraction", "places"),
-    [(10, 1.0, range(10)), (10, 0.5, (0, 2, 4, 6, 8)), (10, 0.3, (0, 3, 6)), (10, 0.01, (0,)), (0, 1.0, ())],
+    [(10, 1.0, range(10)), (10, 0.3, (0, 3, 6)), (10, 0.01, (0,)), (0, 1.0, ())],
 )
 def test_a_fraction_is_evenly_spaced(count, fraction, places):
     assert spread(list(range(count)), fraction) == list(places)
 
 
-@pytest.mark.parametrize(("text", "done"), [("", False), ("\n", False), ("\n\n Darcy", False), ("Darcy\n", True)])
+@pytest.mark.parametrize(("text", "done"), [("\n\n Darcy", False), ("Darcy\n", True)])
 def test_an_answer_ends_with_its_line(tokenizer, data, text, done):
     prompt = prompts_of(tokenizer, data, "hotpotqa")[0]
     for name in ("hotpotqa", "tables", "qmsum", "needle"):

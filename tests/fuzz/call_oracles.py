@@ -18,17 +18,6 @@ TOLERANCES = {"float32": 5e-4, "bfloat16": 0.2, "float16": 0.05}
 PLANNING = ("attention_mask", "span_ids", "protected_mask", "query_mask", "target_ratio")
 
 
-def names_of(call: Call) -> tuple[str, ...]:
-    """What a refusal of this call may complain about."""
-    names = ["input_ids" if name == "ids" else name for name in call.odd]
-    if not call.width or not call.rows:
-        names.append("input_ids")
-    if call.op == "generate" and "attention_mask" in names:
-        # A mask of ones is gone by then, but what `generate` has counted from it is not.
-        names.append("position_ids")
-    return tuple(names)
-
-
 def asked_of(call: Call, arguments: Arguments, read: Tensor | None = None) -> Asked:
     def mask(name: str) -> Tensor | None:
         value = arguments.given.get(name)
@@ -50,51 +39,12 @@ def run_compress(call: Call) -> str:
     arguments = make_arguments(call)
     with configured(call.model(), call.fields) as model, torch.no_grad():
         prompt = model.compress(arguments.ids, **arguments.given)
-        require(not (set(call.odd) - may_pass(call)), f"accepted {call.odd}")
         given = arguments.given.get("read_mask")
         read = None if given is None else (given != 0) & arguments.valid
         check_prompt(asked_of(call, arguments, read), prompt, model.get_input_embeddings())
         if "position_ids" not in arguments.given:
             check_positions(prompt, arguments.given.get("position_mode") or model.config.position_mode)
-        if call.seed % 3 == 0:
-            check_row_alone(call, arguments, model, prompt)
     return "merged" if prompt.is_merged else "nothing to merge"
-
-
-def check_row_alone(call: Call, arguments: Arguments, model: Any, prompt: Any) -> None:
-    """A row has the same plan without the others and without padding (law 4)."""
-    row = call.seed % max(call.rows, 1)
-    if row >= call.rows:
-        return
-    where, given = arguments.valid[row], {}
-    for name, value in arguments.given.items():
-        if isinstance(value, Tensor) and name != "attention_mask" and value.shape == arguments.valid.shape:
-            given[name] = value[row : row + 1, where]
-        elif not isinstance(value, Tensor):
-            given[name] = value
-    alone = model.compress(arguments.ids[row : row + 1, where], **given)
-    same = torch.equal(alone.span_ids[0], prompt.span_ids[row, where])
-    require(same, "a row alone has another plan than in its batch")
-
-
-def may_pass(call: Call) -> set[str]:
-    """Odd options that need not be refused, as they mean something after all."""
-    # As in Transformers, whatever is true switches the cache on.
-    fine = {"use_cache", "max_new_tokens", "num_beams", "num_return_sequences"}
-    if call.op == "generate":
-        fine.add("attention_mask")  # one of ones is gone before anybody could look at it
-    if "attention_mask" in call.options and call.ids in ("too large", "negative", "huge"):
-        fine.add("ids")  # where the mask hides it
-    if call.options.get("position_ids") in ("float", "negative", "huge", "restart", "still"):
-        fine.add("position_ids")
-    for name in ("attention_mask", "protected_mask", "query_mask", "read_mask"):
-        if call.options.get(name, ("", ""))[0] == "all zero" or not call.width or not call.rows:
-            fine.add(name)
-    if "span_ids" in call.options and (call.width < 3 or not call.rows or "attention_mask" in call.options):
-        fine.add("span_ids")
-    if not call.width or not call.rows:
-        fine |= {"ids", "position_ids", "span_ids"}
-    return fine
 
 
 def read_of(call: Call, arguments: Arguments) -> Tensor | None:
@@ -131,7 +81,6 @@ def run_forward(call: Call) -> str:
             if theirs.loss is not None:
                 same(outputs.loss, theirs.loss, "plain loss")
             return "plain"
-        require(not (set(call.odd) - may_pass(call)), f"accepted {call.odd}")
         check_slots(call, arguments, model, outputs)
     return "merged"
 
@@ -181,15 +130,10 @@ def run_generate(call: Call) -> str:
     with configured(call.model(), call.fields) as model, torch.no_grad():
         out = model.generate(arguments.ids, **given)
         sequences, width = out.sequences, call.width
-        if "ids" not in call.odd:
-            require(torch.equal(sequences[:, :width], arguments.ids.long()), "the prompt was changed")
+        require(torch.equal(sequences[:, :width], arguments.ids.long()), "the prompt was changed")
         new = sequences[:, width:]
-        require(
-            "ids" in call.odd or bool(((new >= 0) & (new < model.config.vocab_size)).all()),
-            "an id out of the vocabulary",
-        )
-        if "max_new_tokens" not in call.odd:
-            require(sequences.shape[1] <= width + given["max_new_tokens"], "more tokens than asked for")
+        require(bool(((new >= 0) & (new < model.config.vocab_size)).all()), "an id out of the vocabulary")
+        require(sequences.shape[1] <= width + given["max_new_tokens"], "more tokens than asked for")
         cache = out.get("past_key_values")
         if given.get("compression") is False or not hasattr(cache, "slot_lengths") or not cache.is_compressed:
             names = {"compression", "target_ratio", "span_ids", "protected_mask", "query_mask"}
@@ -197,8 +141,7 @@ def run_generate(call: Call) -> str:
             if call.attention != "semtoken_varlen":
                 check_same(sequences, theirs.sequences, "plain generation")
             return "plain"
-        require(not (set(call.odd) - may_pass(call)), f"accepted {call.odd}")
-        valid = arguments.valid.repeat_interleave(len(cache.slot_lengths) // max(call.rows, 1), 0)
+        valid = arguments.valid.repeat_interleave(len(cache.slot_lengths) // call.rows, 0)
         check_cache(cache, valid, sequences.shape[1] - 1 - width, "recompress_every" in call.fields)
     return "merged"
 
@@ -227,6 +170,6 @@ def plain_generate(call: Call) -> None:
     call.plain().generate(arguments.ids, **given)
 
 
-COMPRESS = Family(calls("compress"), run_compress, names_of, weight=3, megabytes=512)
-FORWARD = Family(calls("forward"), run_forward, names_of, plain_forward, weight=3, megabytes=768)
-GENERATE = Family(calls("generate"), run_generate, names_of, plain_generate, weight=2, megabytes=768)
+COMPRESS = Family(calls("compress"), run_compress, weight=3)
+FORWARD = Family(calls("forward"), run_forward, plain_forward, weight=3)
+GENERATE = Family(calls("generate"), run_generate, plain_generate, weight=2)

@@ -1,8 +1,6 @@
-"""A child of a campaign: batches of cases come in as lines of JSON, counts go out; it may crash or be killed.
+"""A child of a campaign: the calls of one batch, and what became of them as a line of JSON; it may crash or be killed.
 
-    python -m tests.fuzz.campaign FOLDER
-
-Before each call it writes the case into `FOLDER/<process id>`, where the parent finds what a dead child was doing.
+python -m tests.fuzz.campaign FAMILY SEED CALLS
 """
 
 from __future__ import annotations
@@ -11,11 +9,9 @@ import faulthandler
 import json
 import logging
 import os
-import resource
 import sys
 import warnings
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,22 +19,19 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from transformers.utils import logging as transformers_logging
 
 from .families import FAMILIES
-from .judging import SECONDS, judge, resident
+from .judging import SECONDS, judge
 
-# Of address space beyond what the imports take: what is asked for beyond fails at once.
-ADDRESS_SPACE = 12 * 2**30
 LONGEST_CASE = 3000
 
 
-def run_batch(batch: dict[str, Any], current: int) -> dict[str, Any]:
-    """Make the calls of a batch: `family`, `seed`, `calls`, and `skip`, those that have killed a child before."""
-    family, number = FAMILIES[batch["family"]], 0
+def run_batch(name: str, number: int, calls: int) -> dict[str, Any]:
+    """Make `calls` calls of a family; the seed `number` repeats them."""
+    family, failures = FAMILIES[name], []
     counts: Counter[str] = Counter()
-    report: dict[str, Any] = {"failures": [], "slowest": [0.0, ""], "growth": [0.0, ""]}
 
-    @seed(batch["seed"])
+    @seed(number)
     @settings(
-        max_examples=batch["calls"],
+        max_examples=calls,
         database=None,
         phases=[Phase.generate],
         deadline=None,
@@ -46,32 +39,23 @@ def run_batch(batch: dict[str, Any], current: int) -> dict[str, Any]:
     )
     @given(family.cases)
     def call(case: Any) -> None:
-        nonlocal number
-        number += 1
-        if number in batch["skip"]:
-            return
-        text = repr(case)[:LONGEST_CASE]
-        note = f"{number}\n{text}".encode(errors="backslashreplace")
-        os.ftruncate(current, 0)
-        os.pwrite(current, note, 0)
         # For what does not come back to Python, where a signal could be handled.
         faulthandler.dump_traceback_later(3 * SECONDS, exit=True)
         verdict = judge(family, case)
         faulthandler.cancel_dump_traceback_later()
         counts[f"{verdict.kind}: {verdict.detail if verdict.kind != 'failure' else ''}"] += 1
         if verdict.kind == "failure":
-            report["failures"].append({"case": text, "detail": verdict.detail, "trace": verdict.trace[-4000:]})
-        report["slowest"] = max(report["slowest"], [verdict.seconds, text])
-        report["growth"] = max(report["growth"], [verdict.megabytes, text])
+            text = repr(case)[:LONGEST_CASE]
+            failures.append({"case": text, "detail": verdict.detail, "trace": verdict.trace[-4000:]})
 
     call()
     # Where there are fewer different cases than asked for, these are all.
-    return {**report, "made": sum(counts.values()), "counts": counts, "resident": resident()[0]}
+    return {"failures": failures, "made": sum(counts.values()), "counts": counts}
 
 
 def main() -> None:
-    # What a call prints must not be taken for an answer.
-    answers = os.fdopen(os.dup(1), "w")
+    # What a call prints must not be taken for the answer.
+    answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     faulthandler.enable()
     warnings.simplefilter("ignore")
@@ -79,11 +63,8 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
-    virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (virtual + ADDRESS_SPACE,) * 2)
-    current = os.open(Path(sys.argv[1]) / str(os.getpid()), os.O_RDWR | os.O_CREAT)
-    for line in sys.stdin:
-        print(json.dumps(run_batch(json.loads(line), current)), file=answers, flush=True)
+    name, number, calls = sys.argv[1:]
+    print(json.dumps(run_batch(name, int(number), int(calls))), file=answer, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@ import json
 import sys
 import time
 
-import pytest
 import torch
 
 from semtoken_hf.gpu_suite import command, suite
 from semtoken_hf.gpu_suite.parts import Part
 from semtoken_hf.gpu_suite.report import Report
-from semtoken_hf.gpu_suite.suite import PARTS, run_parts, supervise
+from semtoken_hf.gpu_suite.suite import run_parts, supervise
 from tests.fixtures.children import ROOT, environment
 
 TITLES = {name: f"Title of {name}" for name in ("first", "second", "third")}
@@ -68,41 +67,6 @@ def test_parts_that_do_not_fit_any_more_are_skipped(context, tmp_path):
     assert report["passed"]
 
 
-def test_each_part_has_its_time_and_the_last_one_the_rest(context, tmp_path):
-    seen = []
-    parts = [
-        part(name, lambda c: seen.append(c.left()), seconds)
-        for name, seconds in zip(TITLES, (5, 1000, None), strict=True)
-    ]
-    run(context, tmp_path, *parts, seconds=100)
-    assert 0 < seen[0] <= 5
-    assert 90 < seen[1] <= 100
-    assert 90 < seen[2] <= 100
-    assert [p.seconds for p in PARTS][-1] is None
-    assert sum(p.seconds or 0 for p in PARTS) < 7 * 60
-
-
-def test_what_was_found_is_on_disk_before_a_part_ends(context, tmp_path):
-    seen = {}
-
-    def looking(context):
-        context.row(figure="f", value=3)
-        seen.update(json.loads((tmp_path / "r.json").read_text())["parts"]["first"])
-        seen["markdown"] = (tmp_path / "r.md").read_text()
-
-    run(context, tmp_path, part("first", looking), part("second", good), part("third", good))
-    assert seen["status"] == "running"
-    assert seen["rows"] == [{"figure": "f", "value": 3}]
-    assert "| f | 3 |" in seen["markdown"]
-
-
-def test_a_device_that_no_longer_answers_ends_the_process(context, tmp_path, monkeypatch):
-    monkeypatch.setattr(suite, "device_answers", lambda: False)
-    report = Report.start(tmp_path / "r.json", TITLES)
-    assert not run_parts(context, report, time.time() + 60, [part(name, good) for name in TITLES])
-    assert [p["status"] for p in report.parts.values()] == ["done", "pending", "pending"]
-
-
 # Does to the report what `run_part` does, without loading anything.
 WORKER = """
 import json, os, sys, time
@@ -139,18 +103,6 @@ def test_killed_and_hanging_workers_cost_their_part_alone(tmp_path, monkeypatch)
     assert not report.passed
 
 
-def test_a_worker_that_does_not_start_is_not_tried_for_ever(tmp_path):
-    report = Report.start(tmp_path / "r.json", TITLES)
-    report = supervise([sys.executable, "-c", "import sys; sys.exit(7)"], report, time.time() + 100, {})
-    assert {p["status"] for p in report.parts.values()} == {"failed"}
-    assert "code 7" in report.parts["first"]["reason"]
-
-
-def test_nothing_is_begun_behind_the_end(tmp_path):
-    report = supervise(["/nonexistent"], Report.start(tmp_path / "r.json", TITLES), time.time() - 1, {})
-    assert {p["status"] for p in report.parts.values()} == {"skipped"}
-
-
 def test_without_a_gpu(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main(["--output", str(tmp_path / "r.json")]) == 2
@@ -174,10 +126,3 @@ def test_the_command_on_a_processor(tmp_path, monkeypatch, capsys):
     assert report["provenance"]["command"].startswith("python scripts/gpu_suite.py --device cpu")
     assert output.with_suffix(".md").read_text() in capsys.readouterr().out
     assert sorted(path.name for path in output.parent.iterdir()) == ["r.json", "r.md"]
-
-
-@pytest.mark.parametrize("name", ["environment", "million_tokens"])
-def test_parts_can_be_chosen(name):
-    assert command.parse_arguments(["--parts", name]).parts == [name]
-    with pytest.raises(SystemExit):
-        command.parse_arguments(["--parts", "unknown"])

@@ -59,7 +59,7 @@ class Job:
     `prepare(inputs)` writes what it reads and `start(inputs, work, variant)` what is there before; `run` is the
     command, the same before and after a kill. `result(work)` is what must come out of it; `check(work, whole)` raises
     AssertionError where something half written passes for whole; `whole`: the result of a run that was not killed.
-    `seen(work)` names what a killed run shows, `leftovers(work)` what a finished run should not leave.
+    `leftovers(work)` names what a finished run should not leave.
     """
 
     variants = ("",)
@@ -108,13 +108,6 @@ class Convert(Job):
         assert not (work / "out").exists() or loads(work / "out")
         check_leftovers(work, "out", whole)
 
-    def seen(self, work: Path) -> list[str]:
-        kinds = {p.name.rsplit("-", 1)[0] for p in work.iterdir()} - {"out"}
-        older = contents(work.parent / "inputs" / "older")
-        if (work / "out").exists():
-            kinds.add("the old checkpoint" if contents(work / "out") == older else "the new checkpoint")
-        return sorted(kinds) or ["nothing"]
-
     def leftovers(self, work: Path) -> set[str]:
         return {p.name for p in work.iterdir()} - {"out"}
 
@@ -149,10 +142,6 @@ class Adapt(Job):
             assert whole["curve"].startswith((work / "curve.csv").read_text())
         if (work / "curve.png").exists():
             assert (work / "curve.png").read_bytes().endswith(END_OF_PNG)
-
-    def seen(self, work: Path) -> list[str]:
-        names = {p.name.split("-")[0] for p in work.iterdir()} & {"checkpoint", "model", "model.tmp", "writing"}
-        return sorted(names) or ["no checkpoint"]
 
     def leftovers(self, work: Path) -> set[str]:
         known = {"model", "checkpoint-4", "curve.csv", "curve.png", "adaptation.json", "tokens", ".lock"}
@@ -207,11 +196,6 @@ class Evaluate(Job):
             assert path.read_text().rstrip().endswith("</html>")
         for path in work.rglob("*.png"):
             assert path.read_bytes().endswith(END_OF_PNG)
-
-    def seen(self, work: Path) -> list[str]:
-        suffixes = {p.suffix for p in work.rglob("*")}
-        names = {".jsonl": "finished cells", ".partial": "a cell on its way", ".html": "the report"}
-        return [name for suffix, name in names.items() if suffix in suffixes] or ["nothing"]
 
     def leftovers(self, work: Path) -> set[str]:
         (folder,) = work.iterdir()

@@ -1,7 +1,6 @@
-"""Killing a program at a chosen moment, or failing its writes, and looking at what it leaves.
+"""Killing a program at a chosen change of its folder, or failing its writes, and looking at what it leaves.
 
-Two kinds of moments: at the k-th change of the folder (a file opened for writing, a rename, a new or removed folder),
-as Python's audit hooks see them, and after a share of the time that the program takes.
+A change is a file opened for writing, a rename, or a new or removed folder, as Python's audit hooks see them.
 """
 
 from __future__ import annotations
@@ -10,12 +9,9 @@ import errno
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import signal
 import sys
-import time
-from collections import Counter
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
@@ -32,13 +28,11 @@ class Moment:
 
     Attributes:
         change: just before its change number `change` of the folder; 0: never.
-        share: after this share of its time.
         action: "kill"; "interrupt" as Ctrl-C does; "full": from then on nothing can be written; "read-only": nor moved
             or removed.
     """
 
     change: int = 0
-    share: float | None = None
     action: str = "kill"
 
 
@@ -47,11 +41,10 @@ NEVER = Moment()
 
 @dataclass
 class Outcome:
-    """What came of the kills of one program; `left`: in how many cases what was seen after a kill."""
+    """What came of the kills of one program."""
 
     runs: int = 0
     kills: int = 0
-    left: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
 
 
@@ -87,21 +80,19 @@ def kind_of_change(event: str, arguments: tuple, folder: str) -> str | None:
 
 
 def watch(folder: str, moment: Moment) -> list[str]:
-    """Disturb this process at `moment`, from now to its end; returns the kinds of the changes as they come."""
+    """Disturb this process at `moment`, from now to its end; returns the changed paths as they come."""
     changes: list[str] = []
 
     def hook(event: str, arguments: tuple) -> None:
         kind = kind_of_change(event, arguments, folder)
         if kind is None:
             return
-        path = Path(arguments[0])
-        changes.append(re.sub(r"\d+", "", f"{kind} in {os.path.relpath(path.parent, folder)}{path.suffix}"))
-        count = len(changes)
-        if not moment.change or count < moment.change:
+        changes.append(os.fspath(arguments[0]))
+        if not moment.change or len(changes) < moment.change:
             return
         if moment.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if moment.action == "interrupt" and count == moment.change:
+        if moment.action == "interrupt" and len(changes) == moment.change:
             raise KeyboardInterrupt
         if moment.action == "full" and kind == "write":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), arguments[0])
@@ -113,7 +104,7 @@ def watch(folder: str, moment: Moment) -> list[str]:
 
 
 def _child(name: str, inputs: Path, work: Path, variant: str, moment: Moment, plots: bool, pipe: Any) -> None:
-    """Run a job; say at the end what it raised, or how many changes there were and how long it took."""
+    """Run a job; say at the end what it raised, or how many changes there were."""
     from tests.hardening.kill_jobs import JOBS
 
     if not plots and name == "evaluate":  # it goes without
@@ -122,11 +113,9 @@ def _child(name: str, inputs: Path, work: Path, variant: str, moment: Moment, pl
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     changes = watch(str(work), moment)
-    pipe.send("started")
-    started = time.perf_counter()
     try:
         JOBS[name].run(inputs, work, variant)
-        pipe.send((list(changes), time.perf_counter() - started))
+        pipe.send(len(changes))
     except BaseException as error:  # Ctrl-C, too
         pipe.send(f"{type(error).__name__}: {error}")
     # Without the interpreter's long farewell.
@@ -144,8 +133,7 @@ class Killer:
         self.inputs.mkdir(parents=True)
         self.job.prepare(self.inputs)
         self.whole: dict[str, Any] = {}
-        self.changes: dict[str, list[str]] = {}
-        self.seconds: dict[str, float] = {}
+        self.changes: dict[str, int] = {}
 
     def start(self, work: Path, variant: str, moment: Moment = NEVER) -> tuple[Any, Any]:
         """A running process, and the end of the pipe that it will write to."""
@@ -154,33 +142,28 @@ class Killer:
         process = self.context.Process(target=_child, args=arguments)
         process.start()
         theirs.close()
-        assert ours.recv() == "started"
         return process, ours
 
-    def end(self, process: Any, pipe: Any) -> tuple[list[str], float] | str | None:
-        """The kinds of its changes and the seconds it took, what it raised, or None if it was killed."""
+    def end(self, process: Any, pipe: Any) -> int | str | None:
+        """The number of its changes, what it raised, or None if it was killed."""
         process.join(TIMEOUT)
         if process.exitcode is None:
             process.kill()
             raise AssertionError(f"{self.name} still ran after {TIMEOUT} s")
         return None if process.exitcode == -signal.SIGKILL else pipe.recv()
 
-    def run(self, work: Path, variant: str, moment: Moment = NEVER) -> tuple[list[str], float] | str | None:
+    def run(self, work: Path, variant: str, moment: Moment = NEVER) -> int | str | None:
         """Run the program to its end or its kill: as `end`."""
-        process, pipe = self.start(work, variant, moment)
-        if moment.share is not None:
-            process.join(moment.share * self.seconds[variant])
-            process.kill()
-        return self.end(process, pipe)
+        return self.end(*self.start(work, variant, moment))
 
-    def finish(self, work: Path, variant: str) -> tuple[list[str], float]:
+    def finish(self, work: Path, variant: str) -> int:
         """Run the program to its end.
 
         Raises:
             AssertionError: it raises.
         """
         found = self.run(work, variant)
-        assert isinstance(found, tuple), f"{self.name} raised {found}"
+        assert isinstance(found, int), f"{self.name} raised {found}"
         return found
 
     def undisturbed(self, variant: str) -> Any:
@@ -188,7 +171,7 @@ class Killer:
         if variant not in self.whole:
             work = self.folder / f"whole-{variant}"
             self.job.start(self.inputs, work, variant)
-            self.changes[variant], self.seconds[variant] = self.finish(work, variant)
+            self.changes[variant] = self.finish(work, variant)
             self.whole[variant] = self.job.result(work)
             assert not self.job.leftovers(work)
         return self.whole[variant]
@@ -207,49 +190,25 @@ class Killer:
         assert self.job.result(work) == self.whole[variant], "resuming ends with another result"
         assert not (left := self.job.leftovers(work)), f"left behind: {sorted(left)}"
 
-    def kill_and_resume(self, variant: str, moments: list[Moment], outcome: Outcome) -> None:
-        """Kill one run after the other, look, let it finish, compare; what is wrong goes into `outcome.failures`."""
-        work = self.fresh(variant)
-        outcome.runs += 1
-        try:
-            for moment in moments:
-                # A run that ends before its time has come is no kill.
-                outcome.kills += self.run(work, variant, moment) is None
-                self.job.check(work, self.whole[variant])
-                outcome.left.update(self.job.seen(work))
-            self.check_end(work, variant)
-        except AssertionError as error:
-            outcome.failures.append(f"{self.name} {variant} {moments}: {error}")
-
-    def draw(self, times: int, seed: int) -> list[tuple[str, list[Moment]]]:
-        """When `times` runs are killed.
-
-        Variants take turns. Half of the kills are at a change, half after a random share of the time; in every fifth
-        run the resumed run is killed, too.
-        """
-        generator, found = random.Random(f"{self.name} {seed}"), []
-        for number in range(times):
-            variant = self.job.variants[number // 2 % len(self.job.variants)]
-            self.undisturbed(variant)
-            at_change = Moment(change=self._draw_change(variant, number // 2, generator))
-            at_time = Moment(share=generator.random())
-            both = [at_time, at_change] if number % 2 else [at_change, at_time]
-            found.append((variant, both if number % 5 == 4 else both[:1]))
-        return found
-
-    def _draw_change(self, variant: str, number: int, generator: random.Random) -> int:
-        """One of the changes of a kind, the kinds in turns, rare ones first: most of a run's changes are alike."""
-        kinds: dict[str, list[int]] = {}
-        for change, kind in enumerate(self.changes[variant], 1):
-            kinds.setdefault(kind, []).append(change)
-        rare_first = sorted(kinds.values(), key=len)
-        return generator.choice(rare_first[number % len(rare_first)])
-
     def kill(self, times: int, seed: int = 0) -> Outcome:
-        """Kill runs of the program until there have been `times` kills."""
-        outcome = Outcome()
-        # Some moments are later than the end of their run.
-        for variant, moments in [*self.draw(times, seed), *self.draw(times, seed + 1)]:
-            if outcome.kills < times:
-                self.kill_and_resume(variant, moments, outcome)
+        """Kill `times` runs at random changes, variants in turn, and let each finish; every fifth is killed twice."""
+        generator, outcome = random.Random(f"{self.name} {seed}"), Outcome()
+        while outcome.kills < times:
+            variant = self.job.variants[outcome.runs % len(self.job.variants)]
+            self.undisturbed(variant)
+            drawn = 2 if outcome.runs % 5 == 4 else 1
+            moments = [Moment(generator.randint(1, self.changes[variant])) for _ in range(drawn)]
+            outcome.runs += 1
+            try:
+                self._kill_and_resume(variant, moments, outcome)
+            except AssertionError as error:
+                outcome.failures.append(f"{self.name} {variant} {moments}: {error}")
         return outcome
+
+    def _kill_and_resume(self, variant: str, moments: list[Moment], outcome: Outcome) -> None:
+        work = self.fresh(variant)
+        for moment in moments:
+            # A resumed run may end before its change has come.
+            outcome.kills += self.run(work, variant, moment) is None
+            self.job.check(work, self.whole[variant])
+        self.check_end(work, variant)

@@ -73,26 +73,12 @@ def test_what_else_the_package_does_is_known():
 @pytest.mark.parametrize(
     ("code", "finding"),
     [
-        ("import pickle", "import pickle"),
-        ("from marshal import loads", "import marshal.loads"),
         ("def f():\n    import subprocess", "import subprocess"),
-        ("import urllib.request as u", "import urllib.request"),
         ("from os import system as s", "import os.system"),
-        ("import os\nos.popen('x')", ".popen"),
-        ("eval('1')", "eval"),
         ("run = exec", "exec"),
-        ("__import__('x')", "__import__"),
-        ("().__class__.__base__.__subclasses__()", ".__subclasses__"),
-        ("import torch\ntorch.load(f)", "torch.load"),
-        ("import torch\ntorch.load(f, weights_only=False)", "torch.load"),
         ("import torch\ntorch.load(f, weights_only=x)", "torch.load"),
-        ("import torch\ntorch.hub.load('x')", ".hub"),
         ("import importlib\nimportlib.import_module(name)", "import_module(a variable)"),
-        ("open(f, 'w')", "open for writing"),
         ("open(f, mode=m)", "open for writing"),
-        ("path.open('ab')", "open for writing"),
-        ("path.write_bytes(b'')", ".write_bytes"),
-        ("import ctypes.util", "import ctypes.util"),
     ],
 )
 def test_the_review_finds(tmp_path, code, finding):

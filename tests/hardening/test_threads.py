@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,9 +11,8 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from semtoken_hf import SpanPlanner
-from semtoken_hf.pretrained_semtoken import SemTokenPreTrainedMixin
 from tests.fixtures.adapted import adapted_model
-from tests.fixtures.tiny import BERT, ragged_prompts, random_ids, tiny_model, tiny_tokenizer
+from tests.fixtures.tiny import ragged_prompts, random_ids, tiny_model, tiny_tokenizer
 
 THREADS = 8
 TEXTS = ["the cat sat on the mat and the dog ran to the man " * n for n in (2, 4, 5, 7)]
@@ -30,15 +28,8 @@ def merging_model(**fields):
 
 MODELS = {
     "llama, sentence": lambda: tiny_model(merge_mode="representative", segmentation_mode="sentence"),
-    "mistral, eager, transformer encoder": lambda: tiny_model(
-        family="mistral", encoder_config=dict(BERT), encoder_window=32, attn_implementation="eager"
-    ),
     "qwen3, varlen, learned": lambda: merging_model(family="qwen3", attn_implementation="semtoken_varlen"),
-    "gpt_neox, compact, greedy": lambda: tiny_model(
-        family="gpt_neox", position_mode="compact", segmentation_mode="greedy"
-    ),
     "adapter": adapted_model,
-    "adapter, varlen": lambda: adapted_model(attn_implementation="semtoken_varlen"),
     "recompress": lambda: tiny_model(recompress_every=13, min_prompt_length=16, attn_implementation="semtoken_varlen"),
 }
 
@@ -147,57 +138,6 @@ def test_threads_do_not_disturb_each_other(name):
     assert run_at_once(calls_of(model)) == set()
 
 
-def test_the_calls_differ_and_all_merge_that_should():
-    model = adapted_model()
-    calls = calls_of(model)
-    assert calls["decoded"]()[1] > int((calls["decoded"]()[2] > 0).sum())
-    assert not equal(calls["plain"]()[1], calls["default"]()[1])
-    assert calls["streamed"]()[-1] == "end"
-
-
-@pytest.mark.parametrize("kind", ["ratio", "adapter"])
-def test_state_on_the_model_would_be_caught(monkeypatch, kind):
-    """Two plants: the ratio of a call kept on the model, and the adapter's rows in a variable of the module."""
-    model = adapted_model() if kind == "adapter" else tiny_model()
-    if kind == "ratio":
-        compress = SemTokenPreTrainedMixin.compress
-
-        def remember(self, input_ids, mask=None, span_ids=None, target_ratio=None, *arguments, **options):
-            self._ratio = target_ratio
-            time.sleep(1e-3)  # as a kernel lets others run
-            return compress(self, input_ids, mask, span_ids, self._ratio, *arguments, **options)
-
-        monkeypatch.setattr(SemTokenPreTrainedMixin, "compress", remember)
-    else:
-        from semtoken_hf import adapter_semtoken
-
-        class Shared:
-            value = None
-
-            def get(self):
-                return self.value
-
-            def set(self, value):
-                before, self.value = self.value, value
-                return before
-
-            def reset(self, before):
-                self.value = before
-
-        monkeypatch.setattr(adapter_semtoken, "_ACTS_ON", Shared())
-    calls = calls_of(model)
-    some = {name: calls[name] for name in ("plain", "default", "padded", "marked", "chunks", "short")}
-    found = set()
-    try:
-        for _ in range(5):
-            found |= run_at_once(some)
-            if found:
-                break
-    except RuntimeError:  # rows of another thread's batch
-        return
-    assert found
-
-
 def test_planning_in_the_tokenizer():
     tokenizer = tiny_tokenizer()
     tokenizer.planner = SpanPlanner.from_model(tiny_model())
@@ -207,32 +147,5 @@ def test_planning_in_the_tokenizer():
         )
         for number, text in enumerate(TEXTS)
         for ratio in (1.5, 2.4, 6.0)
-    }
-    assert run_at_once(calls, repetitions=2) == set()
-
-
-def test_threads_that_ask_for_the_planner_first(tmp_path, monkeypatch):
-    """Each may load it: a lock would be held for ever in a worker that is forked meanwhile. They plan alike."""
-    tiny_model().save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    tokenizer = type(tiny_tokenizer()).from_pretrained(tmp_path)
-    load = SpanPlanner.from_pretrained
-
-    def load_slowly(*arguments, **options):
-        time.sleep(0.02)
-        return load(*arguments, **options)
-
-    monkeypatch.setattr(SpanPlanner, "from_pretrained", load_slowly)
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda _: tokenizer(TEXTS[-1], return_span_ids=True)["span_ids"], range(THREADS)))
-    assert all(plan == tokenizer(TEXTS[-1], return_span_ids=True)["span_ids"] for plan in found)
-
-
-def test_two_models_that_share_a_thread_pool():
-    """What a call sets for its thread is gone when the thread takes the next call."""
-    adapted, plain = adapted_model(), tiny_model()
-    calls = {
-        **{f"adapted {name}": call for name, call in calls_of(adapted).items() if name in ("plain", "default")},
-        **{f"other {name}": call for name, call in calls_of(plain).items() if name in ("plain", "default", "padded")},
     }
     assert run_at_once(calls, repetitions=2) == set()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import sys
 
 import pytest
 
@@ -64,13 +62,6 @@ def test_a_page_of_the_same_plans(text_file, tmp_path, capsys):
     assert [path.name for path in page.parent.iterdir()] == ["page.html"]
 
 
-def test_texts_from_everywhere_are_the_same(text_file, capsys, monkeypatch):
-    expected = record(capsys, text_file)
-    assert record(capsys, "--text", PROSE) == expected
-    monkeypatch.setattr(sys, "stdin", io.StringIO(PROSE))
-    assert record(capsys, "-") == expected
-
-
 def test_a_question_stays_whole_and_steers(text_file, capsys):
     plain = record(capsys, text_file, "--target-ratio", 3)
     asked = record(capsys, text_file, "--target-ratio", 3, "--question", "Who has taken it?")
@@ -104,7 +95,7 @@ def test_fields_of_the_configuration(text_file, capsys):
 def test_wrong_usage(text_file, capsys):
     assert "give the text once" in fails(capsys, 2, FOLDER)
     assert "give the text once" in fails(capsys, 2, FOLDER, text_file, "--text", "both")
-    assert "--target-ratio" in fails(capsys, 2, FOLDER, text_file, "--target-ratio", 0.5)
+    assert "target-ratio" in fails(capsys, 2, FOLDER, text_file, "--target-ratio", 0.5)
     assert "set" in fails(capsys, 2, FOLDER, text_file, "--set", "novalue")
 
 
@@ -125,11 +116,3 @@ def test_a_page_that_cannot_be_written_leaves_nothing(text_file, tmp_path, capsy
     (taken / "inside").touch()
     assert fails(capsys, 1, FOLDER, text_file, "--html", taken).startswith("error: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prose.txt", "taken"]
-
-
-def test_help_has_examples(capsys):
-    main(["inspect", "--help"])
-    shown = capsys.readouterr().out
-    for option in ("--target-ratio", "--html", "--question", "--chat", "--set", "--max-tokens", "--json"):
-        assert option in shown
-    assert "semtoken inspect my-semtoken chapter.txt" in shown

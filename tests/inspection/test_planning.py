@@ -6,20 +6,16 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from semtoken_hf import SpanPlanner
 from semtoken_hf.inspection.details import describe
-from semtoken_hf.inspection.planning import default_ratios, plan_ratios
+from semtoken_hf.inspection.planning import plan_ratios
 from semtoken_hf.inspection.summary import notes_on, summarise
 from tests.fixtures.tiny import BERT, random_ids, tiny_model
 
 FIELDS = {
     "sentence": {"segmentation_mode": "sentence", "merge_mode": "representative"},
-    "greedy": {"segmentation_mode": "greedy"},
-    "boundary": {"merge_mode": "representative"},
     "uniform": {"segmentation_mode": "uniform"},
-    "compact": {"position_mode": "compact"},
     "transformer": {"encoder_config": dict(BERT), "encoder_window": 32, "encoder_overlap": 4},
 }
 
@@ -66,19 +62,6 @@ def test_the_weights_of_the_language_model_are_not_read(tmp_path):
     assert torch.equal(plan.span_ids, model.compress(random_ids(1, 96), target_ratio=3.0).span_ids)
 
 
-def test_fields_instead_of_the_checkpoints(tmp_path):
-    model = tiny_model()
-    model.save_pretrained(tmp_path)
-    planner = SpanPlanner.from_pretrained(tmp_path, {"fingerprint_radius": 0, "max_span_length": 3})
-    (plan,) = plan_ratios(planner, {"input_ids": random_ids(1, 96)}, [2.0])
-    changed = AutoModelForCausalLM.from_pretrained(tmp_path, fingerprint_radius=0, max_span_length=3)
-    assert torch.equal(plan.span_ids, changed.compress(random_ids(1, 96), target_ratio=2.0).span_ids)
-    assert not torch.equal(plan.span_ids, model.compress(random_ids(1, 96), target_ratio=2.0).span_ids)
-    for fields, message in (({"max_spam": 3}, r"no fields \['max_spam'\]"), ({"keep_first": -1}, "keep_first")):
-        with pytest.raises(ValueError, match=message):
-            SpanPlanner.from_pretrained(tmp_path, fields)
-
-
 def test_uniform_spans_need_no_encoder(tmp_path):
     model = tiny_model(segmentation_mode="uniform")
     weights = {name: value for name, value in model.state_dict().items() if "semantic_encoder" not in name}
@@ -89,19 +72,6 @@ def test_uniform_spans_need_no_encoder(tmp_path):
     assert torch.equal(plan.span_ids, model.compress(random_ids(1, 96), target_ratio=2.0).span_ids)
     with pytest.raises(ValueError, match="no semantic encoder"):
         SpanPlanner.from_pretrained(tmp_path, {"segmentation_mode": "greedy"})
-
-
-def test_ratios_that_are_worth_comparing():
-    config = tiny_model(target_ratio=5).config
-    assert default_ratios(config) == [1.5, 2.0, 2.4, 3.0, 4.0, 5.0, 6.0, 8.0]
-    config.target_ratio = None
-    assert default_ratios(config) == [None]
-
-
-@pytest.mark.parametrize("ids", [torch.zeros(1, 0, dtype=torch.long), torch.ones(2, 9, dtype=torch.long)])
-def test_one_prompt_at_a_time(ids):
-    with pytest.raises(ValueError, match="one prompt"):
-        plan_ratios(SpanPlanner.from_model(tiny_model()), {"input_ids": ids})
 
 
 def test_figures_of_a_plan():

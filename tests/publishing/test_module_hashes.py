@@ -18,7 +18,7 @@ from semtoken_hf.publishing.module_hashes import (
     shipped_modules,
     with_modules,
 )
-from tests.fixtures.children import ROOT, run_python
+from tests.fixtures.children import ROOT
 from tests.fixtures.scripts import load_script
 
 EMBEDDED = ROOT / "model_cards" / "semtoken-llama-tiny"
@@ -56,21 +56,6 @@ def test_every_difference_is_named(make_checkpoint):
     assert found.describe() == "changed: compression.py; missing: token_layout.py, worse.py; foreign: evil.py"
 
 
-@pytest.mark.parametrize("name", ["modeling_semtoken_llama.py", "tokenization_semtoken_fast.py"])
-def test_what_auto_map_names_is_missed(make_checkpoint, name):
-    folder = make_checkpoint()
-    (folder / name).unlink()
-    assert compare_modules(folder).missing == (name,)
-
-
-def test_a_folder_without_code_is_not_the_same(tmp_path):
-    assert not compare_modules(tmp_path).is_same
-    (tmp_path / "config.json").write_text("{half")
-    assert not compare_modules(tmp_path).is_same
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        compare_modules(tmp_path / "nowhere")
-
-
 def test_what_ships_is_every_flat_module_but_the_package_itself():
     names = {file.name for file in shipped_modules()}
     assert {file.name for file in PACKAGE.glob("*.py")} - names == {"__init__.py", "__main__.py"}
@@ -90,7 +75,7 @@ def test_a_card_says_whether_the_code_is_the_releases(make_checkpoint):
     assert ": compression.py, evil.py." in card
 
 
-@pytest.mark.parametrize("card", [BEGIN, END, f"{END}{BEGIN}", f"{BEGIN}{BEGIN}{END}"])
+@pytest.mark.parametrize("card", [BEGIN, f"{END}{BEGIN}"])
 def test_half_a_section_is_refused(card):
     with pytest.raises(ValueError, match="once each"):
         with_modules(card, {})
@@ -129,15 +114,3 @@ def test_a_folder_gets_the_modules_and_the_card_their_hashes(make_checkpoint, mo
     assert card.startswith("# Mine\n")
     assert card.endswith("the end\n")
     assert (folder.parent / "MODULES.sha256").read_text() == checksum_lines(module_hashes(shipped_modules()))
-
-
-def test_the_comparison_needs_the_standard_library_alone():
-    """So that what looks at a folder need not load PyTorch, as long as it imports this file by its path."""
-    code = f"""
-import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("module_hashes", {str(PACKAGE / "publishing" / "module_hashes.py")!r})
-sys.modules["module_hashes"] = module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-print("FACTS" + json.dumps([len(module.shipped_modules()), sorted({{"torch", "transformers"}} & set(sys.modules))]))
-"""
-    assert run_python(code) == [len(shipped_modules()), []]

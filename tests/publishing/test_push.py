@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from semtoken_hf.publishing.push import prepare, push
-from tests.hub.hub_server import READER, STRANGER
+from tests.hub.hub_server import STRANGER
 
 REPO = "me/tiny"
 
@@ -37,7 +37,6 @@ def test_one_private_commit_of_the_same_bytes(make_checkpoint, hub, kind, tmp_pa
     local = snapshot_download(REPO, revision=done.sha, cache_dir=tmp_path / "other-cache")
     for path, content in contents(package).items():
         assert (tmp_path / local / path).read_bytes() == content
-    assert all(token is None for _, path, token in hub.requests if path.startswith(("/cdn", "/lfs/")))
 
 
 def test_pushing_again_changes_nothing(make_checkpoint, hub):
@@ -63,18 +62,6 @@ def test_what_an_earlier_checkpoint_left_is_not_loaded_with_this_one(make_checkp
     kept["README.md"] = hub.repositories[REPO].files(before)["README.md"]
     assert hub.repositories[REPO].files() == {**contents(package), **kept}
     assert "model.safetensors" in hub.repositories[REPO].files(before)
-
-
-def test_a_card_of_the_repository_stays_where_the_folder_has_none(make_checkpoint, hub):
-    folder = make_checkpoint()
-    push(prepare(folder, REPO))
-    HfApi().upload_file(path_or_fileobj=b"# by hand\n", path_in_repo="README.md", repo_id=REPO)
-    push(prepare(folder, REPO))
-    assert hub.repositories[REPO].files()["README.md"] == b"# by hand\n"
-    (folder / "README.md").write_text("# from the folder\n")
-    with pytest.warns(UserWarning, match="empty or missing yaml"):
-        push(prepare(folder, REPO))
-    assert hub.repositories[REPO].files()["README.md"].startswith(b"# from the folder\n")
 
 
 def test_a_card_of_the_repository_lists_the_modules_that_are_there_now(make_checkpoint, hub):
@@ -123,35 +110,20 @@ def test_visibility(make_checkpoint, hub):
     assert hub.repositories[REPO].private
 
 
-@pytest.mark.parametrize(
-    ("repo_id", "message"),
-    [
-        ("tiny", "names no user"),
-        ("me/ti ny", "Repo id"),
-        ("a/b/c", "Repo id"),
-        ("me/tiny.git", "end by"),
-        ("", "Repo id"),
-    ],
-)
+@pytest.mark.parametrize(("repo_id", "message"), [("tiny", "names no user"), ("a/b/c", "Repo id")])
 def test_bad_ids(make_checkpoint, repo_id, message):
     with pytest.raises(ValueError, match=message):
         prepare(make_checkpoint(), repo_id)
 
 
-@pytest.mark.parametrize(
-    ("token", "repo_id", "status"),
-    [(READER, REPO, 403), (STRANGER, REPO, 403), ("hf_nobody", REPO, 401), (None, "someone/tiny", 403)],
-)
-def test_who_may_not_write_leaves_nothing(make_checkpoint, hub, token, repo_id, status):
+def test_who_may_not_write_leaves_nothing(make_checkpoint, hub):
     with pytest.raises(HfHubHTTPError) as refused:
-        push(prepare(make_checkpoint(), repo_id), token=token)
-    assert refused.value.response.status_code == status
+        push(prepare(make_checkpoint(), REPO), token=STRANGER)
+    assert refused.value.response.status_code == 403
     assert hub.repositories == {}
 
 
-@pytest.mark.parametrize(
-    "step", [("PUT", "/lfs/"), ("POST", "/lfs-verify/"), ("POST", "/commit/"), ("POST", "/preupload/")]
-)
+@pytest.mark.parametrize("step", [("PUT", "/lfs/"), ("POST", "/commit/")])
 def test_nothing_half_pushed_is_ever_seen(make_checkpoint, hub, step):
     first = push(prepare(make_checkpoint("single", "first"), REPO))
     hub.refuse = step

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from semtoken_hf import SemTokenCache
 from semtoken_hf.cache_bytes import cache_bytes
 from tests.fixtures.logs import warnings_of
-from tests.fixtures.tiny import FAMILIES, left_padded, plain_twin, ragged_prompts, random_ids, tiny_model
+from tests.fixtures.tiny import FEW, left_padded, plain_twin, ragged_prompts, random_ids, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 STEPS = 8
@@ -38,7 +38,7 @@ def model(request):
 def compressions(monkeypatch):
     """Rows of every call of the stage."""
     calls = []
-    for family in FAMILIES:
+    for family in FEW:
         cls = type(model_of(family, "original").base_model)
         original = cls.compress
 

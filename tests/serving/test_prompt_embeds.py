@@ -18,7 +18,7 @@ from semtoken_hf.serving.prompt_embeds import (
     prompt_embeds_of,
 )
 from tests.fixtures.adapted import adapted_model
-from tests.fixtures.tiny import FAMILIES, LLAMA, plain_twin, ragged_prompts, random_ids, tiny_model, tiny_tokenizer
+from tests.fixtures.tiny import FEW, LLAMA, plain_twin, ragged_prompts, random_ids, tiny_model, tiny_tokenizer
 
 HIDDEN = LLAMA["hidden_size"]
 TEXT = "the cat sat on the mat and the dog ran to the man " * 6
@@ -41,8 +41,10 @@ def tokenizer():
     return tokenizer
 
 
-@pytest.mark.parametrize("merge_mode", ["mean", "representative", "learned"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "merge_mode"),
+    [("llama", "representative"), ("llama", "learned"), *((family, "mean") for family in FEW)],
+)
 def test_the_plain_model_generates_the_same(tokenizer, family, merge_mode):
     model = tiny_model(family=family, merge_mode=merge_mode, merger_rank=4, position_mode="compact")
     if merge_mode == "learned":
@@ -81,13 +83,6 @@ def test_a_plan_made_beforehand(tokenizer):
     )
 
 
-def test_a_short_prompt_is_its_token_embeddings(tokenizer):
-    model = tiny_model()
-    ids = tokenizer("the cat", return_tensors="pt")["input_ids"]
-    exported = export_prompt(model, tokenizer, "the cat")
-    assert torch.equal(exported.prompt_embeds, model.get_input_embeddings()(ids)[0])
-
-
 def test_a_budget_that_cannot_be_met_is_told(tokenizer):
     assert not export_prompt(tiny_model(max_span_length=2), tokenizer, TEXT, target_ratio=8.0).budget_met
 
@@ -100,17 +95,16 @@ def test_only_the_embeddings_of_a_checkpoint_are_needed(tokenizer, tmp_path):
     assert torch.equal(export_prompt(light, tokenizer, TEXT).prompt_embeds, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_dtype_is_the_models_or_the_one_asked_for(tokenizer, dtype):
+def test_the_dtype_is_the_models_or_the_one_asked_for(tokenizer):
     half = tiny_model(dtype=torch.bfloat16)
     assert export_prompt(half, tokenizer, TEXT).prompt_embeds.dtype == torch.bfloat16
-    exported = export_prompt(half, tokenizer, TEXT, dtype=dtype)
-    assert exported.prompt_embeds.dtype == dtype
+    exported = export_prompt(half, tokenizer, TEXT, dtype=torch.float16)
+    assert exported.prompt_embeds.dtype == torch.float16
     assert torch.equal(exported.prompt_embeds.bfloat16(), export_prompt(half, tokenizer, TEXT).prompt_embeds)
     assert not exported.prompt_embeds.requires_grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_round_trip_keeps_every_bit(dtype):
     tensor = torch.randn(5, HIDDEN).to(dtype).requires_grad_()
     text = encode_prompt_embeds(tensor)
@@ -120,14 +114,6 @@ def test_a_round_trip_keeps_every_bit(dtype):
     # As vLLM reads it.
     content = io.BytesIO(base64.b64decode(text, validate=True))
     assert torch.equal(torch.load(content, weights_only=True, map_location="cpu"), tensor)
-
-
-def test_a_view_is_sent_without_its_storage():
-    whole = torch.randn(1000, HIDDEN)
-    assert len(encode_prompt_embeds(whole[:2])) < len(encode_prompt_embeds(whole)) / 50
-    turned = torch.randn(HIDDEN, 3).T
-    assert torch.equal(decode_prompt_embeds(encode_prompt_embeds(turned)), turned)
-    assert decode_prompt_embeds(encode_prompt_embeds(turned)).is_contiguous()
 
 
 def test_a_request_is_json_without_a_prompt_beside_it(tokenizer):
@@ -156,15 +142,6 @@ def test_what_cannot_be_exported(tokenizer):
             encode_prompt_embeds(torch.zeros(shape))
 
 
-def test_padding_of_a_single_row_is_left_out(tokenizer):
-    model = tiny_model()
-    ids, mask = ragged_prompts((96, 60))
-    alone = export_prompt(model, tokenizer, {"input_ids": ids[1:, 36:]})
-    padded = export_prompt(model, tokenizer, {"input_ids": ids[1:], "attention_mask": mask[1:]})
-    assert torch.equal(padded.prompt_embeds, alone.prompt_embeds)
-    assert padded.original_length == 60
-
-
 def test_an_adapter_is_refused(tokenizer):
     model = adapted_model()
     with pytest.raises(ValueError, match=r"reads merged slots through an adapter.*`adapter_subfolder=None`"):
@@ -180,17 +157,12 @@ def test_another_position_mode_than_adapted_for_is_warned_of(tokenizer, caplog, 
     assert len(warnings) == (mode == "original")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"no tensor", pytest.param({"a": 1}, id="dict"), pytest.param(torch.zeros(3), id="1d"), b""],
-)
+@pytest.mark.parametrize("content", [{"a": 1}, torch.zeros(3)], ids=["dict", "1d"])
 def test_bytes_that_hold_no_embeddings(content):
-    if not isinstance(content, bytes):
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        content = buffer.getvalue()
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with pytest.raises(ValueError, match="these bytes hold no tensor"):
-        decode_prompt_embeds(base64.b64encode(content))
+        decode_prompt_embeds(base64.b64encode(buffer.getvalue()))
     with pytest.raises(ValueError, match=r"base64|padding|ASCII"):
         decode_prompt_embeds("not base64!")
 

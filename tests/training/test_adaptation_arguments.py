@@ -18,27 +18,16 @@ def inputs(tmp_path_factory):
     ("fields", "message"),
     [
         ({"trainable": "head"}, "trainable must be one of"),
-        ({"model_dtype": "int8"}, "model_dtype must be"),
         ({"model_dtype": "bfloat16", "trainable": "full"}, "lost in rounding"),
-        ({"ratios": [2.0]}, "ratios must be two numbers"),
-        ({"ratios": [0.5, 2.0]}, "ratios must be two numbers"),
         ({"ratios": [4.0, 2.0]}, "ratios must be two numbers"),
         ({"uncompressed_share": 1.0}, "uncompressed_share must be"),
-        ({"uncompressed_share": -0.1}, "uncompressed_share must be"),
-        ({"weights": ["a.txt"]}, "--weights takes NAME=VALUE"),
         ({"weights": ["a.txt=much"]}, "--weights takes NAME=NUMBER"),
         ({"set_fields": ["position_mode"]}, "--set-fields takes NAME=VALUE"),
-        ({"min_context_length": 0}, "at least 1"),
-        ({"target_length": 0}, "at least 1"),
         ({"evaluation_windows": 0}, "at least 1"),
         ({"objective": "window", "tasks": "often"}, "task schedule"),
-        ({"switch_at": 2.0}, "task schedule"),
         ({"objective": "prefix"}, "objective must be one of"),
         ({"tasks": "fixed"}, "need objective='window'"),
-        ({"chunk_length": 1}, "chunk_length must be at least 2"),
         ({"span_lengths": [0, 2]}, "span_lengths must be numbers >= 1"),
-        ({"instructions": 1.5}, r"instructions must be in \[0, 1\]"),
-        ({"merger_only_share": 1.0}, "merger_only_share must be in"),
     ],
 )
 def test_nonsense_is_refused(fields, message):
@@ -46,11 +35,10 @@ def test_nonsense_is_refused(fields, message):
         AdaptationArguments("checkpoint", "text", **fields)
 
 
-@pytest.mark.parametrize("trainable", ["merger", "lora"])
-def test_uncompressed_steps_need_something_to_train(inputs, tmp_path, trainable):
+def test_uncompressed_steps_need_something_to_train(inputs, tmp_path):
     """Where the uncompressed model cannot change, a step without compression has no gradient."""
     with pytest.raises(ValueError, match="uncompressed_share"):
-        adapt(*options(inputs, tmp_path, {"trainable": trainable, "uncompressed_share": 0.25}))
+        adapt(*options(inputs, tmp_path, {"trainable": "lora", "uncompressed_share": 0.25}))
 
 
 def test_defaults_follow_what_is_trained():
@@ -72,17 +60,12 @@ def test_learning_rates(inputs, tmp_path, trainable):
     ("fields", "message"),
     [
         ({"context_length": 120}, r"120 \+ target_length 16 exceed the model's 128 positions"),
-        ({"context_length": 12}, "min_prompt_length 16"),
         ({"objective": "window", "min_context_length": 65}, r"min_context_length \(65\)"),
         ({"sequence_length": 144}, "144 exceeds the model's 128 positions"),
-        ({"sequence_length": 40}, "two chunks or more of chunk_length 16"),
         ({"instructions": 0.5}, "chat template"),
         ({"set_fields": ["merge_mode=mean"]}, "leave merge_mode out"),
-        ({"set_fields": ["merger_base=best"]}, "`merger_base`"),
-        ({"set_fields": ["position_mode=near"]}, "`position_mode`"),
         ({"set_fields": ["postion_mode=compact"]}, "postion_mode"),
         ({"weights": ["other.txt=2"]}, "stands for no file"),
-        ({"held_out_share": 0.0}, "held_out_share"),
     ],
 )
 def test_what_does_not_fit_is_refused(inputs, tmp_path, fields, message):

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from semtoken_hf.training import auxiliary_tasks
 from semtoken_hf.training.auxiliary_tasks import (
     ReconstructionHead,
     merged_tokens,
@@ -60,18 +59,6 @@ def head():
     return ReconstructionHead(WIDTH, 4)
 
 
-def test_the_head_asks_for_a_place(head):
-    slots, vocabulary = torch.randn(3, WIDTH), torch.randn(VOCABULARY, WIDTH)
-    first, second, last, beyond = (head(slots, torch.full((3,), p), vocabulary) for p in (0, 1, 3, 9))
-    assert first.shape == (3, VOCABULARY)
-    assert not torch.allclose(first, second)
-    assert torch.equal(last, beyond)
-    # The scale of the embeddings does not matter.
-    torch.testing.assert_close(
-        head(slots * 50, torch.zeros(3, dtype=torch.long), vocabulary), first, rtol=1e-4, atol=1e-4
-    )
-
-
 def test_reconstruction_against_a_loop(head):
     slots = torch.randn(2, SLOTS, WIDTH, requires_grad=True)
     vocabulary = torch.randn(VOCABULARY, WIDTH, requires_grad=True)
@@ -93,26 +80,6 @@ def test_reconstruction_against_a_loop(head):
     assert all(p.grad.any() for p in head.parameters())
 
 
-@pytest.mark.parametrize("most", [1, 3, 5, 13, 14])
-def test_only_so_many_tokens_are_reconstructed(monkeypatch, most):
-    """Evenly spread, and of every place."""
-    monkeypatch.setattr(auxiliary_tasks, "RECONSTRUCTED_TOKENS", most)
-    seen = []
-
-    def head(slots, place, vocabulary):
-        seen.extend(place.tolist())
-        return torch.zeros(len(place), VOCABULARY)
-
-    ids = torch.zeros_like(COLUMNS)
-    loss = reconstruction_loss(head, torch.zeros(2, SLOTS, WIDTH), COLUMNS, ids, torch.zeros(VOCABULARY, WIDTH))
-    assert loss == pytest.approx(torch.tensor(float(VOCABULARY)).log().item())
-    assert max(1, most // 3) <= len(seen) <= most
-    # Pairs of tokens: a stride of two would see first tokens only.
-    pairs, seen[:] = torch.arange(20).repeat_interleave(2)[None], []
-    reconstruction_loss(head, torch.zeros(1, 20, WIDTH), pairs, torch.zeros_like(pairs), torch.zeros(VOCABULARY, WIDTH))
-    assert set(seen) == ({0, 1} if most > 1 else {0})
-
-
 def test_state_matching_against_a_loop():
     student = torch.randn(2, SLOTS, WIDTH, requires_grad=True)
     teacher = torch.randn(*COLUMNS.shape, WIDTH)
@@ -125,13 +92,3 @@ def test_state_matching_against_a_loop():
     ours.backward()
     touched = {(b, int(COLUMNS[b, t])) for b, t in pairs}
     assert {tuple(i) for i in student.grad.any(-1).nonzero().tolist()} == touched
-
-
-def test_equal_states_match():
-    teacher = torch.randn(*COLUMNS.shape, WIDTH)
-    student = torch.randn(2, SLOTS, WIDTH)
-    for b, t, _, _, follows in by_loop(COLUMNS):
-        if follows:
-            student[b, COLUMNS[b, t]] = teacher[b, t]
-    assert state_matching_loss(student, teacher, COLUMNS) == 0
-    assert state_matching_loss(student + 1, teacher, COLUMNS) > 0

@@ -8,7 +8,6 @@ from semtoken_hf.training.corpus import (
     BlockSampler,
     is_held_out,
     iter_training_text,
-    list_text_files,
     read_documents,
     read_held_out,
     tokenize_file,
@@ -21,16 +20,6 @@ def word_tokenizer():
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
-
-
-def test_text_files_are_listed_by_name_and_an_empty_folder_is_refused(tmp_path):
-    for name in ("b.txt", "a.md", "c.txt.xz", "d.bin"):
-        (tmp_path / name).write_bytes(b"x")
-    assert [f.name for f in list_text_files(tmp_path)] == ["a.md", "b.txt", "c.txt.xz"]
-    (tmp_path / "empty").mkdir()
-    for folder in ("empty", "missing"):
-        with pytest.raises(FileNotFoundError, match="no text files"):
-            list_text_files(tmp_path / folder)
 
 
 @pytest.mark.parametrize(
@@ -46,13 +35,6 @@ def test_documents_are_split_at_the_widest_gap(tmp_path, text, documents):
     plain.write_text(text)
     packed.write_bytes(lzma.compress(text.encode()))
     assert read_documents(plain) == read_documents(packed) == documents
-
-
-def test_held_out_share_is_about_right_and_nested():
-    documents = [f"document {i}" for i in range(4000)]
-    small = {d for d in documents if is_held_out(d, 0.1)}
-    assert 0.08 < len(small) / len(documents) < 0.12
-    assert small <= {d for d in documents if is_held_out(d, 0.3)}
 
 
 def test_tokens_are_split_by_document_opened_by_bos_and_cached(tmp_path):

@@ -32,8 +32,9 @@ def ids():
     return random_ids(2, CONTEXT + TARGET)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("divergence", [kl_divergence, kl_divergence_by_row])
+@pytest.mark.parametrize(
+    ("divergence", "dtype"), [(kl_divergence, torch.float32), (kl_divergence_by_row, torch.bfloat16)]
+)
 def test_kl(divergence, dtype):
     student, teacher = (torch.randn(3, 5, 7).to(dtype) * 4 for _ in range(2))
     ours = divergence(student, teacher)
@@ -43,18 +44,7 @@ def test_kl(divergence, dtype):
     torch.testing.assert_close(divergence(teacher, teacher), torch.tensor(0.0), rtol=0, atol=1e-6)
 
 
-def test_kl_by_row_has_the_same_gradient():
-    teacher, gradients = torch.randn(3, 5, 7), []
-    logits = torch.randn(3, 5, 7)
-    for divergence in (kl_divergence, kl_divergence_by_row, by_distributions):
-        student = logits.clone().requires_grad_()
-        divergence(student, teacher).backward()
-        gradients.append(student.grad)
-    torch.testing.assert_close(gradients[0], gradients[1])
-    torch.testing.assert_close(gradients[1], gradients[2], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("trainable", ["merger", "lora", "full"])
+@pytest.mark.parametrize("trainable", ["lora", "full"])
 def test_the_step_by_hand(ids, trainable):
     """The student reads the context at the ratio, the teacher reads all of it; both predict the targets."""
     module = distillation(trainable, cross_entropy_weight=0.5)
@@ -73,10 +63,9 @@ def test_the_step_by_hand(ids, trainable):
     assert [name for name, value in losses.items() if value.requires_grad] == ["loss"]
 
 
-@pytest.mark.parametrize("trainable", ["merger", "lora"])
-def test_the_student_is_its_own_teacher(ids, trainable):
-    """Whatever is trained: it does not change what the uncompressed student says."""
-    module = distillation(trainable)
+def test_the_student_is_its_own_teacher(ids):
+    """What is trained does not change what the uncompressed student says."""
+    module = distillation("lora")
     before = module.student(ids, compression=False).logits.detach()
     for parameter in module.parameters():
         if parameter.requires_grad:
@@ -138,7 +127,6 @@ def watch(module):
     [
         ({"task_weight": 0.25}, True),
         ({"task_weight": 0.0}, False),
-        ({}, False),
         ({"task_weight": 0.25, "compression": False}, False),
     ],
 )
@@ -154,31 +142,9 @@ def test_dropped_tasks_are_not_computed(ids, arguments, computed):
         assert torch.equal(losses["loss"], losses["kl"])
 
 
-def test_where_nothing_merges_no_task_has_anything_to_say(ids):
-    module = distillation("full", has_tasks=True)
-    losses = module(ids, **{**STEP, "target_ratio": 1.0}, task_weight=0.25)
-    assert set(losses) == {"loss", "kl"}
-    assert losses["kl"].abs() < 1e-6
-
-
-@pytest.mark.parametrize("trainable", ["merger", "lora"])
-def test_a_batch_in_which_nothing_merges_teaches_nothing_and_breaks_nothing(ids, trainable):
+def test_a_batch_in_which_nothing_merges_teaches_nothing_and_breaks_nothing(ids):
     """A ratio near one, or a context that is too short: a run must not die of such a batch."""
-    module = distillation(trainable)
+    module = distillation("lora")
     loss = module(ids, **{**STEP, "target_ratio": 1.0})["loss"]
     loss.backward()
     assert not any(p.grad.any() for p in module.parameters() if p.grad is not None)
-
-
-def test_the_teacher_costs_no_gradient(ids):
-    """What reaches the merger is the gradient of the student alone."""
-    module = distillation()
-    module(ids, **STEP)["loss"].backward()
-    ours = module.student.model.learned_merger.out_proj.grad
-    student = tiny_model(merge_mode="learned", merger_rank=4)
-    read = student(ids, target_ratio=3.0, logits_to_keep=TARGET + 1, use_cache=False).logits[:, :-1]
-    with torch.no_grad():
-        whole = student(ids, compression=False).logits[:, CONTEXT - 1 : -1]
-    by_distributions(read, whole).backward()
-    assert ours.any()
-    torch.testing.assert_close(ours, student.model.learned_merger.out_proj.grad, rtol=1e-3, atol=1e-6)

@@ -11,11 +11,6 @@ from semtoken_hf.training.distillation import DistillationModel
 from semtoken_hf.training.trainable_parts import choose_trainable, parameter_groups
 from tests.fixtures.tiny import FAMILIES, random_ids, tiny_model
 
-PROJECTIONS = {
-    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-}
-
 
 def chosen(trainable, dtype=torch.float32, **fields):
     model = tiny_model(dtype=dtype, merge_mode="learned", merger_rank=4, **fields)
@@ -35,24 +30,6 @@ def test_merger():
     assert not has_adapter(model)
 
 
-def test_lora():
-    model, ids = tiny_model(merge_mode="learned", merger_rank=4), random_ids(1, 64)
-    before = model(ids, logits_to_keep=2).logits
-    choose_trainable(model, "lora", lora_rank=3, lora_alpha=6)
-    names = trained_names(model)
-    merger = {name for name in names if "learned_merger" in name}
-    assert len(merger) == len(list(model.model.learned_merger.parameters()))
-    adapted = {name.split(".lora_")[0] for name in names - merger}
-    parts = {f"{part}.{p}" for part, known in PROJECTIONS.items() for p in known}
-    assert adapted == {f"model.layers.{i}.{part}" for i in range(2) for part in parts}
-    state = model.state_dict()
-    assert {tuple(state[n].shape)["lora_B" in n] for n in names - merger} == {3}
-    assert model.peft_config["semtoken"].lora_alpha == 6
-    assert model.config.adapter_subfolder == "adapter"
-    # A fresh adapter changes nothing.
-    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, before)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_of_every_family(family, tmp_path):
     """The adapter reaches every linear layer of the decoder, acts on merged slots alone, and comes back from disk."""
@@ -61,9 +38,11 @@ def test_lora_of_every_family(family, tmp_path):
     plain = model(ids).logits
     choose_trainable(model, "lora", lora_rank=3, lora_alpha=6)
     adapted = {name.split(".lora_")[0] for name in trained_names(model) if ".lora_" in name}
-    layers = dict(model.base_model.layers.named_modules())
-    linear = {n for n, m in layers.items() if hasattr(m, "in_features") and ".lora_" not in n and "base_layer" not in n}
-    assert adapted == {f"{model.base_model_prefix}.layers.{name}" for name in linear}
+    name = "h" if family == "gpt2" else "layers"
+    layers = dict(getattr(model.base_model, name).named_modules())
+    # Matrices of any class: GPT-2's are `Conv1D`.
+    wide = {n for n, m in layers.items() if getattr(getattr(m, "weight", None), "ndim", 0) == 2 and ".lora_" not in n}
+    assert adapted == {f"{model.base_model_prefix}.{name}.{n.removesuffix('.base_layer')}" for n in wide}
     assert len(adapted) >= 8
     for name, parameter in model.named_parameters():
         if ".lora_B" in name:
@@ -77,31 +56,14 @@ def test_lora_of_every_family(family, tmp_path):
     torch.testing.assert_close(loaded(ids).logits, plain, rtol=0, atol=0)
 
 
-def test_lora_leaves_a_transformer_encoder_alone():
-    encoder = {
-        "model_type": "llama",
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-    }
-    names = trained_names(chosen("lora", encoder_config=encoder, encoder_window=48))
-    assert any("lora_" in name for name in names)
-    assert not any("semantic_encoder" in name for name in names)
-
-
 def test_full():
     model = chosen("full")
     assert trained_names(model) == {n for n, _ in model.named_parameters() if "semantic_encoder" not in n}
     assert not has_adapter(model)
 
 
-@pytest.mark.parametrize("trainable", ["merger", "lora"])
-def test_what_is_trained_is_float32(trainable):
-    model = chosen(trainable, dtype=torch.bfloat16)
+def test_what_is_trained_is_float32():
+    model = chosen("lora", dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         expected = torch.float32 if parameter.requires_grad or "semantic_encoder" in name else torch.bfloat16
         assert parameter.dtype == expected, name
@@ -116,8 +78,7 @@ def test_lora_asks_for_peft(monkeypatch):
         chosen("lora")
 
 
-@pytest.mark.parametrize("trainable", ["merger", "lora", "full"])
-@pytest.mark.parametrize("has_tasks", [False, True])
+@pytest.mark.parametrize(("trainable", "has_tasks"), [("merger", False), ("lora", True), ("full", False)])
 def test_groups(trainable, has_tasks):
     module = DistillationModel(chosen(trainable), None, 0.0, has_tasks)
     fresh, *rest = parameter_groups(module, 0.01)
@@ -133,9 +94,3 @@ def test_groups(trainable, has_tasks):
     # Everything once, and nothing that is frozen.
     everything = [p for group in (fresh, *rest) for p in group["params"]]
     assert len(everything) == len(set(everything)) == sum(p.requires_grad for p in module.parameters())
-
-
-def test_groups_make_an_optimiser():
-    module = DistillationModel(chosen("lora"), None, 0.0, True)
-    optimiser = torch.optim.AdamW(parameter_groups(module, 0.01), lr=0.002)
-    assert [group["lr"] for group in optimiser.param_groups] == [0.01, 0.002]

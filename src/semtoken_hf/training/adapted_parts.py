@@ -38,7 +38,7 @@ def extract_parts(adapted: str | os.PathLike, folder: Path, dtype: torch.dtype =
     config = AutoConfig.from_pretrained(adapted)
     if config.merge_mode != "learned" or (config.adapted_for or {}).get("trainable") == "full":
         raise ValueError(f"{adapted} is no checkpoint that was adapted by a merger or an adapter alone")
-    merger = {}
+    merger: dict[str, torch.Tensor] = {}
     for file in sorted(adapted.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
             merger |= {k: weights.get_tensor(k).to(dtype) for k in weights.keys() if "learned_merger." in k}  # noqa: SIM118
@@ -64,7 +64,7 @@ def apply_parts(converted: str | os.PathLike, parts: Path, output: Path) -> None
         raise FileNotFoundError(f"{parts} holds no {FIELDS}: it is no folder of an adaptation's parts")
     fields = json.loads((parts / FIELDS).read_text(encoding="utf-8"))
     subfolder = fields.pop("adapter_subfolder")
-    model = AutoModelForCausalLM.from_pretrained(converted, dtype="auto", **fields)
+    model: Any = AutoModelForCausalLM.from_pretrained(converted, dtype="auto", **fields)
     merger = {k.rsplit("learned_merger.", 1)[1]: v.to(model.dtype) for k, v in load_file(parts / MERGER).items()}
     model.base_model.learned_merger.load_state_dict(merger)
     if subfolder is not None:

@@ -101,11 +101,25 @@ def packed_states(student: Any, input_ids: Tensor, span_lengths: Tensor) -> Tens
     return outputs.last_hidden_state[:, slots.embeds.shape[1] :]
 
 
+@torch.no_grad()
+def check_linear_head(student: Any) -> None:
+    """Raise ValueError unless logits are output embeddings times last states, which slices of them count on."""
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=student.device)
+    states = student.base_model(ids, compression=False, use_cache=False).last_hidden_state
+    expected = student.get_output_embeddings()(states)
+    if not torch.allclose(student(ids, compression=False).logits, expected, rtol=1e-2, atol=1e-3):
+        raise ValueError(
+            f"the head of {student.config.model_type} scales or caps its logits, which the packed objective cannot "
+            "slice: use objective='window'"
+        )
+
+
 class PackedDistillationModel(DistillationModel):
     """As `DistillationModel`, by the packed objective."""
 
     def __init__(self, student: Any, teacher: Any, cross_entropy_weight: float):
         super().__init__(student, teacher, cross_entropy_weight, has_tasks=False)
+        check_linear_head(student)
         use_packed_attention(student)
 
     def forward(  # type: ignore[override]
