@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from semtoken_hf.adapter_semtoken import has_adapter
 from semtoken_hf.training.adaptation import adapt, build_trainer
+from semtoken_hf.training.adapted_parts import apply_parts, extract_parts
 from tests.fixtures.children import run_script
 from tests.fixtures.tiny import random_ids
 from tests.training.adaptation_runs import OPTIONS, curve, make_inputs, options
@@ -193,3 +194,21 @@ def test_the_script_runs(inputs, tmp_path):
     assert printed.splitlines()[-1] == str(tmp_path / "run" / "model")
     config = loaded(tmp_path / "run" / "model").config
     assert (config.adapted_for["trainable"], config.position_mode) == ("lora", "compact")
+
+
+def test_the_parts_of_a_run_make_its_checkpoint_again(run, inputs, tmp_path):
+    trainable, output_dir = run
+    adapted, parts, again = output_dir / "model", tmp_path / "parts", tmp_path / "again"
+    if trainable == "full":
+        with pytest.raises(ValueError, match="a merger or an adapter alone"):
+            extract_parts(adapted, parts)
+        return
+    extract_parts(adapted, parts, dtype=torch.float32)
+    apply_parts(inputs / "checkpoint", parts, again)
+    assert loaded(again).config.adapted_for == loaded(adapted).config.adapted_for
+    ids = random_ids(1, 64)
+    ours, theirs = (loaded(folder)(ids, logits_to_keep=1) for folder in (again, adapted))
+    assert ours.compressed_lengths < 64
+    assert torch.equal(ours.logits, theirs.logits)
+    with pytest.raises(FileNotFoundError, match="fields.json"):
+        apply_parts(inputs / "checkpoint", adapted, again)
