@@ -88,7 +88,7 @@ def fields(draw: Any) -> dict[str, Any]:
 
 
 # Before, Transformers takes an index tensor of one dimension alone.
-INDICES = ["index", "bool"] + ["rows of index"] * (Version(transformers.__version__) >= Version("5.23"))
+INDICES = ["index", *["bool", "rows of index"] * (Version(transformers.__version__) >= Version("5.21"))]
 LOGITS = st.tuples(st.just("last"), st.integers(0, 12)) | st.tuples(st.sampled_from(INDICES), st.integers(1, 5))
 OPTIONS: dict[str, Any] = {
     "attention_mask": tensors.masks,

@@ -109,7 +109,9 @@ def test_labels_on_everything_merge_nothing():
 
 # Without `recent_window`, nothing but the reading itself keeps a read token whole.
 @pytest.mark.parametrize("fields", [{}, {"position_mode": "compact"}, {"recent_window": 0}], ids=str)
-@pytest.mark.parametrize("kept", [pytest.param(k, marks=NEEDS_2D_INDEX) if k in ("index per row", "mask") else k for k in KEPT])
+@pytest.mark.parametrize(
+    "kept", [pytest.param(k, marks=NEEDS_2D_INDEX) if k in ("index per row", "mask") else k for k in KEPT]
+)
 def test_logits_to_keep(kept, fields):
     model, kept = tiny_model(**fields), KEPT[kept]
     ids, mask = ragged_prompts(LENGTHS)
