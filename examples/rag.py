@@ -48,7 +48,7 @@ chat = tokenizer.apply_chat_template(
     messages,
     add_generation_prompt=True,
     protect_template=True,
-    mark_question=True,  # needed only where the checkpoint was converted without a chat template
+    return_query_mask=True,  # needed only where the checkpoint was converted without a chat template
     tokenizer_kwargs={"return_offsets_mapping": True},
     return_tensors="pt",
 )

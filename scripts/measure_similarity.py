@@ -42,7 +42,7 @@ def threshold_ratio(planner: SpanPlanner, ids: Tensor, tau: float) -> float:
     """Tokens per span at a fixed tau, without budget, entropy or protected ends."""
     config = copy.deepcopy(planner.config)
     config.target_ratio, config.similarity_threshold, config.segmentation_mode = None, tau, "greedy"
-    config.keep_first, config.keep_last, config.protected_token_ids = 0, 0, []
+    config.num_sink_tokens, config.recent_window, config.protected_token_ids = 0, 0, []
     return ids.shape[1] / int(SpanPlanner(config, planner.encoder).plan(ids).kept_lengths)
 
 

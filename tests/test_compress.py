@@ -162,9 +162,9 @@ def test_given_plan(model, ragged):
     place = mask.cumsum(1) - 1
     span_ids = (place // 3).masked_fill(mask == 0, -1)
     given = model.compress(ids, mask, span_ids=span_ids.to(torch.int32))
-    inside = given.slot_lengths[0, model.config.keep_first + 1 : -model.config.keep_last - 1]
+    inside = given.slot_lengths[0, model.config.num_sink_tokens + 1 : -model.config.recent_window - 1]
     assert (inside == 3).all()
-    assert (given.slot_lengths[0, -model.config.keep_last :] == 1).all()
+    assert (given.slot_lengths[0, -model.config.recent_window :] == 1).all()
     assert torch.equal(given.slot_lengths.sum(1), own.original_lengths)
 
 

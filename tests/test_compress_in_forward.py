@@ -40,8 +40,8 @@ def test_what_forward_and_generate_use(model, ragged):
         ({"compression": False}, {"compression": True}, 40),
         ({"target_ratio": 1}, {"target_ratio": 2.0}, 48),
         ({"target_ratio": 4.0}, {}, 24),
-        ({"target_ratio": 1, "max_kept_tokens": 30}, {}, 30),
-        ({"target_ratio": 1.5, "max_kept_tokens": 60}, {"target_ratio": 2.4}, 40),
+        ({"target_ratio": 1, "max_slots": 30}, {}, 30),
+        ({"target_ratio": 1.5, "max_slots": 60}, {"target_ratio": 2.4}, 40),
     ],
 )
 def test_arguments_win_over_the_configuration(fields, arguments, length):

@@ -22,13 +22,13 @@ BERT = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "in
 FIELDS = {
     "compression": False,
     "target_ratio": 3.5,
-    "max_kept_tokens": 77,
+    "max_slots": 77,
     "similarity_threshold": 0.25,
     "entropy_threshold": 0.5,
     "query_weight": 0.75,
     "max_span_length": 5,
-    "keep_first": 1,
-    "keep_last": 9,
+    "num_sink_tokens": 1,
+    "recent_window": 9,
     "min_prompt_length": 33,
     "recompress_every": 70,
     "position_mode": "compact",
@@ -53,13 +53,13 @@ def test_defaults() -> None:
     assert {name: getattr(config, name) for name in FIELDS if name != "encoder_config"} == {
         "compression": True,
         "target_ratio": 2.4,
-        "max_kept_tokens": None,
+        "max_slots": None,
         "similarity_threshold": None,
         "entropy_threshold": None,
         "query_weight": 1.0,
         "max_span_length": 256,
-        "keep_first": 4,
-        "keep_last": 64,
+        "num_sink_tokens": 4,
+        "recent_window": 64,
         "min_prompt_length": 256,
         "recompress_every": None,
         "position_mode": "original",
@@ -142,10 +142,10 @@ def test_two_configurations_do_not_share_an_encoder() -> None:
 
 RATIO, UNIT = "finite number >= 1", "number in [0, 1]"
 COUNT_FIELDS = {
-    "max_kept_tokens": 1,
+    "max_slots": 1,
     "max_span_length": 1,
-    "keep_first": 0,
-    "keep_last": 0,
+    "num_sink_tokens": 0,
+    "recent_window": 0,
     "min_prompt_length": 0,
     "encoder_window": 1,
     "encoder_overlap": 0,
@@ -161,7 +161,7 @@ NONSENSE = [
     *(("target_ratio", value, RATIO) for value in (0.99, 0, -2, float("nan"), float("inf"), "3", True, [2])),
     *((name, low - 1, f"integer >= {low}") for name, low in COUNT_FIELDS.items()),
     *((name, value, f"integer >= {low}") for name, low in COUNT_FIELDS.items() for value in (2.5, "8", True)),
-    *((name, None, "integer") for name in COUNT_FIELDS if name != "max_kept_tokens"),
+    *((name, None, "integer") for name in COUNT_FIELDS if name != "max_slots"),
     *(("similarity_threshold", value, "number in [-1, 1]") for value in (-1.01, 1.01, float("nan"), "high", True, [0])),
     *(("entropy_threshold", value, UNIT) for value in (-0.01, 1.01, float("nan"), "high", True)),
     *(("position_mode", value, "['original', 'compact']") for value in ("absolute", None, 0)),
@@ -209,13 +209,13 @@ def test_the_checks_of_the_family_hold() -> None:
 
 def test_the_edges_of_the_ranges_are_allowed() -> None:
     tiny_config(
-        **MOST, keep_first=2**63 - 1, keep_last=2**63 - 1, min_prompt_length=2**63 - 1, max_kept_tokens=2**63 - 1
+        **MOST, num_sink_tokens=2**63 - 1, recent_window=2**63 - 1, min_prompt_length=2**63 - 1, max_slots=2**63 - 1
     )
     tiny_config(
         encoder_config={"model_type": "roberta", "max_position_embeddings": 34, "pad_token_id": 1}, encoder_window=32
     )
-    tiny_config(target_ratio=1, similarity_threshold=-1, entropy_threshold=0, max_span_length=1, max_kept_tokens=1)
-    tiny_config(similarity_threshold=1.0, entropy_threshold=1, keep_first=0, keep_last=0, min_prompt_length=0)
+    tiny_config(target_ratio=1, similarity_threshold=-1, entropy_threshold=0, max_span_length=1, max_slots=1)
+    tiny_config(similarity_threshold=1.0, entropy_threshold=1, num_sink_tokens=0, recent_window=0, min_prompt_length=0)
     tiny_config(encoder_window=1, encoder_overlap=0, fingerprint_radius=0, protected_token_ids=[])
     tiny_config(encoder_window=8, encoder_overlap=7)
     tiny_config(encoder_window=32, encoder_config={"model_type": "bert", **BERT, "max_position_embeddings": 32})
@@ -245,9 +245,9 @@ def test_a_window_must_fit_the_encoder() -> None:
     ],
 )
 def test_something_must_decide_how_far_to_merge(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="`target_ratio` or `max_kept_tokens`, or `similarity_threshold`"):
+    with pytest.raises(ValueError, match="`target_ratio` or `max_slots`, or `similarity_threshold`"):
         tiny_config(target_ratio=None, **fields)
-    tiny_config(target_ratio=None, max_kept_tokens=100, **fields)
+    tiny_config(target_ratio=None, max_slots=100, **fields)
 
 
 def test_a_threshold_alone_is_enough_in_greedy_mode() -> None:
@@ -305,3 +305,17 @@ def test_the_server_of_transformers_finds_the_architecture(tmp_path, monkeypatch
     SemTokenLlamaConfig.from_pretrained(tmp_path)
     assert vars(own) == {"AutoModelForCausalLM": AutoModelForCausalLM, name: AutoModelForCausalLM}
     assert not hasattr(transformers, name)
+
+
+def test_names_of_before_stand_for_the_new_ones(tmp_path) -> None:
+    """Given, read, set and loaded; saved under the new names alone."""
+    config = tiny_config(keep_last=9)
+    assert (config.recent_window, config.keep_last) == (9, 9)
+    config.max_kept_tokens = 50
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["max_slots"] == 50
+    assert not {"keep_first", "keep_last", "max_kept_tokens"} & saved.keys()
+    (tmp_path / "config.json").write_text(json.dumps({**saved, "keep_first": 7}))
+    loaded = AutoConfig.from_pretrained(tmp_path, keep_last=5)
+    assert (loaded.num_sink_tokens, loaded.recent_window) == (7, 5)

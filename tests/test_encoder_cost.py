@@ -19,7 +19,7 @@ from semtoken_hf import SpanPlanner, semantic_encoder
 from semtoken_hf.semantic_encoder import FrozenLinear, SemanticEncoder, windows_per_call
 from semtoken_hf.token_layout import TokenLayout
 from tests.fixtures.tiny import random_ids, tiny_config, tiny_model
-from tests.test_semantic_encoder import BERT, each_kind, make_encoder, spied_encoder, stretches_of
+from tests.test_semantic_encoder import BERT, each_kind, make_encoder, segments_of, spied_encoder
 
 IDS = random_ids(1, 150)
 BF16 = {"encoder_config": BERT, "encoder_window": 16, "encoder_overlap": 4, "encoder_dtype": "bfloat16"}
@@ -42,7 +42,7 @@ class RowwiseEncoder(nn.Module):
 
 
 def state_by_hand(encoder: SemanticEncoder, ids: Tensor, offset: int) -> Tensor:
-    """The state of one token of one stretch: of the windows that hold it, the one whose edge is farthest; else the
+    """The state of one token of one segment: of the windows that hold it, the one whose edge is farthest; else the
     earlier one."""
     length, stride = encoder.window, encoder.window - encoder.overlap
     starts = sorted({*range(0, max(1, len(ids) - length), stride), max(0, len(ids) - length)})
@@ -61,9 +61,9 @@ def fingerprints_by_hand(encoder: SemanticEncoder, ids: Tensor, layout: TokenLay
         parts = ids.split(layout.lengths.tolist())
         rows = [state_by_hand(encoder, part, i) * (len(part) > 1) for part in parts for i in range(len(part))]
         states = torch.stack(rows)
-    total, count = states.clone(), torch.ones_like(layout.stretch)
+    total, count = states.clone(), torch.ones_like(layout.segment)
     for shift in range(1, min(encoder.radius, len(ids) - 1) + 1):
-        same = layout.stretch[shift:] == layout.stretch[:-shift]
+        same = layout.segment[shift:] == layout.segment[:-shift]
         total[:-shift] += states[shift:] * same[:, None]
         total[shift:] += states[:-shift] * same[:, None]
         count[:-shift] += same
@@ -81,7 +81,7 @@ def test_step_by_step_is_bit_for_bit_all_at_once(monkeypatch, kind: str, radius:
     encoder = make_encoder(kind, fingerprint_radius=radius)
     if kind == "transformer":
         encoder.encoder, encoder.width = RowwiseEncoder(), 8
-    layout, ids = stretches_of(50, 1, 3, 70, 16, 17, min_length=2), random_ids(1, 157)[0]
+    layout, ids = segments_of(50, 1, 3, 70, 16, 17, min_length=2), random_ids(1, 157)[0]
     assert torch.equal(encoder(ids, layout), fingerprints_by_hand(encoder, ids, layout))
 
 
@@ -109,7 +109,7 @@ class Watch(TorchDispatchMode):
 @each_kind
 @pytest.mark.parametrize("lengths", [(50, 70, 16), (50, 3, 70)], ids=["filled", "padded"])
 def test_no_wait_where_the_windows_are_known(kind: str, lengths: tuple[int, ...]) -> None:
-    encoder, layout = make_encoder(kind), stretches_of(*lengths)
+    encoder, layout = make_encoder(kind), segments_of(*lengths)
     ids = random_ids(1, sum(lengths))[0]
     expected = encoder(ids, layout)
     with Watch():
@@ -130,25 +130,25 @@ def known(lengths: tuple[int, ...]) -> int:
     return -total if min(lengths) < 16 else total
 
 
-def test_windows_of_stretches_where_nothing_may_merge_do_not_count() -> None:
-    assert int(make_encoder("transformer").count_windows(stretches_of(30, 5, 40, min_length=10))) == 3 + 3
-    assert int(make_encoder("transformer").count_windows(stretches_of(3, 5, min_length=10))) == 0
+def test_windows_of_segments_where_nothing_may_merge_do_not_count() -> None:
+    assert int(make_encoder("transformer").count_windows(segments_of(30, 5, 40, min_length=10))) == 3 + 3
+    assert int(make_encoder("transformer").count_windows(segments_of(3, 5, min_length=10))) == 0
 
 
 @each_kind
-def test_stretches_of_no_tokens_at_the_end_change_nothing(kind: str) -> None:
-    encoder, layout, ids = make_encoder(kind), stretches_of(50, 9, 70), random_ids(1, 129)[0]
+def test_segments_of_no_tokens_at_the_end_change_nothing(kind: str) -> None:
+    encoder, layout, ids = make_encoder(kind), segments_of(50, 9, 70), random_ids(1, 129)[0]
     own = {f.name: getattr(layout, f.name) for f in fields(layout)}
     own["starts"] = F.pad(layout.starts, (0, 3), value=129)
     own["lengths"] = F.pad(layout.lengths, (0, 3))
-    padded: Any = SimpleNamespace(**own, joinable=layout.joinable)
+    padded: Any = SimpleNamespace(**own, mergeable=layout.mergeable)
     assert torch.equal(encoder.count_windows(padded), encoder.count_windows(layout))
     assert torch.equal(encoder(ids, padded), encoder(ids, layout))
 
 
 @each_kind
 def test_one_tensor_of_all_fingerprints_and_nothing_else_of_that_size(kind: str) -> None:
-    encoder, layout = make_encoder(kind, encoder_window=64), stretches_of(9000, 6000)
+    encoder, layout = make_encoder(kind, encoder_window=64), segments_of(9000, 6000)
     ids = random_ids(1, 15000)[0]
     windows = int(encoder.count_windows(layout))
     with Watch(noted_from=15000 * encoder.width // 2) as watch:
@@ -160,7 +160,7 @@ def test_every_call_has_one_shape() -> None:
     encoder, spy = spied_encoder(encoder_window=64, encoder_overlap=8)
     for lengths, count, size in (((2500,), 45, 23), ((150,), 3, 12), ((1500, 2000), 27 + 36, 32)):
         spy.windows.clear(), spy.masks.clear()
-        layout = stretches_of(*lengths)
+        layout = segments_of(*lengths)
         assert int(encoder.count_windows(layout)) == count
         encoder(torch.arange(sum(lengths)), layout)
         assert len(spy.windows) == size * len(spy.masks)
@@ -185,7 +185,7 @@ def test_windows_per_call(total: int, window: int, device: str, size: int) -> No
 def test_a_mask_only_where_there_is_padding() -> None:
     for lengths, attention, dimensions in (((50, 16), "sdpa", None), ((50, 5), "sdpa", 4), ((50, 5), "eager", 2)):
         encoder, spy = spied_encoder(attention)
-        encoder(torch.arange(sum(lengths)), stretches_of(*lengths))
+        encoder(torch.arange(sum(lengths)), segments_of(*lengths))
         assert {None if mask is None else mask.ndim for mask in spy.masks} == {dimensions}
 
 
@@ -195,7 +195,7 @@ def test_padding_is_not_seen(attention: str, dtype: str) -> None:
     encoder = make_encoder("transformer", encoder_dtype=dtype)
     encoder.encoder.config._attn_implementation_internal = attention
     ids = random_ids(1, 11)[0]
-    fingerprints = encoder(torch.cat([ids, random_ids(1, 40, seed=1)[0]]), stretches_of(11, 40))[:11]
+    fingerprints = encoder(torch.cat([ids, random_ids(1, 40, seed=1)[0]]), segments_of(11, 40))[:11]
     states = encoder.encoder(input_ids=ids[None]).last_hidden_state[0].float()
     around = [states[max(0, i - 2) : i + 3].mean(0) for i in range(11)]
     tolerance = 1e-5 if dtype == "float32" else 2e-2
@@ -207,7 +207,7 @@ def dtypes_of(model: Any) -> set[torch.dtype]:
 
 
 def test_bfloat16_layers_give_float32_fingerprints_close_to_those_of_float32() -> None:
-    layout, ids = stretches_of(40, 100), random_ids(1, 140)[0]
+    layout, ids = segments_of(40, 100), random_ids(1, 140)[0]
     whole, half = make_encoder("transformer"), make_encoder("transformer", encoder_dtype="bfloat16")
     half.encoder.load_state_dict(whole.encoder.state_dict())
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
@@ -262,7 +262,7 @@ def test_wide_bfloat16_layers_read_a_row_alone_as_in_a_batch() -> None:
     config = {**BERT, **sizes, "max_position_embeddings": 128}
     encoder = SemanticEncoder(tiny_config(encoder_config=config, encoder_dtype="bfloat16"))
     ids = random_ids(1, 4 * 576)[0]
-    alone, together = encoder(ids[:576], stretches_of(576)), encoder(ids, stretches_of(*[576] * 4))
+    alone, together = encoder(ids[:576], segments_of(576)), encoder(ids, segments_of(*[576] * 4))
     assert torch.equal(alone, together[:576])
 
 

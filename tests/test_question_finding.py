@@ -9,7 +9,7 @@ from semtoken_hf.conversion.text_markers import text_markers, user_turn
 from semtoken_hf.question_finding import LEAST, MOST, find_question
 from tests.conversion.checkpoints import word_tokenizer
 from tests.fixtures.tiny import random_ids, tiny_model
-from tests.test_granularity import stretches_of
+from tests.test_granularity import segments_of
 
 BREAK, OPENING, ENDING = 3, [4, 5], [6]
 MARKERS = {"sentence_ends": [BREAK, 9], "line_breaks": [BREAK], "turn_opening": OPENING, "turn_ending": ENDING}
@@ -35,7 +35,7 @@ def turn_of(lines: list[int]) -> list[int]:
 
 def found_in(ids: list[int], lengths: list[int] | None = None) -> torch.Tensor:
     row = torch.tensor(ids)
-    return find_question(row, row == BREAK, OPENING, ENDING, stretches_of(lengths or [len(ids)]))
+    return find_question(row, row == BREAK, OPENING, ENDING, segments_of(lengths or [len(ids)]))
 
 
 @pytest.mark.parametrize("name", TURNS)
@@ -48,7 +48,7 @@ def test_which_part_of_the_turn_is_the_question(name: str) -> None:
     assert found.nonzero().flatten().tolist() == [len(before) + i for i in place]
 
 
-def test_every_stretch_has_its_own_and_a_text_without_a_turn_has_none() -> None:
+def test_every_segment_has_its_own_and_a_text_without_a_turn_has_none() -> None:
     chat = [8, *OPENING, 11, 12, *ENDING, 8]
     found = found_in([*chat, *[8] * 9, *chat], [len(chat), 9, len(chat)])
     assert found.nonzero().flatten().tolist() == [3, 4, 19, 20]
@@ -60,7 +60,7 @@ def test_every_stretch_has_its_own_and_a_text_without_a_turn_has_none() -> None:
 def test_the_question_of_a_chat_steers_unless_the_call_says_no() -> None:
     """A rare token of the question stands far back as well."""
     model = tiny_model(
-        segmentation_mode="sentence", text_markers=MARKERS, max_span_length=64, keep_first=1, keep_last=1
+        segmentation_mode="sentence", text_markers=MARKERS, max_span_length=64, num_sink_tokens=1, recent_window=1
     )
     ids = random_ids(1, 240).clamp(min=12)
     ids[ids == 250] = 251

@@ -40,8 +40,8 @@ def make_encoder(kind: str, **fields: Any) -> SemanticEncoder:
     return SemanticEncoder(tiny_config(encoder_config=KINDS[kind], **{**windows, **fields}))
 
 
-def stretches_of(*lengths: int, min_length: int = 0) -> TokenLayout:
-    """A layout with one stretch of each length, all of it free to merge from `min_length` on."""
+def segments_of(*lengths: int, min_length: int = 0) -> TokenLayout:
+    """A layout with one segment of each length, all of it free to merge from `min_length` on."""
     valid = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     nothing = torch.zeros_like(valid)
     return trimmed_layout(valid, nothing, nothing, 0, 0, min_length)
@@ -80,7 +80,7 @@ def spied_encoder(attention: str = "sdpa", **fields: Any) -> tuple[SemanticEncod
 def spy_on(layout: TokenLayout, window: int, overlap: int) -> tuple[list[list[int]], Tensor, Tensor]:
     """The windows, and for every token the first token of its window and its column there."""
     encoder, spy = spied_encoder(encoder_window=window, encoder_overlap=overlap, fingerprint_radius=0)
-    start, column, scale = encoder(torch.arange(len(layout.stretch)), layout).unbind(1)
+    start, column, scale = encoder(torch.arange(len(layout.segment)), layout).unbind(1)
     # Calls of one shape repeat the last window.
     windows = [list(tokens) for tokens in dict.fromkeys(map(tuple, spy.windows))]
     return windows, (start / scale).round().long(), (column / scale).round().long()
@@ -88,15 +88,15 @@ def spy_on(layout: TokenLayout, window: int, overlap: int) -> tuple[list[list[in
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=4), st.integers(1, 16), st.data())
 @PROPERTY
-def test_windows_cover_each_stretch_and_never_cross_it(lengths: list[int], window: int, data: Any) -> None:
+def test_windows_cover_each_segment_and_never_cross_it(lengths: list[int], window: int, data: Any) -> None:
     overlap = data.draw(st.integers(0, window - 1))
-    layout = stretches_of(*lengths)
+    layout = segments_of(*lengths)
     windows, _, _ = spy_on(layout, window, overlap)
     covered = {s: [] for s in range(len(lengths))}
     for tokens in windows:
         assert tokens == list(range(tokens[0], tokens[-1] + 1))
-        assert layout.stretch[tokens[0]] == layout.stretch[tokens[-1]]
-        covered[int(layout.stretch[tokens[0]])].append(tokens)
+        assert layout.segment[tokens[0]] == layout.segment[tokens[-1]]
+        covered[int(layout.segment[tokens[0]])].append(tokens)
     for number, (length, start) in enumerate(zip(lengths, layout.starts.tolist(), strict=True)):
         mine = covered[number]
         assert (mine[0][0], mine[-1][-1]) == (start, start + length - 1)
@@ -109,26 +109,26 @@ def test_windows_cover_each_stretch_and_never_cross_it(lengths: list[int], windo
 @PROPERTY
 def test_a_token_is_read_where_it_is_farthest_from_an_edge(lengths: list[int], window: int, data: Any) -> None:
     overlap = data.draw(st.integers(0, window - 1))
-    layout = stretches_of(*lengths)
+    layout = segments_of(*lengths)
     windows, starts, columns = spy_on(layout, window, overlap)
-    assert (starts + columns).tolist() == list(range(len(layout.stretch)))
+    assert (starts + columns).tolist() == list(range(len(layout.segment)))
     for token, start in enumerate(starts.tolist()):
         margins = {w[0]: min(token - w[0], w[-1] - token) for w in windows if w[0] <= token <= w[-1]}
         assert margins[start] == max(margins.values()), (token, margins, start)
 
 
 def test_many_windows_are_encoded_in_several_calls(monkeypatch) -> None:
-    encoder, layout, ids = make_encoder("transformer"), stretches_of(50, 9, 70), random_ids(1, 129)[0]
+    encoder, layout, ids = make_encoder("transformer"), segments_of(50, 9, 70), random_ids(1, 129)[0]
     together = encoder(ids, layout)
     monkeypatch.setattr(semantic_encoder, "WINDOWS_PER_CALL", 2)
     assert torch.allclose(encoder(ids, layout), together, atol=1e-5)
 
 
-def test_stretches_where_nothing_may_merge_are_not_encoded() -> None:
-    layout = stretches_of(30, 5, 40, min_length=10)
+def test_segments_where_nothing_may_merge_are_not_encoded() -> None:
+    layout = segments_of(30, 5, 40, min_length=10)
     encoder = make_encoder("transformer")
     fingerprints = encoder(random_ids(1, 75)[0], layout)
-    is_short = layout.stretch == 1
+    is_short = layout.segment == 1
     assert (fingerprints[is_short] == 0).all()
     assert torch.allclose(fingerprints[~is_short].norm(dim=1), torch.ones(70), atol=1e-5)
     encoder, spy = spied_encoder()
@@ -139,37 +139,37 @@ def test_stretches_where_nothing_may_merge_are_not_encoded() -> None:
 def test_nothing_to_encode() -> None:
     encoder = make_encoder("transformer")
     encoder.encoder.forward = None
-    fingerprints = encoder(random_ids(1, 12)[0], stretches_of(5, 7, min_length=10))
+    fingerprints = encoder(random_ids(1, 12)[0], segments_of(5, 7, min_length=10))
     assert torch.equal(fingerprints, torch.zeros(12, BERT["hidden_size"]))
 
 
 @each_kind
 @pytest.mark.parametrize("radius", [0, 1, 2, 5])
 def test_fingerprints_are_the_unit_mean_of_the_states_around(kind: str, radius: int) -> None:
-    layout, ids = stretches_of(16, 1, 2, 11, min_length=2), random_ids(1, 30)[0]
+    layout, ids = segments_of(16, 1, 2, 11, min_length=2), random_ids(1, 30)[0]
     encoder = make_encoder(kind, fingerprint_radius=radius)
     if kind == "static":
         states = encoder.encoder.embeddings(ids)
     else:
-        # Every stretch fits one window; one token alone has nothing to merge with.
+        # Every segment fits one window; one token alone has nothing to merge with.
         rows = [encoder.encoder(input_ids=part[None]).last_hidden_state[0] for part in ids.split([16, 1, 2, 11])]
         states = torch.cat([row * (len(row) > 1) for row in rows])
     expected = []
-    for i, stretch in enumerate(layout.stretch.tolist()):
-        around = [j for j in range(max(0, i - radius), min(30, i + radius + 1)) if layout.stretch[j] == stretch]
+    for i, segment in enumerate(layout.segment.tolist()):
+        around = [j for j in range(max(0, i - radius), min(30, i + radius + 1)) if layout.segment[j] == segment]
         expected.append(F.normalize(states[around].mean(0), dim=0))
     fingerprints = encoder(ids, layout)
     assert torch.allclose(fingerprints, torch.stack(expected), atol=1e-5)
 
 
 @each_kind
-def test_a_stretch_does_not_see_its_neighbours(kind: str) -> None:
+def test_a_segment_does_not_see_its_neighbours(kind: str) -> None:
     encoder, ids = make_encoder(kind), random_ids(1, 50)[0]
-    alone = encoder(ids, stretches_of(50))
+    alone = encoder(ids, segments_of(50))
     for before, after in ((3, 20), (40, 1), (17, 64)):
         around = [random_ids(1, n, seed=n)[0] for n in (before, after)]
-        layout = stretches_of(before, 50, after)
-        among = encoder(torch.cat([around[0], ids, around[1]]), layout)[layout.stretch == 1]
+        layout = segments_of(before, 50, after)
+        among = encoder(torch.cat([around[0], ids, around[1]]), layout)[layout.segment == 1]
         assert torch.equal(among, alone) if kind == "static" else torch.allclose(among, alone, atol=1e-5)
 
 
@@ -182,7 +182,7 @@ def test_frozen_and_without_gradient(kind: str) -> None:
     assert not encoder.train(True).training
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     encoder.requires_grad_(True)
-    layout, ids = stretches_of(40), random_ids(1, 40)[0]
+    layout, ids = segments_of(40), random_ids(1, 40)[0]
     fingerprints = encoder(ids, layout)
     assert not fingerprints.requires_grad
     # Dropout would make the second call differ.
@@ -191,7 +191,7 @@ def test_frozen_and_without_gradient(kind: str) -> None:
 
 @each_kind
 def test_float32_inside_autocast(kind: str) -> None:
-    encoder, layout, ids = make_encoder(kind), stretches_of(40), random_ids(1, 40)[0]
+    encoder, layout, ids = make_encoder(kind), segments_of(40), random_ids(1, 40)[0]
     expected = encoder(ids, layout)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fingerprints = encoder(ids, layout)
@@ -211,7 +211,7 @@ def test_a_resized_vocabulary_gets_the_mean_state(kind: str, vocab_size: int) ->
     assert torch.allclose(new[known:], old.mean(0).expand(vocab_size - known, -1), atol=1e-6)
     assert not new.requires_grad
     ids = torch.full((20,), vocab_size - 1)
-    assert encoder(ids, stretches_of(20)).shape == (20, old.shape[1])
+    assert encoder(ids, segments_of(20)).shape == (20, old.shape[1])
 
 
 # Darwin, "The Voyage of the Beagle" (1839), and Carroll, "Alice's Adventures in Wonderland" (1865).
@@ -237,7 +237,7 @@ def test_the_real_minilm_tells_two_books_apart(minilm) -> None:
     texts = [tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"] for text in (ISLANDS, ALICE)]
     lengths = [text.shape[1] for text in texts]
     assert min(lengths) > 48
-    fingerprints = encoder(torch.cat(texts, dim=1)[0], stretches_of(*lengths))
+    fingerprints = encoder(torch.cat(texts, dim=1)[0], segments_of(*lengths))
     assert torch.allclose(fingerprints.norm(dim=1), torch.ones(sum(lengths)), atol=1e-5)
 
     with torch.no_grad():
@@ -273,7 +273,7 @@ def test_padding_leaves_the_windows_of_layers_as_they_are() -> None:
     for parameter in encoder.encoder.parameters():
         nn.init.normal_(parameter, std=0.3)
     ids = random_ids(1, 27)[0]
-    fingerprints = encoder(ids, stretches_of(11, 16))
+    fingerprints = encoder(ids, segments_of(11, 16))
     for part in (ids[:11], ids[11:]):
         states = encoder.encoder(input_ids=part[None]).last_hidden_state[0]
         ours, fingerprints = fingerprints[: len(part)], fingerprints[len(part) :]

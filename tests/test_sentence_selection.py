@@ -17,17 +17,17 @@ from semtoken_hf.sentence_selection import (
     sentence_relevance,
 )
 from tests.fixtures.tiny import random_ids, tiny_model
-from tests.test_granularity import stretches_of
+from tests.test_granularity import segments_of
 
 END = 5
 
 
 def some_text(lengths, seed=0):
-    """Ids, fingerprints and layout of stretches whose sentences end with the id `END` now and then."""
+    """Ids, fingerprints and layout of segments whose sentences end with the id `END` now and then."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 40, (sum(lengths),), generator=generator)
     fingerprints = F.normalize(torch.randn(len(ids), 8, generator=generator) + 0.5, dim=-1)
-    return ids, fingerprints, stretches_of(lengths)
+    return ids, fingerprints, segments_of(lengths)
 
 
 def sentences_of(ids, layout):
@@ -46,7 +46,7 @@ def sentences_of(ids, layout):
 
 
 @pytest.mark.parametrize("lengths", [[120], [1], [49, 3, 200]])
-def test_sentences_end_with_their_marks_their_stretch_or_the_cap(lengths):
+def test_sentences_end_with_their_marks_their_segment_or_the_cap(lengths):
     ids, _, layout = some_text(lengths)
     ids[10:13] = END
     found = find_sentences(ids == END, layout)
@@ -57,7 +57,7 @@ def test_sentences_end_with_their_marks_their_stretch_or_the_cap(lengths):
 def test_relevance_is_rarity_of_what_is_shared_plus_likeness_each_standardised():
     ids, fingerprints, layout = some_text([160, 90])
     query = torch.zeros(250, dtype=torch.bool)
-    query[150:160] = True  # the second stretch asks nothing
+    query[150:160] = True  # the second segment asks nothing
     query[145:150] = ids[145:150] == END
     ids[149] = END
     sentence = find_sentences(ids == END, layout)
@@ -83,7 +83,7 @@ def test_relevance_is_rarity_of_what_is_shared_plus_likeness_each_standardised()
 
 def test_a_rare_shared_token_matches_and_a_frequent_one_does_not():
     ids = torch.tensor([9, 20, END, 9, 21, END, 9, 22, END, 9, 21, END])
-    layout = stretches_of([12])
+    layout = segments_of([12])
     query = torch.tensor([False] * 9 + [True] * 3)
     sentence = find_sentences(ids == END, layout)
     counted = torch.tensor([True, False, False] * 3 + [False] * 3)
@@ -120,7 +120,7 @@ def test_slots_begin_around_the_tokens_of_highest_rank_until_the_budget_is_spent
 def test_the_sentence_that_is_asked_for_stays_whole():
     """The question shares a rare token with one sentence far back; without it, the last sentences stay."""
     fields = {"segmentation_mode": "sentence", "text_markers": {"sentence_ends": [END]}, "max_span_length": 64}
-    model = tiny_model(**fields, query_weight=1.0, keep_first=1, keep_last=1)
+    model = tiny_model(**fields, query_weight=1.0, num_sink_tokens=1, recent_window=1)
     ids = random_ids(1, 240)
     ids[ids == END] = 6
     ids[(ids == 250)] = 251

@@ -15,7 +15,7 @@ from semtoken_hf.span_clustering import (
     bisect_rank,
     boundary_spans,
     capped_spans,
-    count_per_stretch,
+    count_per_segment,
     greedy_spans,
     shifted_similarities,
     split_long_spans,
@@ -27,13 +27,13 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def stream(lengths: list[int], free: float, seed: int) -> tuple[Tensor, Tensor, torch.Generator]:
-    """Stretch and joinable of a stream whose tokens may join the one before them with probability `free`."""
+    """Segment and mergeable of a stream whose tokens may join the one before them with probability `free`."""
     generator = torch.Generator().manual_seed(seed)
-    stretch = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
-    joinable = torch.rand(len(stretch), generator=generator) < free
-    joinable[:1] = False
-    joinable[1:] &= stretch[1:] == stretch[:-1]
-    return stretch, joinable, generator
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
+    mergeable = torch.rand(len(segment), generator=generator) < free
+    mergeable[:1] = False
+    mergeable[1:] &= segment[1:] == segment[:-1]
+    return segment, mergeable, generator
 
 
 def free_runs(starts: list[bool]) -> list[tuple[int, int]]:
@@ -52,13 +52,13 @@ def cut_evenly(starts: list[bool], cap: int) -> list[bool]:
     return out
 
 
-def greedy_walk(similarities: list[list[float]], tau: list[float], joinable: list[bool], cap: int) -> list[bool]:
+def greedy_walk(similarities: list[list[float]], tau: list[float], mergeable: list[bool], cap: int) -> list[bool]:
     """Algorithm 1 of the paper, token by token; similarities[s - 1][i] is cos(h_i, h_{i+s})."""
-    starts, anchor = [False] * len(joinable), 0
-    while anchor < len(joinable):
+    starts, anchor = [False] * len(mergeable), 0
+    while anchor < len(mergeable):
         starts[anchor] = True
         end = anchor + 1
-        while end < len(joinable) and end - anchor < cap and joinable[end]:
+        while end < len(mergeable) and end - anchor < cap and mergeable[end]:
             if not similarities[end - anchor - 1][anchor] > tau[anchor]:
                 break
             end += 1
@@ -69,21 +69,21 @@ def greedy_walk(similarities: list[list[float]], tau: list[float], joinable: lis
 @given(st.lists(st.integers(1, 60), max_size=4), st.integers(1, 12), st.floats(0, 1), seeds)
 @PROPERTY
 def test_greedy_equals_the_walk(lengths: list[int], cap: int, free: float, seed: int) -> None:
-    stretch, joinable, generator = stream(lengths, free, seed)
+    segment, mergeable, generator = stream(lengths, free, seed)
     # Twenty-one values, so that a similarity is often equal to the threshold.
-    similarities = torch.randint(-10, 11, (cap - 1, len(stretch)), generator=generator) / 10
-    tau = (torch.randint(-10, 11, (max(len(lengths), 1),), generator=generator) / 10)[stretch]
-    starts = greedy_spans(similarities, tau, joinable)
+    similarities = torch.randint(-10, 11, (cap - 1, len(segment)), generator=generator) / 10
+    tau = (torch.randint(-10, 11, (max(len(lengths), 1),), generator=generator) / 10)[segment]
+    starts = greedy_spans(similarities, tau, mergeable)
     assert starts.dtype == torch.bool
-    assert starts.tolist() == greedy_walk(similarities.tolist(), tau.tolist(), joinable.tolist(), cap)
+    assert starts.tolist() == greedy_walk(similarities.tolist(), tau.tolist(), mergeable.tolist(), cap)
 
 
 @given(st.lists(st.integers(1, 60), max_size=4), st.integers(1, 12), st.floats(0, 1), seeds)
 @PROPERTY
 def test_capped_spans_are_greedy_where_all_cosines_pass(lengths: list[int], cap: int, free: float, seed: int) -> None:
-    _, joinable, _ = stream(lengths, free, seed)
-    greedy = greedy_spans(torch.zeros(cap - 1, len(joinable)), torch.full((len(joinable),), -1.0), joinable)
-    assert torch.equal(capped_spans(joinable, cap), greedy)
+    _, mergeable, _ = stream(lengths, free, seed)
+    greedy = greedy_spans(torch.zeros(cap - 1, len(mergeable)), torch.full((len(mergeable),), -1.0), mergeable)
+    assert torch.equal(capped_spans(mergeable, cap), greedy)
 
 
 @given(st.integers(0, 40), st.integers(0, 9), seeds)
@@ -101,11 +101,11 @@ def test_spans_of_a_bounded_number(tokens: int, more: int, seed: int) -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 2, 127, 128, 200])
 @pytest.mark.parametrize("cap", [1, 2, 200])
 def test_greedy_at_the_extremes(tokens: int, cap: int) -> None:
-    joinable = torch.arange(tokens) > 0
+    mergeable = torch.arange(tokens) > 0
     everything = torch.zeros(cap - 1, tokens)
-    apart = greedy_spans(everything, torch.zeros(tokens), joinable)
+    apart = greedy_spans(everything, torch.zeros(tokens), mergeable)
     assert apart.all()
-    merged = greedy_spans(everything, torch.full((tokens,), -0.1), joinable)
+    merged = greedy_spans(everything, torch.full((tokens,), -0.1), mergeable)
     assert merged.nonzero().squeeze(1).tolist() == list(range(0, tokens, cap))
 
 
@@ -137,15 +137,15 @@ def test_long_spans_are_cut_into_the_fewest_even_pieces(lengths: list[int], cap:
 
 
 def boundary_reference(
-    similarity: list[float], joinable: list[bool], lengths: list[int], budget: list[int], cap: int
+    similarity: list[float], mergeable: list[bool], lengths: list[int], budget: list[int], cap: int
 ) -> list[bool]:
-    """Per stretch: the most cuts, least similar neighbours first, whose spans of at most `cap` fit the budget."""
+    """Per segment: the most cuts, least similar neighbours first, whose spans of at most `cap` fit the budget."""
     starts, place = [], 0
     for length, allowed in zip(lengths, budget, strict=True):
-        joints = sorted((i for i in range(length) if joinable[place + i]), key=lambda i: (similarity[place + i], i))
+        joints = sorted((i for i in range(length) if mergeable[place + i]), key=lambda i: (similarity[place + i], i))
         best = None
         for cuts in range(len(joints) + 1):
-            cut = [not joinable[place + i] or i in joints[:cuts] for i in range(length)]
+            cut = [not mergeable[place + i] or i in joints[:cuts] for i in range(length)]
             pieces = cut_evenly(cut, cap)
             if best is None or sum(pieces) <= allowed:
                 best = pieces
@@ -157,38 +157,38 @@ def boundary_reference(
 @given(st.lists(st.integers(1, 25), min_size=1, max_size=4), st.integers(1, 8), st.floats(0, 1), seeds)
 @PROPERTY
 def test_boundary_equals_the_reference(lengths: list[int], cap: int, free: float, seed: int) -> None:
-    stretch, joinable, generator = stream(lengths, free, seed)
+    segment, mergeable, generator = stream(lengths, free, seed)
     # Few values: ties are cut from the left.
-    similarity = torch.randint(-5, 6, (len(stretch),), generator=generator) / 5
+    similarity = torch.randint(-5, 6, (len(segment),), generator=generator) / 5
     budget = torch.stack([torch.randint(1, n + 1, (), generator=generator) for n in lengths])
-    starts = boundary_spans(similarity, joinable, stretch, budget, cap)
-    expected = boundary_reference(similarity.tolist(), joinable.tolist(), lengths, budget.tolist(), cap)
+    starts = boundary_spans(similarity, mergeable, segment, budget, cap)
+    expected = boundary_reference(similarity.tolist(), mergeable.tolist(), lengths, budget.tolist(), cap)
     assert starts.tolist() == expected
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(1, 8), st.floats(0, 1), seeds)
 @PROPERTY
 def test_boundary_spends_the_budget_exactly(lengths: list[int], cap: int, free: float, seed: int) -> None:
-    stretch, joinable, generator = stream(lengths, free, seed)
-    similarity = torch.rand(len(stretch), generator=generator) * 2 - 1
+    segment, mergeable, generator = stream(lengths, free, seed)
+    similarity = torch.rand(len(segment), generator=generator) * 2 - 1
     budget = torch.stack([torch.randint(1, n + 1, (), generator=generator) for n in lengths])
-    starts = boundary_spans(similarity, joinable, stretch, budget, cap)
-    assert starts[~joinable].all()
+    starts = boundary_spans(similarity, mergeable, segment, budget, cap)
+    assert starts[~mergeable].all()
     assert Spans.from_starts(starts).lengths.max() <= cap
-    fewest = count_per_stretch(torch.tensor(cut_evenly((~joinable).tolist(), cap)), stretch, len(lengths))
-    assert torch.equal(count_per_stretch(starts, stretch, len(lengths)), budget.maximum(fewest))
+    fewest = count_per_segment(torch.tensor(cut_evenly((~mergeable).tolist(), cap)), segment, len(lengths))
+    assert torch.equal(count_per_segment(starts, segment, len(lengths)), budget.maximum(fewest))
 
 
 @given(st.integers(2, 9), st.floats(0.5, 1), seeds)
 @PROPERTY
 def test_boundary_cuts_are_the_least_similar_of_all_choices(tokens: int, free: float, seed: int) -> None:
-    stretch, joinable, generator = stream([tokens], free, seed)
+    segment, mergeable, generator = stream([tokens], free, seed)
     similarity = torch.rand(tokens, generator=generator) * 2 - 1
-    joints = joinable.nonzero().squeeze(1).tolist()
+    joints = mergeable.nonzero().squeeze(1).tolist()
     for cuts in range(len(joints) + 1):
         budget = torch.tensor([tokens - len(joints) + cuts])
-        starts = boundary_spans(similarity, joinable, stretch, budget, tokens)
-        chosen = (starts & joinable).nonzero().squeeze(1).tolist()
+        starts = boundary_spans(similarity, mergeable, segment, budget, tokens)
+        chosen = (starts & mergeable).nonzero().squeeze(1).tolist()
         cost = {subset: similarity[list(subset)].sum().item() for subset in itertools.combinations(joints, cuts)}
         assert cost[tuple(chosen)] <= min(cost.values()) + 1e-6
 
@@ -196,13 +196,13 @@ def test_boundary_cuts_are_the_least_similar_of_all_choices(tokens: int, free: f
 @given(st.lists(st.integers(1, 80), min_size=1, max_size=4), st.integers(1, 9), st.floats(0.7, 1), seeds)
 @PROPERTY
 def test_uniform_spans_are_equal_and_within_the_budget(lengths: list[int], cap: int, free: float, seed: int) -> None:
-    stretch, joinable, generator = stream(lengths, free, seed)
+    segment, mergeable, generator = stream(lengths, free, seed)
     budget = torch.stack([torch.randint(1, n + 1, (), generator=generator) for n in lengths])
-    starts = uniform_spans(joinable, stretch, budget, cap)
-    assert starts[~joinable].all()
-    fewest = count_per_stretch(torch.tensor(cut_evenly((~joinable).tolist(), cap)), stretch, len(lengths))
-    assert (count_per_stretch(starts, stretch, len(lengths)) <= budget.maximum(fewest)).all()
-    for first, length in free_runs((~joinable).tolist()):
+    starts = uniform_spans(mergeable, segment, budget, cap)
+    assert starts[~mergeable].all()
+    fewest = count_per_segment(torch.tensor(cut_evenly((~mergeable).tolist(), cap)), segment, len(lengths))
+    assert (count_per_segment(starts, segment, len(lengths)) <= budget.maximum(fewest)).all()
+    for first, length in free_runs((~mergeable).tolist()):
         pieces = [n for _, n in free_runs(starts[first : first + length].tolist())]
         assert max(pieces) - min(pieces) <= 1
         assert max(pieces) <= cap
@@ -211,9 +211,9 @@ def test_uniform_spans_are_equal_and_within_the_budget(lengths: list[int], cap: 
 @given(st.integers(1, 200), st.integers(2, 8), st.integers(1, 200))
 @PROPERTY
 def test_uniform_spends_the_budget_of_one_run_exactly(tokens: int, cap: int, budget: int) -> None:
-    stretch, joinable, _ = stream([tokens], 1.0, 0)
+    segment, mergeable, _ = stream([tokens], 1.0, 0)
     budget = min(budget, tokens)
-    starts = uniform_spans(joinable, stretch, torch.tensor([budget]), cap)
+    starts = uniform_spans(mergeable, segment, torch.tensor([budget]), cap)
     assert starts.sum() == max(budget, -(-tokens // cap))
 
 

@@ -20,7 +20,7 @@ from semtoken_hf.span_planner import SpanPlan, plan_spans
 from tests.fixtures.tiny import LLAMA, VOCAB_SIZE, random_ids, tiny_config
 
 MODES = ["sentence", "boundary", "greedy", "uniform"]
-KEEP_FIRST, KEEP_LAST, MIN_LENGTH, CAP = 2, 3, 12, 6
+NUM_SINK_TOKENS, RECENT_WINDOW, MIN_LENGTH, CAP = 2, 3, 12, 6
 SPECIAL, PROTECTED = [LLAMA[f"{name}_token_id"] for name in ("pad", "bos", "eos")], [20, 21]
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)
@@ -30,7 +30,7 @@ each_mode = pytest.mark.parametrize("mode", MODES)
 @functools.cache
 def planner(mode: str) -> SpanPlanner:
     torch.manual_seed(1)
-    kept = {"keep_first": KEEP_FIRST, "keep_last": KEEP_LAST, "protected_token_ids": PROTECTED}
+    kept = {"num_sink_tokens": NUM_SINK_TOKENS, "recent_window": RECENT_WINDOW, "protected_token_ids": PROTECTED}
     config = tiny_config(segmentation_mode=mode, min_prompt_length=MIN_LENGTH, max_span_length=CAP, **kept)
     encoder = SemanticEncoder(config)
     table = encoder.encoder.embeddings.weight
@@ -102,7 +102,7 @@ def whole_tokens(batch: Batch, row: int, columns: list[int], read: list[int]) ->
     """Laws 2 and 6 token by token; `read` are the places that are read among the row's tokens."""
     ends, out = {*read, len(columns) - 1}, []
     for place, column in enumerate(columns):
-        is_kept = place < KEEP_FIRST or any(0 <= end - place < KEEP_LAST for end in ends)
+        is_kept = place < NUM_SINK_TOKENS or any(0 <= end - place < RECENT_WINDOW for end in ends)
         is_marked = batch.protected[row, column] or batch.ids[row, column] in (*SPECIAL, *PROTECTED)
         out.append(bool(is_kept or place - 1 in read or is_marked))
     return out
@@ -121,9 +121,9 @@ def test_law_2_and_6_what_is_read_scored_or_protected_stays_whole(batch: Batch) 
 
 @given(batches(), seeds)
 @PROPERTY
-def test_law_3_a_stretch_is_planned_from_its_own_tokens(batch: Batch, seed: int) -> None:
+def test_law_3_a_segment_is_planned_from_its_own_tokens(batch: Batch, seed: int) -> None:
     plan = batch.plan()
-    mine = plan.layout.stretch == plan.layout.lengths.argmax()
+    mine = plan.layout.segment == plan.layout.lengths.argmax()
     inside = torch.zeros_like(batch.mask, dtype=torch.bool).flatten()
     inside[plan.layout.token_index[mine]] = True
     other = torch.randint(0, VOCAB_SIZE, batch.ids.shape, generator=torch.Generator().manual_seed(seed))
@@ -191,7 +191,7 @@ def test_a_plan_from_outside_needs_no_encoder_and_yields_to_protection() -> None
     read, protected = (torch.arange(24) == place for place in (12, 5))
     given = torch.tensor([[0, 0, *[1] * 8, *[2] * 8, *[3] * 6]])
     plan = plan_spans(config, None, ids, read_mask=read[None], protected_mask=protected[None], span_ids=given)
-    # keep_first 0-1; protected 5; keep_last 10-12, of which 12 is read; scored 13; the last stretch is too short.
+    # Sinks 0-1; protected 5; recent window 10-12, of which 12 is read; scored 13; the last segment is too short.
     assert plan.span_ids.tolist() == [[0, 1, 2, 2, 2, 3, 4, 4, 4, 4, *range(5, 19)]]
     with pytest.raises(ValueError, match="planning needs the encoder"):
         plan_spans(config, None, ids)
@@ -250,5 +250,5 @@ def test_nearly_empty_inputs(mode: str) -> None:
 @each_mode
 def test_the_start_of_a_later_turn_may_merge(mode: str) -> None:
     ids = random_ids(1, 60) * 0 + 9
-    assert slot_sizes(planner(mode).plan(ids, target_ratio=8.0))[0, :KEEP_FIRST].tolist() == [1] * KEEP_FIRST
-    assert slot_sizes(planner(mode).plan(ids, target_ratio=8.0, opens_row=False))[0, 0] > 1
+    assert slot_sizes(planner(mode).plan(ids, target_ratio=8.0))[0, :NUM_SINK_TOKENS].tolist() == [1] * NUM_SINK_TOKENS
+    assert slot_sizes(planner(mode).plan(ids, target_ratio=8.0, is_sequence_start=False))[0, 0] > 1

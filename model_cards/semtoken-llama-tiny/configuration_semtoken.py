@@ -17,6 +17,8 @@ logger = get_logger(__name__)
 POSITION_MODES = ("original", "compact")
 SEGMENTATION_MODES = ("sentence", "greedy", "boundary", "uniform")
 OLD_FIELDS = ("recency",)  # still read, see `_read_old_fields`
+# Names of before, which stand for the new ones wherever a field is read or set.
+RENAMED = {"keep_first": "num_sink_tokens", "keep_last": "recent_window", "max_kept_tokens": "max_slots"}
 TEXT_MARKERS = ("sentence_ends", "line_breaks", "turn_opening", "turn_ending")
 MERGE_MODES = ("mean", "representative", "learned")
 MERGER_BASES = ("mean", "representative")
@@ -75,8 +77,8 @@ class SemTokenConfigMixin:
     Args:
         compression: False makes the model behave exactly like the family's plain model.
         target_ratio: tokens per slot, >= 1; at most `ceil(n / target_ratio)` slots are kept of an n-token prompt.
-            None: no ratio; then `max_kept_tokens` or `similarity_threshold` decides.
-        max_kept_tokens: absolute budget of slots of a prompt, beside the ratio (the smaller one counts).
+            None: no ratio; then `max_slots` or `similarity_threshold` decides.
+        max_slots: absolute budget of slots of a prompt, beside the ratio (the smaller one counts).
         similarity_threshold: tau of the paper, in [-1, 1], for the greedy mode. None: solved for the budget, the
             highest at which merging every span is enough. A number: an upper bound on tau, lowered until the budget
             is met; what it leaves of the budget keeps the spans of highest entropy fine.
@@ -86,12 +88,12 @@ class SemTokenConfigMixin:
             `query_mask` of the call, or the end of the last user turn of a chat. In [0, 16]; 0: none is looked for.
             Sentence mode only.
         max_span_length: L of the paper: no slot holds more tokens. At most 1,024.
-        keep_first: tokens at the start of a row that stay whole.
-        keep_last: tokens before every position that is read that stay whole.
-        min_prompt_length: shorter stretches are left alone.
+        num_sink_tokens: tokens at the start of a row that stay whole.
+        recent_window: tokens before every position that is read that stay whole.
+        min_prompt_length: shorter segments are left alone.
         recompress_every: while generating, read the generated tokens again into merged slots whenever this many are
-            there beyond the last `keep_last`, so that the cache grows at 1 / ratio. At least `min_prompt_length -
-            keep_last`. None: generated tokens keep slots of their own.
+            there beyond the last `recent_window`, so that the cache grows at 1 / ratio. At least `min_prompt_length -
+            recent_window`. None: generated tokens keep slots of their own.
         position_mode: "original": a slot carries the position of one of its tokens; "compact": 0..m-1.
         segmentation_mode: "sentence" keeps whole sentences, those most relevant to the question or the latest, and
             merges what lies between; "greedy" is the paper's anchor clustering with its entropy budget; "boundary" cuts
@@ -121,16 +123,17 @@ class SemTokenConfigMixin:
     keys_to_ignore_at_inference = ["past_key_values", "span_ids", "compressed_lengths"]
     # A family that learns a vector for each position knows "compact" alone.
     position_modes: ClassVar[tuple[str, ...]] = POSITION_MODES
+    attribute_map: ClassVar[dict[str, str]]
 
     compression: bool = True
     target_ratio: float | int | None = 2.4
-    max_kept_tokens: int | None = None
+    max_slots: int | None = None
     similarity_threshold: float | int | None = None
     entropy_threshold: float | int | None = None
     query_weight: float | int = 1.0
     max_span_length: int = 256
-    keep_first: int = 4
-    keep_last: int = 64
+    num_sink_tokens: int = 4
+    recent_window: int = 64
     min_prompt_length: int = 256
     recompress_every: int | None = None
     position_mode: str = "original"
@@ -147,6 +150,10 @@ class SemTokenConfigMixin:
     fingerprint_radius: int = 2
     protected_token_ids: list[int] | None = None
     text_markers: dict | None = None
+
+    def __init_subclass__(cls, *args: Any, **kwargs: Any):
+        super().__init_subclass__(*args, **kwargs)
+        cls.attribute_map = {**getattr(cls, "attribute_map", {}), **RENAMED}
 
     def __post_init__(self, **kwargs):
         check_layers(vars(self))
@@ -235,11 +242,11 @@ def _check_single_fields(config: Any) -> None:
     if config.target_ratio is not None:
         check_ratio(config.target_ratio)
     for name, low, high, optional in (
-        ("max_kept_tokens", 1, MOST, True),
+        ("max_slots", 1, MOST, True),
         ("recompress_every", 1, MOST, True),
         ("max_span_length", 1, 1024, False),
-        ("keep_first", 0, MOST, False),
-        ("keep_last", 0, MOST, False),
+        ("num_sink_tokens", 0, MOST, False),
+        ("recent_window", 0, MOST, False),
         ("min_prompt_length", 0, MOST, False),
         ("encoder_window", 1, 8192, False),
         ("encoder_overlap", 0, MOST, False),
@@ -305,16 +312,16 @@ def _check_fields_together(config: Any) -> None:
             f"`encoder_window` must be at most the encoder's {longest} positions, got {config.encoder_window}"
         )
     every = config.recompress_every
-    if every is not None and every + config.keep_last < config.min_prompt_length:
+    if every is not None and every + config.recent_window < config.min_prompt_length:
         raise ValueError(
-            "`recompress_every` must be None or at least min_prompt_length - keep_last = "
-            f"{config.min_prompt_length - config.keep_last}, since shorter text is left alone, got {every}"
+            "`recompress_every` must be None or at least min_prompt_length - recent_window = "
+            f"{config.min_prompt_length - config.recent_window}, since shorter text is left alone, got {every}"
         )
     tau = config.similarity_threshold
     by_threshold = config.segmentation_mode == "greedy" and tau is not None and tau > -1
-    if config.target_ratio is None and config.max_kept_tokens is None and not by_threshold:
+    if config.target_ratio is None and config.max_slots is None and not by_threshold:
         raise ValueError(
-            "set `target_ratio` or `max_kept_tokens`, or `similarity_threshold` > -1 with segmentation_mode='greedy': "
+            "set `target_ratio` or `max_slots`, or `similarity_threshold` > -1 with segmentation_mode='greedy': "
             "otherwise nothing decides how far to merge"
         )
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from .adapter_semtoken import load_adapter, remembering_rows, save_adapter, saves_adapter, without_adapter
-from .cache_semtoken import tracks_slots
+from .cache_semtoken import is_semtoken_cache
 from .cached_turn import mask_of_turn
 from .compression import CompressedPrompt, compress_prompt
 from .configuration_semtoken import check_query_weight, check_ratio
@@ -187,7 +187,7 @@ class SemTokenPreTrainedMixin:
         """
         model, offset = self.base_model, None
         mode = self.config.position_mode if position_mode is None else position_mode
-        if tracks_slots(past_key_values) and past_key_values.slot_lengths is not None:
+        if is_semtoken_cache(past_key_values) and past_key_values.slot_lengths is not None:
             cache = past_key_values
             offset = cache.compressed_lengths if mode == "compact" else cache.original_lengths
         return compress_prompt(
@@ -204,7 +204,7 @@ class SemTokenPreTrainedMixin:
             protected_mask=protected_mask,
             span_ids=span_ids,
             target_ratio=target_ratio,
-            opens_row=offset is None,
+            is_sequence_start=offset is None,
             query_mask=query_mask,
             query_weight=query_weight,
         )
@@ -221,7 +221,7 @@ class SemTokenPreTrainedMixin:
             raise ValueError(f"`compression` must be True or False, got {compression!r}")
         wanted = self.config.compression if compression is None else compression
         ratio = self.config.target_ratio if target_ratio is None else target_ratio
-        return bool(wanted) and not (ratio == 1 and self.config.max_kept_tokens is None)
+        return bool(wanted) and not (ratio == 1 and self.config.max_slots is None)
 
     def _is_compressible(self, call: dict[str, Any]) -> bool:
         """Whether the compression stage can read a call of `forward`; warns where only its form forbids it."""
@@ -252,7 +252,7 @@ def _unsupported_reason(call: dict[str, Any]) -> str | None:
         )
     if mask is not None and getattr(mask, "ndim", 0) != 2:
         return "a prepared attention mask cannot be shortened; pass a 2D mask"
-    if cache is not None and not tracks_slots(cache):
+    if cache is not None and not is_semtoken_cache(cache):
         return f"{type(cache).__name__} cannot hold merged slots; pass a SemTokenCache or leave `past_key_values` out"
     if call.get("shift_labels") is not None:
         return "`shift_labels` is not supported; pass `labels`"

@@ -1,6 +1,6 @@
 """How many slots there will be, learned before the encoder runs: the one wait of the host for the device in the stage.
 
-A budget says how many slots each stretch keeps whatever the fingerprints are; only thresholds without a budget have
+A budget says how many slots each segment keeps whatever the fingerprints are; only thresholds without a budget have
 to wait a second time, for the spans they found.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .granularity import Granularity, slots_of_stretches, stretch_budgets
+from .granularity import CompressionBudget, segment_budgets, slots_of_segments
 from .token_layout import TokenLayout
 
 
@@ -21,7 +21,7 @@ class SlotCounts:
 
     Attributes:
         tokens: of the stream, padding left out.
-        stretches: of the stream.
+        segments: of the stream.
         windows: that the encoder reads.
         rows: slots of each row; None where only the fingerprints will tell.
         budgets_met: False where protected tokens or the span cap leave a row more slots than its budget.
@@ -30,7 +30,7 @@ class SlotCounts:
     """
 
     tokens: int
-    stretches: int
+    segments: int
     windows: int
     rows: list[int] | None
     budgets_met: bool
@@ -54,20 +54,20 @@ def kept_per_row(starts: Tensor, row: Tensor, batch_size: int) -> Tensor:
     return torch.zeros(batch_size, dtype=torch.long, device=row.device).index_add_(0, row, starts.long())
 
 
-def budget_per_row(layout: TokenLayout, granularity: Granularity, batch_size: int) -> Tensor:
+def budget_per_row(layout: TokenLayout, granularity: CompressionBudget, batch_size: int) -> Tensor:
     """Slots that each row may keep, int64 [B]; all of its tokens where there is no budget."""
-    return _per_row(stretch_budgets(layout.lengths, granularity), layout, batch_size)
+    return _per_row(segment_budgets(layout.lengths, granularity), layout, batch_size)
 
 
 def _per_row(values: Tensor, layout: TokenLayout, batch_size: int) -> Tensor:
-    """Sum of `values` (int64 [S], 0 for empty stretches) over the stretches of each row."""
+    """Sum of `values` (int64 [S], 0 for empty segments) over the segments of each row."""
     row = layout.row[layout.starts.clamp(max=len(layout.row) - 1)]
     return values.new_zeros(batch_size).index_add_(0, row, values)
 
 
 def count_slots(
     layout: TokenLayout,
-    granularity: Granularity,
+    granularity: CompressionBudget,
     batch_size: int,
     windows: Tensor,
     starts: Tensor | None = None,
@@ -86,7 +86,7 @@ def count_slots(
         is_known: bool scalar, whether every token is of the vocabulary.
     """
     if starts is None:
-        rows = _per_row(slots_of_stretches(layout, granularity), layout, batch_size)
+        rows = _per_row(slots_of_segments(layout, granularity), layout, batch_size)
     else:
         rows = kept_per_row(starts & layout.is_token, layout.row, batch_size)
     met = (rows <= budget_per_row(layout, granularity, batch_size)).all()
@@ -95,10 +95,10 @@ def count_slots(
     flags = [met.long(), *(yes if flag is None else flag.long() for flag in (is_valid, is_known))]
     # Here the host waits.
     known = torch.cat([rows, torch.stack([*sizes, *flags])]).tolist()
-    tokens, stretches, read, *answers = known[batch_size:]
+    tokens, segments, read, *answers = known[batch_size:]
     rows_known = starts is not None or granularity.has_budget
     slots = known[:batch_size] if rows_known else None
-    return SlotCounts(tokens, stretches, read, slots, *map(bool, answers))
+    return SlotCounts(tokens, segments, read, slots, *map(bool, answers))
 
 
 __all__ = ["SlotCounts", "count_slots", "kept_per_row"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .configuration_semtoken import base_merge_mode, check_query_weight, check_ratio
-from .granularity import Granularity, Text, find_span_starts
+from .granularity import CompressionBudget, Text, find_span_starts
 from .question_finding import find_question
 from .semantic_encoder import SemanticEncoder
 from .slot_counts import SlotCounts, budget_per_row, count_slots, kept_per_row
@@ -31,7 +31,7 @@ class SpanPlan:
         span_ids: int64 [B, T], slot of every token counted from 0 in its row; -1 for padding.
         original_lengths: int64 [B], tokens of each row without padding.
         kept_lengths: int64 [B], slots of each row.
-        budgets: int64 [B], slots that the ratio and `max_kept_tokens` allow; all tokens where there is no budget.
+        budgets: int64 [B], slots that the ratio and `max_slots` allow; all tokens where there is no budget.
         budget_met: bool [B], False where protected tokens or the span cap left more slots than that.
         slot_counts: `kept_lengths` on the host.
         all_budgets_met: `budget_met` of all rows, on the host.
@@ -56,7 +56,7 @@ def needs_encoder(config: Any) -> bool:
     return config.segmentation_mode != "uniform"
 
 
-def granularity_of(config: Any, target_ratio: float | None, query_weight: float | None = None) -> Granularity:
+def granularity_of(config: Any, target_ratio: float | None, query_weight: float | None = None) -> CompressionBudget:
     """The configuration's granularity, with the ratio and the weight of this call if they are given.
 
     Raises:
@@ -66,9 +66,9 @@ def granularity_of(config: Any, target_ratio: float | None, query_weight: float 
         check_ratio(target_ratio)
     if query_weight is not None:
         check_query_weight(query_weight)
-    return Granularity(
+    return CompressionBudget(
         target_ratio=config.target_ratio if target_ratio is None else target_ratio,
-        max_kept_tokens=config.max_kept_tokens,
+        max_slots=config.max_slots,
         similarity_threshold=config.similarity_threshold,
         entropy_threshold=config.entropy_threshold,
         max_span_length=config.max_span_length,
@@ -117,7 +117,7 @@ def plan_spans(
     protected_mask: Tensor | None = None,
     span_ids: Tensor | None = None,
     target_ratio: float | None = None,
-    opens_row: bool = True,
+    is_sequence_start: bool = True,
     query_mask: Tensor | None = None,
     query_weight: float | None = None,
 ) -> SpanPlan:
@@ -134,7 +134,7 @@ def plan_spans(
         span_ids: int [B, T], a ready plan (slot of every token, -1 for padding), used instead of planning; tokens
             that are read or protected are still taken out of their spans.
         target_ratio: tokens per slot, instead of the configuration's.
-        opens_row: False for a later turn, where `keep_first` has had its effect.
+        is_sequence_start: False for a later turn, where `num_sink_tokens` has had its effect.
         query_mask: [B, T], non-zero for the tokens of the question, which stay whole; None: what `find_question`
             finds in a chat.
         query_weight: how much the question decides, instead of the configuration's.
@@ -149,7 +149,7 @@ def plan_spans(
     if query_mask is not None:
         query_mask = check_mask(query_mask, input_ids, "query_mask")
     granularity = granularity_of(config, target_ratio, query_weight)
-    layout = _lay_out(config, input_ids, valid, read_mask, protected_mask, query_mask, opens_row)
+    layout = _lay_out(config, input_ids, valid, read_mask, protected_mask, query_mask, is_sequence_start)
     # A ready plan says which tokens merge, but not which of them represents the others.
     needed = needs_encoder(config) if span_ids is None else base_merge_mode(config) == "representative"
     if not needed and config.merge_mode != "learned":
@@ -168,7 +168,7 @@ def plan_spans(
         )
     if not counts.is_valid:
         raise ValueError("`span_ids` must be -1 exactly at padding and count 0, 1, 2, ... without gaps along each row")
-    layout = layout.trim(counts.tokens, counts.stretches)
+    layout = layout.trim(counts.tokens, counts.segments)
     fingerprints = None
     ids = input_ids.flatten()[layout.token_index]
     if encoder is not None:
@@ -186,7 +186,7 @@ def _lay_out(
     read_mask: Tensor | None,
     protected_mask: Tensor | None,
     query_mask: Tensor | None,
-    opens_row: bool,
+    is_sequence_start: bool,
 ) -> TokenLayout:
     read = last_valid_token(valid) if read_mask is None else check_mask(read_mask, input_ids, "read_mask") & valid
     protected = torch.isin(input_ids, on_device(always_protected(config), input_ids.device))
@@ -194,8 +194,8 @@ def _lay_out(
         protected = protected | check_mask(protected_mask, input_ids, "protected_mask")
     if query_mask is not None:
         protected = protected | query_mask
-    keep_first = config.keep_first if opens_row else 0
-    return build_layout(valid, read, protected, keep_first, config.keep_last, config.min_prompt_length)
+    num_sink_tokens = config.num_sink_tokens if is_sequence_start else 0
+    return build_layout(valid, read, protected, num_sink_tokens, config.recent_window, config.min_prompt_length)
 
 
 def read_text(config: Any, ids: Tensor, query_mask: Tensor | None, layout: TokenLayout) -> Text:
@@ -216,7 +216,7 @@ def is_marker(config: Any, ids: Tensor, name: str) -> Tensor:
 
 
 def _starts_without_encoder(
-    layout: TokenLayout, granularity: Granularity, span_ids: Tensor | None, valid: Tensor
+    layout: TokenLayout, granularity: CompressionBudget, span_ids: Tensor | None, valid: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """Where slots begin, bool [N], if no fingerprint is needed to say it, and for a ready plan whether it is one."""
     if span_ids is not None:
@@ -246,19 +246,19 @@ def starts_from_span_ids(span_ids: Tensor, valid: Tensor, layout: TokenLayout) -
         raise ValueError(f"`span_ids` must hold integers, got {span_ids.dtype}")
     span_ids = span_ids.to(valid.device).long()
     stream = span_ids.flatten()[layout.token_index]
-    opens_row = layout.position == 0
+    is_sequence_start = layout.position == 0
     step = torch.ones_like(stream)
     step[1:] = stream[1:] - stream[:-1]
-    in_order = torch.where(opens_row, stream == 0, (step == 0) | (step == 1)) | ~layout.is_token
+    in_order = torch.where(is_sequence_start, stream == 0, (step == 0) | (step == 1)) | ~layout.is_token
     is_valid = ((span_ids == -1) == ~valid).all() & in_order.all()
-    return opens_row | (step == 1) | ~layout.joinable, is_valid
+    return is_sequence_start | (step == 1) | ~layout.mergeable, is_valid
 
 
 def _finish_plan(
     starts: Tensor,
     fingerprints: Tensor | None,
     layout: TokenLayout,
-    granularity: Granularity,
+    granularity: CompressionBudget,
     valid: Tensor,
     counts: SlotCounts,
 ) -> SpanPlan:

@@ -1,9 +1,9 @@
-"""Which tokens are planned together: rows of a batch as one packed stream of independent stretches.
+"""Which tokens are planned together: rows of a batch as one packed stream of independent segments.
 
 - Padding goes to the end of the stream and is cut off, so a plan cannot depend on it (law 4).
-- A stretch ends with a position that is read; a scored token that is not read itself is a stretch of its own. So no
-  stretch holds anything that an earlier logit is scored on (law 3).
-- How many tokens and stretches there are, only the device knows: tensors have the size of the batch until `trim` is
+- A segment ends with a position that is read; a scored token that is not read itself is a segment of its own. So no
+  segment holds anything that an earlier logit is scored on (law 3).
+- How many tokens and segments there are, only the device knows: tensors have the size of the batch until `trim` is
   told the numbers, so that nothing here waits for it.
 """
 
@@ -18,35 +18,35 @@ from torch import Tensor
 
 @dataclass
 class TokenLayout:
-    """A batch of token ids as one stream of N tokens in S stretches.
+    """A batch of token ids as one stream of N tokens in S segments.
 
     Attributes:
         token_index: int64 [N], index of each token in the flattened `[B * T]` batch.
         row: int64 [N], batch row of each token.
         position: int64 [N], 0-based place of each token among the tokens of its row.
-        stretch: int64 [N], stretch of each token, counted over the whole stream.
-        starts: int64 [S], first token of each stretch in the stream.
-        lengths: int64 [S], tokens of each stretch.
-        solo: bool [N], tokens that keep a slot of their own.
+        segment: int64 [N], segment of each token, counted over the whole stream.
+        starts: int64 [S], first token of each segment in the stream.
+        lengths: int64 [S], tokens of each segment.
+        unmergeable: bool [N], tokens that keep a slot of their own.
 
-    Before `trim`, padding follows the last token and empty stretches the last stretch.
+    Before `trim`, padding follows the last token and empty segments the last segment.
     """
 
     token_index: Tensor
     row: Tensor
     position: Tensor
-    stretch: Tensor
+    segment: Tensor
     starts: Tensor
     lengths: Tensor
-    solo: Tensor
+    unmergeable: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenLayout:
         """The layout on another device; `accelerate` calls it where a model is spread over several."""
         return TokenLayout(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 
-    def trim(self, tokens: int, stretches: int) -> TokenLayout:
-        """The layout without padding and empty stretches, given how many others there are."""
-        sizes = {"starts": stretches, "lengths": stretches}
+    def trim(self, tokens: int, segments: int) -> TokenLayout:
+        """The layout without padding and empty segments, given how many others there are."""
+        sizes = {"starts": segments, "lengths": segments}
         return TokenLayout(*(getattr(self, f.name)[: sizes.get(f.name, tokens)] for f in fields(self)))
 
     @property
@@ -56,39 +56,39 @@ class TokenLayout:
 
     @property
     def to_end(self) -> Tensor:
-        """int64 [N]: tokens between each token and the end of its stretch."""
-        return distance_to_end(self.stretch, self.starts, self.lengths)
+        """int64 [N]: tokens between each token and the end of its segment."""
+        return distance_to_end(self.segment, self.starts, self.lengths)
 
-    def stretch_at(self, index: Tensor) -> Tensor:
-        """Stretch of the tokens `index` [n]: int64 [n]; behind the last token, that of the last."""
-        return self.stretch[index.clamp(max=len(self.stretch) - 1)]
+    def segment_at(self, index: Tensor) -> Tensor:
+        """Segment of the tokens `index` [n]: int64 [n]; behind the last token, that of the last."""
+        return self.segment[index.clamp(max=len(self.segment) - 1)]
 
     @property
-    def joinable(self) -> Tensor:
+    def mergeable(self) -> Tensor:
         """bool [N]: True where a token may share a slot with the token before it."""
-        free = ~self.solo
-        joinable = torch.zeros_like(free)
-        joinable[1:] = free[1:] & free[:-1] & (self.stretch[1:] == self.stretch[:-1])
-        return joinable
+        free = ~self.unmergeable
+        mergeable = torch.zeros_like(free)
+        mergeable[1:] = free[1:] & free[:-1] & (self.segment[1:] == self.segment[:-1])
+        return mergeable
 
 
 def build_layout(
     valid: Tensor,
     read: Tensor,
     protected: Tensor,
-    keep_first: int,
-    keep_last: int,
+    num_sink_tokens: int,
+    recent_window: int,
     min_length: int,
 ) -> TokenLayout:
-    """Pack a batch into stretches and mark what stays whole.
+    """Pack a batch into segments and mark what stays whole.
 
     Args:
         valid: bool [B, T], False for padding.
         read: bool [B, T], positions whose logits somebody asked for.
         protected: bool [B, T], tokens that must not merge for any other reason.
-        keep_first: tokens at the start of every row that stay whole.
-        keep_last: tokens at the end of every stretch that stay whole.
-        min_length: stretches shorter than this stay whole.
+        num_sink_tokens: tokens at the start of every row that stay whole.
+        recent_window: tokens at the end of every segment that stay whole.
+        min_length: segments shorter than this stay whole.
     """
     flat, columns = valid.flatten(), valid.shape[1]
     place = torch.arange(flat.numel(), device=flat.device)
@@ -105,15 +105,15 @@ def build_layout(
     scored = _shifted(is_read) & ~first_of_row & is_token
     opens = first_of_row | scored | (_shifted(scored) & is_token)
 
-    # Padding is one more stretch, which `starts` and `lengths` do not have.
-    stretch = (opens | (place == tokens)).long().cumsum(0) - 1
+    # Padding is one more segment, which `starts` and `lengths` do not have.
+    segment = (opens | (place == tokens)).long().cumsum(0) - 1
     starts = indices_where(opens, len(opens)).minimum(tokens)
     lengths = torch.cat([starts, tokens]).diff()
 
-    to_end = distance_to_end(stretch, starts, lengths)
-    solo = is_read | scored | protected.flatten()[token_index] | ~is_token
-    solo |= (position < keep_first) | (to_end < keep_last) | (lengths[stretch] < min_length)
-    return TokenLayout(token_index, row, position, stretch, starts, lengths, solo)
+    to_end = distance_to_end(segment, starts, lengths)
+    unmergeable = is_read | scored | protected.flatten()[token_index] | ~is_token
+    unmergeable |= (position < num_sink_tokens) | (to_end < recent_window) | (lengths[segment] < min_length)
+    return TokenLayout(token_index, row, position, segment, starts, lengths, unmergeable)
 
 
 def _shifted(flags: Tensor) -> Tensor:

@@ -193,9 +193,9 @@ class SemTokenCache(DynamicCache):
         self.slot_lengths = function(self.slot_lengths)
 
 
-def tracks_slots(cache: Any) -> bool:
+def is_semtoken_cache(cache: Any) -> bool:
     """Whether `cache` is a SemTokenCache; by its interface, since remote code may define the class a second time."""
     return hasattr(cache, "slot_lengths") and hasattr(cache, "record")
 
 
-__all__ = ["SemTokenCache", "tracks_slots"]
+__all__ = ["SemTokenCache", "is_semtoken_cache"]

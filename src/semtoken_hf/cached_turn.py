@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache_semtoken import tracks_slots
+from .cache_semtoken import is_semtoken_cache
 
 
 @dataclass
@@ -61,7 +61,7 @@ def mask_of_turn(mask: Tensor | None, input_ids: Tensor, cache: Any) -> Tensor |
 
 def apply_past_mask(mask: Tensor | None, columns: Tensor | None, cache: Any) -> None:
     """Drop from a cache what the mask of a new turn hides of earlier ones; ignored when decoding."""
-    if mask is None or columns is None or not tracks_slots(cache):
+    if mask is None or columns is None or not is_semtoken_cache(cache):
         return
     if getattr(mask, "ndim", 0) != 2 or columns.shape[1] == 1:
         return

@@ -55,7 +55,7 @@ class CompressedPrompt:
             in column `M - kept_lengths[b] + span_ids[b, t]`.
         original_lengths: int64 [B], tokens of each row.
         kept_lengths: int64 [B], slots of each row.
-        budgets: int64 [B], slots that the ratio and `max_kept_tokens` allow each row.
+        budgets: int64 [B], slots that the ratio and `max_slots` allow each row.
         budget_met: bool [B], False where protected tokens or the span cap forbade the budget.
         slot_counts: `kept_lengths` on the host.
         is_merged: whether any slot stands for more than one token.
@@ -127,7 +127,7 @@ def compress_prompt(
         position_offset: int64 [B], added to the positions that are counted here: what the cache already holds.
         position_mode: instead of the configuration's.
         merger: the learned residual, if the checkpoint has one.
-        planning: `attention_mask`, `read_mask`, `protected_mask`, `span_ids`, `target_ratio`, `opens_row`,
+        planning: `attention_mask`, `read_mask`, `protected_mask`, `span_ids`, `target_ratio`, `is_sequence_start`,
             `query_mask`, `query_weight` of `plan_spans`.
 
     Raises:
@@ -218,7 +218,7 @@ def _warn_of_merging(config: Any, position_mode: str, budgets_met: bool) -> None
         )
     if not budgets_met:
         logger.warning_once(
-            "SemToken kept more slots than the budget allows: protected tokens, `keep_first`/`keep_last`, "
+            "SemToken kept more slots than the budget allows: protected tokens, `num_sink_tokens`/`recent_window`, "
             f"`min_prompt_length` ({config.min_prompt_length}) or `max_span_length` ({config.max_span_length}) "
             "forbid it. See `CompressedPrompt.budget_met`."
         )

@@ -104,7 +104,7 @@ class SemTokenContinuousBatchingManager(ContinuousBatchingManager):
         ids = torch.tensor([list(input_ids)], device=model.device)
         if not model._wants_compression(compression, target_ratio) or model._is_short(ids.shape[1]):
             return None
-        if (reason := self._why_not()) is not None:
+        if (reason := self._unsupported_reason()) is not None:
             model._warn_uncompressed(reason)
             return None
         rows = {name: None if v is None else torch.as_tensor(v, device=ids.device)[None] for name, v in masks.items()}
@@ -112,7 +112,7 @@ class SemTokenContinuousBatchingManager(ContinuousBatchingManager):
         log_prefill(prompt)
         return prompt if prompt.is_merged else None
 
-    def _why_not(self) -> str | None:
+    def _unsupported_reason(self) -> str | None:
         """Why no prompt of this manager can be compressed, or None."""
         if self.distributed_helper.tp_size > 1:
             return "continuous batching on several devices would need the slots on each of them"
@@ -174,7 +174,7 @@ def _unrecorded(runner: Any, applies: bool) -> Iterator[None]:
             setattr(runner, name, value)
 
 
-def take_over(manager: Any) -> Any:
+def wrap_manager(manager: Any) -> Any:
     """Make a manager of Transformers compress: its own code names its class, so the class is exchanged.
 
     Warns and leaves it plain where Transformers lacks a method that has to be overridden.
@@ -196,4 +196,4 @@ def take_over(manager: Any) -> Any:
     return manager
 
 
-__all__ = ["SemTokenContinuousBatchingManager", "take_over"]
+__all__ = ["SemTokenContinuousBatchingManager", "wrap_manager"]

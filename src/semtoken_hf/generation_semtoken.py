@@ -19,7 +19,7 @@ from transformers import DynamicCache, QuantizedCache
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from .cache_bytes import is_quantized
-from .cache_semtoken import SemTokenCache, tracks_slots
+from .cache_semtoken import SemTokenCache, is_semtoken_cache
 from .cached_turn import check_chunk_size
 from .configuration_semtoken import validate_compression_fields
 from .logging_semtoken import get_logger
@@ -92,7 +92,7 @@ class SemTokenGenerationMixin:
             model_kwargs["compression"] = False
             return result
         cache = model_kwargs.get("past_key_values")
-        if not tracks_slots(cache) and not getattr(cache, "_is_user_defined", False):
+        if not is_semtoken_cache(cache) and not getattr(cache, "_is_user_defined", False):
             if type(cache) in (DynamicCache, QuantizedCache):
                 cache = model_kwargs["past_key_values"] = SemTokenCache.from_cache(cache)
             else:
@@ -100,7 +100,7 @@ class SemTokenGenerationMixin:
                 if not is_short:
                     self._warn_uncompressed(f"{kind} cannot hold merged slots; use the default cache")
                 model_kwargs["compression"] = False
-        if tracks_slots(cache) and self.config.recompress_every is not None:
+        if is_semtoken_cache(cache) and self.config.recompress_every is not None:
             # Mostly set on a loaded model, and too small a number would never merge anything.
             validate_compression_fields(self.config)
             # Layers with a sliding window forget what a crop would have to bring back.
@@ -109,7 +109,7 @@ class SemTokenGenerationMixin:
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any):
         model_kwargs = kwargs["model_kwargs"]
-        if tracks_slots(model_kwargs.get("past_key_values")):
+        if is_semtoken_cache(model_kwargs.get("past_key_values")):
             model_kwargs["past_key_values"].generated = GeneratedText(kwargs["input_ids"].shape[1])
         # Transformers hands our arguments on to the assistant, which refuses them if it is a plain model.
         assistant = kwargs.get("assistant_model")
@@ -129,7 +129,7 @@ class SemTokenGenerationMixin:
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args: Any, **kwargs: Any):
         cache = model_kwargs.get("past_key_values")
-        if not tracks_slots(cache):
+        if not is_semtoken_cache(cache):
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         model_kwargs = dict(model_kwargs)
         if generation_config.prefill_chunk_size is not None:
@@ -177,16 +177,16 @@ class SemTokenGenerationMixin:
         if next_sequence_length is not None and not kwargs.get("is_first_iteration"):
             again = self._count_to_read_again(past_key_values, kwargs)
         if again:
-            length, keep_last = again + 1, self.config.keep_last
+            length, recent_window = again + 1, self.config.recent_window
             text, ratio = past_key_values.generated, kwargs.get("target_ratio") or self.config.target_ratio
             past_key_values.crop(-again)
-            text.start += length - keep_last
+            text.start += length - recent_window
             next_sequence_length = length + drafted
             # They are the prompt's, even where it happens to be as long as what is read again.
             kwargs |= dict.fromkeys(PROMPT_ARGUMENTS)
             if ratio is not None:
                 # The recent window comes on top, so that the cache grows at exactly 1 / ratio.
-                kwargs["target_ratio"] = length / (math.ceil((length - keep_last) / ratio - 1e-9) + keep_last)
+                kwargs["target_ratio"] = length / (math.ceil((length - recent_window) / ratio - 1e-9) + recent_window)
             if text.filler is not None and len(input_ids) > 1 and not drafted:
                 attention_mask = _mask_filler(input_ids, attention_mask, next_sequence_length, text.filler)
         return super().prepare_inputs_for_generation(
@@ -201,12 +201,12 @@ class SemTokenGenerationMixin:
     def _count_to_read_again(self, cache: Any, kwargs: dict[str, Any]) -> int:
         """Generated tokens in the cache, if it is time to merge them; else 0."""
         every = self.config.recompress_every
-        if every is None or not tracks_slots(cache) or cache.generated is None:
+        if every is None or not is_semtoken_cache(cache) or cache.generated is None:
             return 0
         if not self._wants_compression(kwargs.get("compression"), kwargs.get("target_ratio")):
             return 0
         count = cache.get_seq_length() - cache.generated.start
-        if count < every + self.config.keep_last - 1:
+        if count < every + self.config.recent_window - 1:
             return 0
         if is_quantized(cache):
             logger.warning_once("`recompress_every` has no effect with a quantised cache, which cannot be cropped")

@@ -16,7 +16,7 @@ from transformers.utils import can_return_tuple
 
 from .adapter_semtoken import adapter_acts_on
 from .attention_semtoken import flash_attention_kwargs
-from .cache_semtoken import SemTokenCache, tracks_slots
+from .cache_semtoken import SemTokenCache, is_semtoken_cache
 from .cached_turn import Turn, append_plain, apply_past_mask, check_chunk_size, counts_of_turn
 from .compression import CompressedPrompt
 from .learned_merger import LearnedMerger
@@ -152,7 +152,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         if getattr(columns, "ndim", 0) < 2:
             raise ValueError(f"`{name}` must be a tensor [batch, tokens, ...], got {type(columns).__name__}")
         turn = Turn(name, columns, position_ids, past_key_values, attention_mask, adapted)
-        if tracks_slots(past_key_values):
+        if is_semtoken_cache(past_key_values):
             self._append(turn, columns[..., 0] if input_ids is None else columns)
         return _own_output(self._run(turn, 0, use_cache, chunk_size, **kwargs))
 
@@ -223,8 +223,8 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
     ) -> BaseModelOutputWithPast:
         """The family's forward, in one go or `chunk_size` columns at a time."""
         columns, length = turn.columns, turn.columns.shape[1]
-        chunk_size = chunk_size if chunk_size and tracks_slots(turn.cache) else length
-        before = turn.cache.physical_length() if tracks_slots(turn.cache) else 0
+        chunk_size = chunk_size if chunk_size and is_semtoken_cache(turn.cache) else length
+        before = turn.cache.physical_length() if is_semtoken_cache(turn.cache) else 0
         states = []
         for start in range(0, max(length, 1), max(chunk_size, 1)):
             end = min(start + chunk_size, length)

@@ -260,9 +260,9 @@ class SemTokenContinuousMixin:
         hold the original prompt. CUDA graphs and compiled forwards run every step but those that read slots.
         """
         manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
-        from .continuous_batching_semtoken import take_over
+        from .continuous_batching_semtoken import wrap_manager
 
-        return take_over(manager)
+        return wrap_manager(manager)
 
     def generate_batch(
         self,

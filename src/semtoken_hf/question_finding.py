@@ -19,53 +19,53 @@ LEAST, MOST = 8, 128
 def find_question(
     input_ids: Tensor, ends_line: Tensor, turn_opening: list[int], turn_ending: list[int], layout: TokenLayout
 ) -> Tensor:
-    """The tokens of the question of every stretch.
+    """The tokens of the question of every segment.
 
     Args:
         input_ids: int64 [N].
         ends_line: bool [N], tokens that break the line.
         turn_opening: ids that the chat template puts before the text of a user; empty: nothing is found.
-        turn_ending: ids that it puts behind it; a turn without them goes on to the end of its stretch.
-        layout: the stretches, which are searched each by itself.
+        turn_ending: ids that it puts behind it; a turn without them goes on to the end of its segment.
+        layout: the segments, which are searched each by itself.
 
     Returns:
         bool [N].
     """
-    stretch, place = layout.stretch, torch.arange(len(input_ids), device=input_ids.device)
+    segment, place = layout.segment, torch.arange(len(input_ids), device=input_ids.device)
     ends = layout.starts + layout.lengths
-    opens = _begins(input_ids, turn_opening, ends[stretch])
-    begin = _last(opens, stretch, ends) + len(turn_opening)
+    opens = _begins(input_ids, turn_opening, ends[segment])
+    begin = _last(opens, segment, ends) + len(turn_opening)
     found = begin >= len(turn_opening)
-    end = _first(_begins(input_ids, turn_ending, ends[stretch]) & (place >= begin[stretch]), stretch, ends)
-    return question_of_turn(begin, end, ends_line, stretch) & found[stretch]
+    end = _first(_begins(input_ids, turn_ending, ends[segment]) & (place >= begin[segment]), segment, ends)
+    return question_of_turn(begin, end, ends_line, segment) & found[segment]
 
 
-def question_of_turn(begin: Tensor, end: Tensor, ends_line: Tensor, stretch: Tensor) -> Tensor:
-    """The tokens of the question in the turn from `begin` to before `end`, int64 [S] each, of every stretch.
+def question_of_turn(begin: Tensor, end: Tensor, ends_line: Tensor, segment: Tensor) -> Tensor:
+    """The tokens of the question in the turn from `begin` to before `end`, int64 [S] each, of every segment.
 
     Args:
         ends_line: bool [N], tokens that break the line.
-        stretch: int64 [N], stretch of each token.
+        segment: int64 [N], segment of each token.
 
     Returns:
         bool [N].
     """
-    place = torch.arange(len(stretch), device=stretch.device)
-    inside = (place >= begin[stretch]) & (place < end[stretch])
+    place = torch.arange(len(segment), device=segment.device)
+    inside = (place >= begin[segment]) & (place < end[segment])
     # Line breaks at the end belong to nothing.
-    end = _last(inside & ~ends_line, stretch, end) + 1
-    inside &= place < end[stretch]
+    end = _last(inside & ~ends_line, segment, end) + 1
+    inside &= place < end[segment]
     opens_line = inside & ~ends_line
     opens_line[1:] &= ends_line[:-1]
-    last_line = _last(opens_line & (end[stretch] - place >= LEAST), stretch, end).maximum(begin)
-    second_line = _first(opens_line & (place > begin[stretch]), stretch, end)
+    last_line = _last(opens_line & (end[segment] - place >= LEAST), segment, end).maximum(begin)
+    second_line = _first(opens_line & (place > begin[segment]), segment, end)
 
     is_short, first_is_short = end - last_line <= MOST, second_line - begin <= MOST
     start = last_line.where(is_short, begin.where(first_is_short, end - MOST // 2))
     stop = end.where(is_short | ~first_is_short, second_line)
     is_whole = end - begin <= MOST
     start, stop = begin.where(is_whole, start), end.where(is_whole, stop)
-    return (place >= start[stretch]) & (place < stop[stretch])
+    return (place >= start[segment]) & (place < stop[segment])
 
 
 def _begins(input_ids: Tensor, pattern: list[int], end: Tensor) -> Tensor:
@@ -76,16 +76,16 @@ def _begins(input_ids: Tensor, pattern: list[int], end: Tensor) -> Tensor:
     return found if pattern else torch.zeros_like(found)
 
 
-def _last(flags: Tensor, stretch: Tensor, like: Tensor) -> Tensor:
-    """Place of the last True of each stretch, or -1: int64, shaped as `like` [S]."""
+def _last(flags: Tensor, segment: Tensor, like: Tensor) -> Tensor:
+    """Place of the last True of each segment, or -1: int64, shaped as `like` [S]."""
     place = torch.arange(len(flags), device=flags.device)
-    return torch.full_like(like, -1).scatter_reduce_(0, stretch, place.where(flags, -1), "amax")
+    return torch.full_like(like, -1).scatter_reduce_(0, segment, place.where(flags, -1), "amax")
 
 
-def _first(flags: Tensor, stretch: Tensor, otherwise: Tensor) -> Tensor:
-    """Place of the first True of each stretch, or `otherwise` [S], whichever is smaller: int64 [S]."""
+def _first(flags: Tensor, segment: Tensor, otherwise: Tensor) -> Tensor:
+    """Place of the first True of each segment, or `otherwise` [S], whichever is smaller: int64 [S]."""
     place = torch.arange(len(flags), device=flags.device)
-    return otherwise.scatter_reduce(0, stretch, place.where(flags, len(flags)), "amin")
+    return otherwise.scatter_reduce(0, segment, place.where(flags, len(flags)), "amin")
 
 
 __all__ = ["find_question", "question_of_turn"]

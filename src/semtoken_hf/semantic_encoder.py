@@ -163,7 +163,7 @@ class SemanticEncoder(nn.Module):
         """Encoder windows of a stream, for `forward`: int64 [] on the device; negative where any needs padding."""
         if self.is_static:
             return layout.lengths.new_zeros(())
-        counts = self._windows_of_stretches(layout)
+        counts = self._windows_of_segments(layout)
         is_padded = ((counts > 0) & (layout.lengths < self.window)).any()
         return torch.where(is_padded, -counts.sum(), counts.sum())
 
@@ -173,11 +173,11 @@ class SemanticEncoder(nn.Module):
 
         Args:
             input_ids: int64 [N], token ids of the stream.
-            layout: its stretches.
+            layout: its segments.
             windows: what `count_windows` says, if the host knows it; None: ask, which waits for the device.
 
         Returns:
-            float32 [N, D] of unit norm; zero in stretches where nothing may merge.
+            float32 [N, D] of unit norm; zero in segments where nothing may merge.
         """
         with torch.autocast(input_ids.device.type, enabled=False):
             if self.is_static:
@@ -186,18 +186,18 @@ class SemanticEncoder(nn.Module):
             states = self._encode_windows(input_ids, layout, windows)
             return self._smooth(lambda part: states[part], states, layout)
 
-    def _windows_of_stretches(self, layout: TokenLayout) -> Tensor:
-        """int64 [S]: as few windows as cover a stretch, none where nothing may merge."""
-        joinable = torch.zeros_like(layout.lengths).index_add_(0, layout.stretch, layout.joinable.long())
+    def _windows_of_segments(self, layout: TokenLayout) -> Tensor:
+        """int64 [S]: as few windows as cover a segment, none where nothing may merge."""
+        mergeable = torch.zeros_like(layout.lengths).index_add_(0, layout.segment, layout.mergeable.long())
         stride = self.window - self.overlap
-        return torch.where(joinable > 0, 1 + (layout.lengths - self.window).clamp(min=0).add(stride - 1) // stride, 0)
+        return torch.where(mergeable > 0, 1 + (layout.lengths - self.window).clamp(min=0).add(stride - 1) // stride, 0)
 
     def _encode_windows(self, input_ids: Tensor, layout: TokenLayout, windows: int | None) -> Tensor:
-        """States float32 [N, D]; zero in stretches where nothing may merge."""
+        """States float32 [N, D]; zero in segments where nothing may merge."""
         signed = int(self.count_windows(layout)) if windows is None else windows
         # One row more, for what is read twice or is padding.
         states = torch.zeros((len(input_ids) + 1, self.width), dtype=torch.float32, device=input_ids.device)
-        counts, total = self._windows_of_stretches(layout), abs(signed)
+        counts, total = self._windows_of_segments(layout), abs(signed)
         size = windows_per_call(total, self.window, input_ids.device)
         for first in range(0, total, size):
             number = torch.arange(first, first + size, device=input_ids.device)
@@ -215,11 +215,11 @@ class SemanticEncoder(nn.Module):
         length, stride = self.window, self.window - self.overlap
         ends = counts.cumsum(0)
         known = number.minimum(ends[-1] - 1)
-        stretch = torch.searchsorted(ends, known, right=True)
-        last = (counts[stretch] - 1)[:, None]
-        place = (known - ends[stretch])[:, None] + last + 1
-        tokens_there = layout.lengths[stretch][:, None]
-        # The last window ends with its stretch, so only stretches shorter than a window need padding.
+        segment = torch.searchsorted(ends, known, right=True)
+        last = (counts[segment] - 1)[:, None]
+        place = (known - ends[segment])[:, None] + last + 1
+        tokens_there = layout.lengths[segment][:, None]
+        # The last window ends with its segment, so only segments shorter than a window need padding.
         last_start = (tokens_there - length).clamp(min=0)
         offset = torch.minimum(place * stride, last_start) + torch.arange(length, device=number.device)
         valid = offset < tokens_there
@@ -227,7 +227,7 @@ class SemanticEncoder(nn.Module):
         owner = ((offset - self.overlap // 2).clamp(min=0) // stride).minimum((last - 1).clamp(min=0))
         owner = torch.where(2 * offset >= owner * stride + last_start + length, last, owner)
         owned = (owner == place) & valid & (number == known)[:, None]
-        return layout.starts[stretch][:, None] + offset.where(valid, 0), owned, valid
+        return layout.starts[segment][:, None] + offset.where(valid, 0), owned, valid
 
     def _encode(self, windows: Tensor, valid: Tensor | None) -> Tensor:
         """Last hidden states [K, W, D] of windows int64 [K, W]; `valid` bool [K, W], None without padding."""
@@ -251,18 +251,18 @@ class SemanticEncoder(nn.Module):
             low, stop = start - len(before), min(start + TOKENS_PER_STEP, len(into))
             high = min(stop + self.radius, len(into))
             around = torch.cat([before, states(slice(start, high)).to(into)])
-            means = self._running_mean(around, layout.stretch[low:high])
+            means = self._running_mean(around, layout.segment[low:high])
             into[start:stop] = F.normalize(means[start - low : stop - low], dim=-1)
             before = around[max(0, stop - low - self.radius) : stop - low]
         return into
 
-    def _running_mean(self, states: Tensor, stretch: Tensor) -> Tensor:
-        """Mean over +-radius tokens of the same stretch, by shifted sums: exact whatever lies around the stretch."""
+    def _running_mean(self, states: Tensor, segment: Tensor) -> Tensor:
+        """Mean over +-radius tokens of the same segment, by shifted sums: exact whatever lies around the segment."""
         if self.radius == 0 or len(states) == 0:
             return states
-        total, count = states.clone(), torch.ones_like(stretch)
+        total, count = states.clone(), torch.ones_like(segment)
         for shift in range(1, min(self.radius, len(states) - 1) + 1):
-            same = stretch[shift:] == stretch[:-shift]
+            same = segment[shift:] == segment[:-shift]
             total[:-shift] += states[shift:] * same[:, None]
             total[shift:] += states[:-shift] * same[:, None]
             count[:-shift] += same

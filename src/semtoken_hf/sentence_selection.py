@@ -2,7 +2,7 @@
 
 - A sentence ends with a token that ends one (punctuation, line break; found at conversion) or at a cap on its length.
 - Its relevance to the question is an exact match, the rarity of every token that both have, plus a likeness, the
-  cosine of their mean fingerprints; each in standard deviations over the sentences of a stretch. Names, numbers and
+  cosine of their mean fingerprints; each in standard deviations over the sentences of a segment. Names, numbers and
   keys, which fingerprints blur, match; other words for the same thing are alike.
 - Without a question the latest sentences matter most.
 - Tokens are ranked by their sentence, and slots begin around the first of them until the budget is spent, exactly.
@@ -27,18 +27,18 @@ TOKENS_PER_PART = 16384
 def find_sentences(ends: Tensor, layout: TokenLayout) -> Tensor:
     """Sentence of every token, int64 [N], counted over the whole stream; `ends` bool [N] marks tokens that end one.
 
-    Several such tokens in a row end one sentence. None crosses a stretch or has more than `LONGEST_SENTENCE` tokens.
+    Several such tokens in a row end one sentence. None crosses a segment or has more than `LONGEST_SENTENCE` tokens.
     """
     place = torch.arange(len(ends), device=ends.device)
-    opens = place == layout.starts[layout.stretch]
+    opens = place == layout.starts[layout.segment]
     opens[1:] |= ends[:-1] & ~ends[1:]
     first = place.where(opens, 0).cummax(0).values
     return (opens | ((place - first) % LONGEST_SENTENCE == 0)).long().cumsum(0) - 1
 
 
 def rank_tokens(relevance: Tensor, layout: TokenLayout) -> Tensor:
-    """Order in which tokens are kept, int64 [N]: by stretch, then by falling relevance, the later one first."""
-    order = _by_stretch(len(relevance) - 1 - relevance.flip(0).argsort(descending=True, stable=True), layout)
+    """Order in which tokens are kept, int64 [N]: by segment, then by falling relevance, the later one first."""
+    order = _by_segment(len(relevance) - 1 - relevance.flip(0).argsort(descending=True, stable=True), layout)
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
@@ -46,44 +46,44 @@ def selected_starts(rank: Tensor, forced: Tensor, layout: TokenLayout, budget: T
     """Where slots begin so that the tokens of lowest rank have slots of their own: bool [N].
 
     A token is alone if a slot begins at it and one at the next token, so each of the two is wanted as early as the
-    token is. Of every stretch, exactly `budget` slots begin, or as many as are `forced`.
+    token is. Of every segment, exactly `budget` slots begin, or as many as are `forced`.
 
     Args:
         rank: int64 [N], from `rank_tokens`.
         forced: bool [N], where a slot begins in any case.
-        layout: the stretches.
+        layout: the segments.
         budget: int64 [S].
     """
     wanted = rank.clone()
     wanted[1:] = wanted[1:].minimum(rank[:-1])
-    order = _by_stretch(wanted.where(~forced, -1).argsort(stable=True), layout)
-    number = torch.arange(len(order), device=order.device) - layout.starts[layout.stretch[order]]
-    return forced | torch.zeros_like(forced).scatter_(0, order, number < budget[layout.stretch[order]])
+    order = _by_segment(wanted.where(~forced, -1).argsort(stable=True), layout)
+    number = torch.arange(len(order), device=order.device) - layout.starts[layout.segment[order]]
+    return forced | torch.zeros_like(forced).scatter_(0, order, number < budget[layout.segment[order]])
 
 
-def _by_stretch(order: Tensor, layout: TokenLayout) -> Tensor:
-    """`order` int64 [N] of tokens with those of a stretch together."""
-    return order[layout.stretch[order].argsort(stable=True)]
+def _by_segment(order: Tensor, layout: TokenLayout) -> Tensor:
+    """`order` int64 [N] of tokens with those of a segment together."""
+    return order[layout.segment[order].argsort(stable=True)]
 
 
 def sentence_relevance(
     input_ids: Tensor, fingerprints: Tensor, sentence: Tensor, layout: TokenLayout, query: Tensor
 ) -> Tensor:
-    """How much a sentence has to do with the question of its stretch: float32 [N], the same for all its tokens.
+    """How much a sentence has to do with the question of its segment: float32 [N], the same for all its tokens.
 
     Args:
         input_ids: int64 [N].
         fingerprints: float32 [N, D] of unit norm.
         sentence: int64 [N], from `find_sentences`.
-        layout: the stretches.
-        query: bool [N], tokens of the question; a stretch without any has relevance 0 throughout.
+        layout: the segments.
+        query: bool [N], tokens of the question; a segment without any has relevance 0 throughout.
     """
     counted = first_tokens(sentence) & ~query
     match = exact_match(input_ids, sentence, layout, query, counted)
     alike = likeness(fingerprints, sentence, layout, query)
     both = standardised(match, counted, layout) + standardised(alike, counted, layout)
-    asked = _per_stretch(query.float(), layout) > 0
-    return both.float().where(asked[layout.stretch], 0)
+    asked = _per_segment(query.float(), layout) > 0
+    return both.float().where(asked[layout.segment], 0)
 
 
 def first_tokens(sentence: Tensor) -> Tensor:
@@ -103,17 +103,17 @@ def exact_match(input_ids: Tensor, sentence: Tensor, layout: TokenLayout, query:
     Returns:
         float64 [N]. The question's own tokens match nothing.
     """
-    # By stretch and token; within, as they stand, so by sentence.
-    order = _by_stretch(input_ids.argsort(stable=True), layout)
+    # By segment and token; within, as they stand, so by sentence.
+    order = _by_segment(input_ids.argsort(stable=True), layout)
     new_token, new_sentence = torch.ones_like(query), torch.ones_like(query)
-    new_token[1:] = input_ids[order].diff().bool() | layout.stretch[order].diff().bool()
+    new_token[1:] = input_ids[order].diff().bool() | layout.segment[order].diff().bool()
     new_sentence[1:] = new_token[1:] | sentence[order].diff().bool()
     token = new_token.long().cumsum(0) - 1
     holds = new_sentence & ~query[order]
     zeros = torch.zeros_like(token)
     holders = zeros.index_add(0, token, holds.long())[token]
     is_asked = zeros.index_add(0, token, query[order].long())[token] > 0
-    sentences = _per_stretch(counted.double(), layout)[layout.stretch[order]]
+    sentences = _per_segment(counted.double(), layout)[layout.segment[order]]
     rarity = (sentences.clamp(min=1) / holders.clamp(min=1)).log().clamp(min=0)
     value = (rarity * FIXED_POINT).round().long().where(holds & is_asked, 0)
     return zeros.index_add(0, sentence[order], value)[sentence].double() / FIXED_POINT
@@ -122,14 +122,14 @@ def exact_match(input_ids: Tensor, sentence: Tensor, layout: TokenLayout, query:
 def likeness(fingerprints: Tensor, sentence: Tensor, layout: TokenLayout, query: Tensor) -> Tensor:
     """Cosine of a sentence's mean fingerprint with the mean fingerprint of the question, float64 [N]."""
     question = F.normalize(_question_sums(fingerprints, layout, query), dim=-1)
-    products = row_products(fingerprints, question, layout.stretch)
+    products = row_products(fingerprints, question, layout.segment)
     lengths = torch.zeros_like(sentence).index_add_(0, sentence, torch.ones_like(sentence))
     sums = torch.segment_reduce(products.double(), "sum", lengths=lengths, unsafe=True)
     return sums[sentence] / _sentence_norms(fingerprints, sentence).clamp(min=1e-6)
 
 
 def _question_sums(fingerprints: Tensor, layout: TokenLayout, query: Tensor) -> Tensor:
-    """Sum of the question's fingerprints in each stretch, [S, D], part by part of the stream."""
+    """Sum of the question's fingerprints in each segment, [S, D], part by part of the stream."""
     sums = fingerprints.new_zeros((len(layout.lengths), fingerprints.shape[1]))
     ends = layout.starts + layout.lengths
     for start in range(0, len(query), TOKENS_PER_PART):
@@ -156,15 +156,15 @@ def _sentence_norms(fingerprints: Tensor, sentence: Tensor) -> Tensor:
 
 
 def standardised(values: Tensor, counted: Tensor, layout: TokenLayout) -> Tensor:
-    """`values` [N], alike within a sentence, less their mean and in standard deviations over a stretch's sentences."""
-    count = _per_stretch(counted.double(), layout).clamp(min=1)
-    centred = values - (_per_stretch(values * counted, layout) / count)[layout.stretch]
-    deviation = (_per_stretch(centred.square() * counted, layout) / count).sqrt()
-    return centred / deviation.clamp(min=1e-6)[layout.stretch]
+    """`values` [N], alike within a sentence, less their mean and in standard deviations over a segment's sentences."""
+    count = _per_segment(counted.double(), layout).clamp(min=1)
+    centred = values - (_per_segment(values * counted, layout) / count)[layout.segment]
+    deviation = (_per_segment(centred.square() * counted, layout) / count).sqrt()
+    return centred / deviation.clamp(min=1e-6)[layout.segment]
 
 
-def _per_stretch(values: Tensor, layout: TokenLayout) -> Tensor:
-    """Sum of `values` [N] over each stretch, [S]; not by `index_add_`, whose order of adding a GPU does not fix."""
+def _per_segment(values: Tensor, layout: TokenLayout) -> Tensor:
+    """Sum of `values` [N] over each segment, [S]; not by `index_add_`, whose order of adding a GPU does not fix."""
     return torch.segment_reduce(values, "sum", lengths=layout.lengths, unsafe=True)
 
 

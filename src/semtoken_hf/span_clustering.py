@@ -7,7 +7,7 @@
   any budget exactly reachable.
 - `uniform_spans`: equal spans, no fingerprints: the baseline that semantics has to beat.
 
-All take `joinable` (bool [N], may token i share a span with token i-1) and never join where it is False.
+All take `mergeable` (bool [N], may token i share a span with token i-1) and never join where it is False.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Spans:
         return torch.segment_reduce(wide, "mean", lengths=self.lengths, axis=0, unsafe=True).to(values.dtype)
 
 
-def count_per_stretch(starts: Tensor, stretch: Tensor, stretches: int) -> Tensor:
-    """Spans of each stretch, int64 [S]."""
-    return torch.zeros(stretches, dtype=torch.long, device=starts.device).index_add_(0, stretch, starts.long())
+def count_per_segment(starts: Tensor, segment: Tensor, segments: int) -> Tensor:
+    """Spans of each segment, int64 [S]."""
+    return torch.zeros(segments, dtype=torch.long, device=starts.device).index_add_(0, segment, starts.long())
 
 
 def row_products(left: Tensor, right: Tensor, index: Tensor | None = None) -> Tensor:
@@ -87,37 +87,37 @@ def shifted_similarities(fingerprints: Tensor, reach: int) -> Tensor:
     return similarities
 
 
-def greedy_spans(similarities: Tensor, threshold: Tensor, joinable: Tensor) -> Tensor:
+def greedy_spans(similarities: Tensor, threshold: Tensor, mergeable: Tensor) -> Tensor:
     """Greedy anchor clustering: a span grows from its anchor while cos(h_anchor, h_j) > tau, up to L tokens.
 
     Args:
         similarities: float32 [L - 1, N] from `shifted_similarities`.
-        threshold: float32 [N], tau of each token's stretch.
-        joinable: bool [N].
+        threshold: float32 [N], tau of each token's segment.
+        mergeable: bool [N].
 
     Returns:
         bool [N], True where a span starts: equal to the sequential walk.
     """
-    tokens = joinable.numel()
+    tokens = mergeable.numel()
     if tokens == 0:
-        return ~joinable
-    grows = torch.ones_like(joinable)
-    run = torch.ones(tokens, dtype=torch.long, device=joinable.device)
+        return ~mergeable
+    grows = torch.ones_like(mergeable)
+    run = torch.ones(tokens, dtype=torch.long, device=mergeable.device)
     for shift, similarity in enumerate(similarities[: max(tokens - 1, 0)], start=1):
         grows = grows & (similarity > threshold)
-        grows[:-shift] &= joinable[shift:]
+        grows[:-shift] &= mergeable[shift:]
         grows[-shift:] = False
         run += grows
-    jump = (torch.arange(tokens, device=joinable.device) + run).clamp(max=tokens)
+    jump = (torch.arange(tokens, device=mergeable.device) + run).clamp(max=tokens)
     return _visited_from_zero(jump)
 
 
-def capped_spans(joinable: Tensor, max_length: int) -> Tensor:
+def capped_spans(mergeable: Tensor, max_length: int) -> Tensor:
     """As many tokens a span as may join, up to `max_length`: bool [N], `greedy_spans` where every cosine passes."""
-    place = torch.arange(joinable.numel(), device=joinable.device)
+    place = torch.arange(mergeable.numel(), device=mergeable.device)
     if not len(place):
-        return ~joinable
-    return (place - place.where(~joinable, 0).cummax(0).values) % max_length == 0
+        return ~mergeable
+    return (place - place.where(~mergeable, 0).cummax(0).values) % max_length == 0
 
 
 def _visited_from_zero(jump: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def split_long_spans(starts: Tensor, cap: Tensor) -> Tensor:
 
 
 def bisect_rank(count_at: Callable[[Tensor], Tensor], budget: Tensor, highest: int) -> Tensor:
-    """Largest rank of each stretch in [0, highest] whose `count_at(rank)` is within `budget`, all int64 [S].
+    """Largest rank of each segment in [0, highest] whose `count_at(rank)` is within `budget`, all int64 [S].
 
     `count_at` must not fall as the rank grows; 0 is returned where even that is too much.
     """
@@ -170,40 +170,40 @@ def bisect_rank(count_at: Callable[[Tensor], Tensor], budget: Tensor, highest: i
     return low
 
 
-def boundary_spans(similarity: Tensor, joinable: Tensor, stretch: Tensor, budget: Tensor, max_length: int) -> Tensor:
-    """Cut between the most dissimilar neighbours; each stretch gets exactly `budget` spans where that is possible.
+def boundary_spans(similarity: Tensor, mergeable: Tensor, segment: Tensor, budget: Tensor, max_length: int) -> Tensor:
+    """Cut between the most dissimilar neighbours; each segment gets exactly `budget` spans where that is possible.
 
     Args:
         similarity: float32 [N], cosine of each token with the one before it.
-        joinable: bool [N].
-        stretch: int64 [N], stretch of each token.
-        budget: int64 [S], spans allowed in each stretch.
+        mergeable: bool [N].
+        segment: int64 [N], segment of each token.
+        budget: int64 [S], spans allowed in each segment.
         max_length: span cap L; a longer span is cut into equal pieces, which the total takes into account.
 
     Returns:
         bool [N], True where a span starts.
     """
-    cap = torch.full_like(stretch, max_length)
-    rank = _rank_within_stretch(similarity.where(joinable, torch.inf), stretch)
+    cap = torch.full_like(segment, max_length)
+    rank = _rank_within_segment(similarity.where(mergeable, torch.inf), segment)
 
     def starts_at(cuts: Tensor) -> Tensor:
-        return split_long_spans(~joinable | (rank < cuts[stretch]), cap)
+        return split_long_spans(~mergeable | (rank < cuts[segment]), cap)
 
     def count_at(cuts: Tensor) -> Tensor:
-        return count_per_stretch(starts_at(cuts), stretch, len(budget))
+        return count_per_segment(starts_at(cuts), segment, len(budget))
 
-    return starts_at(bisect_rank(count_at, budget, joinable.numel()))
+    return starts_at(bisect_rank(count_at, budget, mergeable.numel()))
 
 
-def _rank_within_stretch(values: Tensor, stretch: Tensor) -> Tensor:
-    """0-based ascending rank of each value among those of its stretch, ties in token order, int64 [N]."""
+def _rank_within_segment(values: Tensor, segment: Tensor) -> Tensor:
+    """0-based ascending rank of each value among those of its segment, ties in token order, int64 [N]."""
     order = values.sort(stable=True).indices
-    order = order[stretch[order].sort(stable=True).indices]
+    order = order[segment[order].sort(stable=True).indices]
     place = torch.arange(values.numel(), device=values.device)
     rank = torch.empty_like(place)
     opens = torch.ones_like(place, dtype=torch.bool)
-    sorted_stretch = stretch[order]
-    opens[1:] = sorted_stretch[1:] != sorted_stretch[:-1]
+    sorted_segment = segment[order]
+    opens[1:] = sorted_segment[1:] != sorted_segment[:-1]
     first = place.where(opens, 0).cummax(0).values
     rank[order] = place - first
     return rank
@@ -213,16 +213,16 @@ def _rank_within_stretch(values: Tensor, stretch: Tensor) -> Tensor:
 UNIFORM_RESOLUTION = 4096
 
 
-def uniform_spans(joinable: Tensor, stretch: Tensor, budget: Tensor, max_length: int) -> Tensor:
-    """Equal spans, as many as each stretch's budget allows; arguments as in `boundary_spans`."""
+def uniform_spans(mergeable: Tensor, segment: Tensor, budget: Tensor, max_length: int) -> Tensor:
+    """Equal spans, as many as each segment's budget allows; arguments as in `boundary_spans`."""
 
     def starts_at(step: Tensor) -> Tensor:
         # Step 0 is the longest span, the last step single tokens.
         cap = max_length - (max_length - 1) * step / UNIFORM_RESOLUTION
-        return split_long_spans(~joinable, cap[stretch])
+        return split_long_spans(~mergeable, cap[segment])
 
     def count_at(step: Tensor) -> Tensor:
-        return count_per_stretch(starts_at(step), stretch, len(budget))
+        return count_per_segment(starts_at(step), segment, len(budget))
 
     return starts_at(bisect_rank(count_at, budget, UNIFORM_RESOLUTION))
 
@@ -231,7 +231,7 @@ __all__ = [
     "Spans",
     "boundary_spans",
     "capped_spans",
-    "count_per_stretch",
+    "count_per_segment",
     "greedy_spans",
     "row_products",
     "shifted_similarities",

@@ -60,24 +60,32 @@ class SemTokenFastTokenizer(PreTrainedTokenizerFast):
         self._planner = value
 
     def apply_chat_template(
-        self, conversation: Any, *args: Any, protect_template: bool = False, mark_question: bool = False, **kwargs: Any
+        self,
+        conversation: Any,
+        *args: Any,
+        protect_template: bool = False,
+        return_query_mask: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """As in Transformers, with two more outputs for `model.generate(**encoding)`.
 
         Args:
             protect_template: add `protected_mask`, 1 for the tokens of the template: they never merge.
-            mark_question: add `query_mask`, 1 for the tokens of the question at the end of the last user turn: they
+            return_query_mask: add `query_mask`, 1 for the tokens of the question at the end of the last user turn: they
                 never merge and decide what else stays whole. Without it the model finds them by itself.
 
         Raises:
             ValueError: the output is no dict of tokens, or the template changes the messages' text.
         """
-        if not (protect_template or mark_question):
+        return_query_mask = kwargs.pop("mark_question", return_query_mask)  # its name of before
+        if not (protect_template or return_query_mask):
             return super().apply_chat_template(conversation, *args, **kwargs)
         if args or not kwargs.get("tokenize", True) or not kwargs.get("return_dict", True):
-            raise ValueError("`protect_template` and `mark_question` need `tokenize` and `return_dict`, as keywords")
+            raise ValueError(
+                "`protect_template` and `return_query_mask` need `tokenize` and `return_dict`, as keywords"
+            )
         if kwargs.get("sanitize_control_tokens"):
-            raise ValueError("`protect_template` and `mark_question` cannot be had with `sanitize_control_tokens`")
+            raise ValueError("`protect_template` and `return_query_mask` cannot be had with `sanitize_control_tokens`")
         return_tensors = kwargs.pop("return_tensors", None)
         asked = dict(kwargs.pop("tokenizer_kwargs", None) or {})
         render: Any = functools.partial(
@@ -99,7 +107,7 @@ class SemTokenFastTokenizer(PreTrainedTokenizerFast):
             for chat, row in zip(chats, rows, strict=True)
         ]
         for number, name in enumerate(("protected_mask", "query_mask")):
-            if (protect_template, mark_question)[number]:
+            if (protect_template, return_query_mask)[number]:
                 values = [row[number] for row in masks]
                 encoding[name] = values if is_batched else values[0]
         if return_tensors is not None:

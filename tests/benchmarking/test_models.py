@@ -21,7 +21,7 @@ def test_a_model_has_the_checkpoint_s_fields_and_encoder_on_a_larger_vocabulary(
     assert model.dtype == torch.bfloat16
     assert model.config.vocab_size == 400
     assert model.config.max_position_embeddings == 1000
-    assert (model.config.max_span_length, model.config.keep_last) == (5, known.config.keep_last)
+    assert (model.config.max_span_length, model.config.recent_window) == (5, known.config.recent_window)
     assert model.config.merge_mode == "learned"
     assert model.config.adapted_for is None
     table = model.model.semantic_encoder.encoder.embeddings.weight
@@ -42,7 +42,7 @@ def test_the_twin_is_plain_llama_on_the_same_weights(sources):
     assert twin.config._attn_implementation == "sdpa"
 
 
-def test_batches_are_left_padded_stretches_of_the_text(sources):
+def test_batches_are_left_padded_segments_of_the_text(sources):
     ids = text_ids(**sources)
     assert ids[0] == 1  # BOS
     batch = make_batch("skewed", ids, 64)

@@ -15,12 +15,12 @@ from tests.fixtures.command_line import run_command, run_json
 def test_converts_with_options_and_fields(make_llama, encoder_folder, tmp_path):
     out = tmp_path / "out"
     options = ["--encoder-kind", "static", "--static-dim", "8", "--quiet"]
-    fields = ["--set", "target_ratio=4", "segmentation_mode=greedy", "--set", "keep_last=8"]
+    fields = ["--set", "target_ratio=4", "segmentation_mode=greedy", "--set", "recent_window=8"]
     done = run_command("convert", make_llama(), encoder_folder, out, *options, *fields)
     assert done.stdout.splitlines()[-1] == str(out)
     assert done.stderr == ""
     config = json.loads((out / "config.json").read_text())
-    assert (config["target_ratio"], config["segmentation_mode"], config["keep_last"]) == (4, "greedy", 8)
+    assert (config["target_ratio"], config["segmentation_mode"], config["recent_window"]) == (4, "greedy", 8)
     assert config["encoder_config"]["hidden_size"] == 8
 
 

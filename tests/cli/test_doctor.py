@@ -265,3 +265,35 @@ def test_the_embedded_checkpoint_is_whole(tmp_path):
     folder = shutil.copytree(ROOT / "model_cards" / "semtoken-llama-tiny", tmp_path / "tiny")
     checks = diagnosed(folder)
     assert all(check["status"] in ("ok", "absent") for name, check in checks.items() if name != "modules")
+
+
+def test_upgrade_rewrites_an_old_folder_in_place(tmp_path):
+    """Old names, old modules, no markers; afterwards nothing is left to say, and the weights are the same bytes."""
+    folder = tmp_path / "old"
+    shutil.copytree(ROOT / "model_cards" / "semtoken-llama-tiny", folder)
+    fields = json.loads((folder / "config.json").read_text())
+    for new, old in {
+        "num_sink_tokens": "keep_first",
+        "recent_window": "keep_last",
+        "max_slots": "max_kept_tokens",
+    }.items():
+        fields[old] = fields.pop(new)
+    (folder / "config.json").write_text(json.dumps({**fields, "keep_last": 7, "text_markers": None}))
+    (folder / "slot_counts.py").write_text("# of an earlier version\n")
+    (folder / "gone.py").write_text("# of an earlier version\n")
+    weights = (folder / "model.safetensors").read_bytes()
+    assert diagnosed(folder)["modules"]["status"] != "ok"
+    record = run_json("doctor", folder, "--upgrade")
+    assert {c["name"]: c["status"] for c in record["checks"] if c["group"] == "Checkpoint"}["modules"] == "ok"
+    fields = json.loads((folder / "config.json").read_text())
+    assert fields["recent_window"] == 7
+    assert "keep_last" not in fields
+    assert fields["text_markers"]["sentence_ends"]
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert not (folder / "gone.py").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_upgrade_needs_a_semtoken_folder(tmp_path):
+    assert "--upgrade needs" in run_command("doctor", "--upgrade", code=2).stderr
+    assert "no folder" in run_command("doctor", tmp_path / "none", "--upgrade", code=1).stderr

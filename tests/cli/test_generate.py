@@ -67,7 +67,7 @@ def test_plain_is_the_plain_model(semtoken, text_file):
 
 
 def test_fields_and_a_budget_that_cannot_be_met(semtoken, text_file):
-    fields = ["--set", "max_span_length=2", "keep_last=64", "--target-ratio", "8"]
+    fields = ["--set", "max_span_length=2", "recent_window=64", "--target-ratio", "8"]
     record = run_json("generate", semtoken, "--file", text_file, *NEW, *fields)
     assert record["budget_met"] is False
     assert record["slots"] > record["budget"]
@@ -154,8 +154,8 @@ def test_sampling_depends_on_the_seed_alone(semtoken, text_file):
         (["--file", "/nowhere/text.txt"], 1, "No such file"),
         (["x", "--set", "ratio=4"], 1, "error: --set: ['ratio'] are no compression fields"),
         (["x", "--set", "hidden_size=32"], 1, "error: --set: ['hidden_size'] are no compression fields"),
-        (["x", "--set", "keep_last=-1"], 1, "`keep_last` must be"),
-        (["x", "--set", "keep_last"], 2, "--set takes NAME=VALUE"),
+        (["x", "--set", "recent_window=-1"], 1, "`recent_window` must be"),
+        (["x", "--set", "recent_window"], 2, "--set takes NAME=VALUE"),
         (["x", "--device", "nonsense"], 1, "error: --device nonsense cannot be used here"),
         (["x", "--attn-implementation", "flash_attention_2"], 1, "error: FlashAttention2"),
     ],

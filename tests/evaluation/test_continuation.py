@@ -102,12 +102,12 @@ def test_decoding_the_full_context_is_generate(model):
     assert answer == out[0, LENGTH:].tolist()
 
 
-@pytest.mark.parametrize(("mode", "budget"), [("original", "max_kept_tokens"), ("compact", "target_ratio")])
+@pytest.mark.parametrize(("mode", "budget"), [("original", "max_slots"), ("compact", "target_ratio")])
 def test_decoding_behind_merged_slots_is_generate(model, mode, budget):
     prompt = prompt_of()
     prefill = read(model, prompt, "semtoken" if mode == "original" else "semtoken_compact")
     answer = decode_greedily(model, prefill, NEW, lambda ids: ids[-1] == LLAMA["eos_token_id"])
-    fields = {"target_ratio": RATIO} if budget == "target_ratio" else {"max_kept_tokens": prompt.budget(RATIO)}
+    fields = {"target_ratio": RATIO} if budget == "target_ratio" else {"max_slots": prompt.budget(RATIO)}
     with changed_fields(model, position_mode=mode, **{"target_ratio": 1.0, **fields}):
         out = model.generate(
             prompt.ids[None], do_sample=False, max_new_tokens=NEW, protected_mask=prompt.question[None]

@@ -48,7 +48,7 @@ def test_the_scores_are_those_of_a_call_with_labels(evaluate, plain, caplog, fie
 
 
 def test_rows_in_which_nothing_merges_are_scored_beside_others(evaluate):
-    model = tiny_model(**FIELDS, target_ratio=None, max_kept_tokens=120)
+    model = tiny_model(**FIELDS, target_ratio=None, max_slots=120)
     results, answers = evaluate(loaded(model, batch_size=3), SCORED)
     for name in SCORED:
         assert_scores(answers[name], expected(model, name))
@@ -56,7 +56,7 @@ def test_rows_in_which_nothing_merges_are_scored_beside_others(evaluate):
 
 
 def test_arguments_of_the_model_are_fields_of_the_configuration(folders, evaluate):
-    arguments = {"target_ratio": 4, "segmentation_mode": "uniform", "keep_last": 2}
+    arguments = {"target_ratio": 4, "segmentation_mode": "uniform", "recent_window": 2}
     results, answers = evaluate("semtoken", SCORED, pretrained=str(folders / "semtoken"), **arguments)
     model = tiny_model(**FIELDS, **arguments)
     for name in SCORED:

@@ -137,7 +137,7 @@ def test_selected_tokens_are_read_at_their_own_positions(model, name):
 @pytest.mark.parametrize("question", [0, 12])
 def test_no_context_is_what_semtoken_protects(model, question):
     prompt = prompt_of(question)
-    first, last = model.config.keep_first, max(model.config.keep_last, question)
+    first, last = model.config.num_sink_tokens, max(model.config.recent_window, question)
     kept = read(model, "none", prompt).kept
     assert kept.nonzero().flatten().tolist() == [*range(first), *range(LENGTH - last, LENGTH)]
     # A budget of one slot leaves SemToken nothing but them, and spans of the longest length.
@@ -149,7 +149,7 @@ def test_truncation_reads_the_ends(model):
     prompt = prompt_of()
     budget = prompt.budget(4.0)
     kept = read(model, "truncation", prompt).kept.nonzero().flatten().tolist()
-    first = model.config.keep_first
+    first = model.config.num_sink_tokens
     assert kept == [*range(first), *range(LENGTH - (budget - first), LENGTH)]
 
 

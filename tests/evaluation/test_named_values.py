@@ -6,12 +6,12 @@ from semtoken_hf.evaluation.named_values import read_fields, read_numbers, read_
 
 
 def test_fields_are_json_where_they_can_be():
-    given = ["position_mode=compact", "max_span_length=4", "target_ratio=2.5", "max_kept_tokens=null", "a=b=c", "d="]
+    given = ["position_mode=compact", "max_span_length=4", "target_ratio=2.5", "max_slots=null", "a=b=c", "d="]
     assert read_fields(given, "set") == {
         "position_mode": "compact",
         "max_span_length": 4,
         "target_ratio": 2.5,
-        "max_kept_tokens": None,
+        "max_slots": None,
         "a": "b=c",
         "d": "",
     }

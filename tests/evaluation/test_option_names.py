@@ -13,7 +13,7 @@ from semtoken_hf.evaluation.option_names import DataclassParser, with_dashes
     [
         ("--target_ratio 4", "--target-ratio 4"),
         ("--text_file=my_text.txt", "--text-file=my_text.txt"),
-        ("--set keep_last=4 -a_b a_b", "--set keep_last=4 -a_b a_b"),
+        ("--set recent_window=4 -a_b a_b", "--set recent_window=4 -a_b a_b"),
         ("--dry_run -- --dry_run", "--dry-run -- --dry_run"),
     ],
 )

@@ -67,12 +67,12 @@ def fields(draw: Any) -> dict[str, Any]:
     """Compression fields that can be set on a loaded model."""
     drawn = {
         "target_ratio": draw(st.sampled_from([2.4, 1.5, 4.0, 16, 1, None])),
-        "max_kept_tokens": draw(st.none() | st.none() | st.integers(1, 40)),
+        "max_slots": draw(st.none() | st.none() | st.integers(1, 40)),
         "segmentation_mode": draw(st.sampled_from(["boundary", "greedy", "sentence", "uniform"])),
         "similarity_threshold": draw(st.sampled_from([None, -1.0, 0.0, 0.5, 0.9])),
         "max_span_length": draw(st.sampled_from([8, 1, 2, 3, 16, 300])),
-        "keep_first": draw(st.integers(0, 6)),
-        "keep_last": draw(st.integers(0, 12)),
+        "num_sink_tokens": draw(st.integers(0, 6)),
+        "recent_window": draw(st.integers(0, 12)),
         "min_prompt_length": draw(st.sampled_from([16, 0, 1, 2, 40])),
         "position_mode": draw(st.sampled_from(["original", "compact"])),
         "merge_mode": draw(st.sampled_from(["mean", "representative"])),
@@ -82,13 +82,13 @@ def fields(draw: Any) -> dict[str, Any]:
     }
     is_greedy = drawn["segmentation_mode"] == "greedy"
     tau = drawn["similarity_threshold"]
-    if drawn["max_kept_tokens"] is None and not (is_greedy and tau is not None and tau > -1):
+    if drawn["max_slots"] is None and not (is_greedy and tau is not None and tau > -1):
         drawn["target_ratio"] = drawn["target_ratio"] or 2.4
     return drawn
 
 
 # Before, Transformers takes an index tensor of one dimension alone.
-INDICES = ["index", "bool"] + ["rows of index"] * (Version(transformers.__version__) >= Version("5.23"))
+INDICES = ["index", *["bool", "rows of index"] * (Version(transformers.__version__) >= Version("5.21"))]
 LOGITS = st.tuples(st.just("last"), st.integers(0, 12)) | st.tuples(st.sampled_from(INDICES), st.integers(1, 5))
 OPTIONS: dict[str, Any] = {
     "attention_mask": tensors.masks,

@@ -26,7 +26,7 @@ class Asked:
         query: bool [B, T], tokens of the question, or None.
         ratio: of the call, or None.
         is_planned: whether `span_ids` came from outside.
-        opens_row: False behind a cache that is not empty.
+        is_sequence_start: False behind a cache that is not empty.
     """
 
     config: Any
@@ -37,7 +37,7 @@ class Asked:
     query: Tensor | None = None
     ratio: float | None = None
     is_planned: bool = False
-    opens_row: bool = True
+    is_sequence_start: bool = True
 
 
 def always_whole(config: Any) -> set[int]:
@@ -47,8 +47,8 @@ def always_whole(config: Any) -> set[int]:
     return ids
 
 
-def stretches(read: list[bool]) -> list[tuple[int, int]]:
-    """First token and end of each stretch of a row: a token that an earlier logit is scored on begins one."""
+def segments(read: list[bool]) -> list[tuple[int, int]]:
+    """First token and end of each segment of a row: a token that an earlier logit is scored on begins one."""
     cuts = {0, len(read)}
     for place, is_read in enumerate(read):
         if is_read and place + 1 < len(read):
@@ -61,8 +61,8 @@ def budget_of(length: int, config: Any, ratio: float | None) -> int:
     if length < config.min_prompt_length:
         return length
     budget = length if ratio is None else math.ceil(length / ratio - 1e-9)
-    if config.max_kept_tokens is not None:
-        budget = min(budget, config.max_kept_tokens)
+    if config.max_slots is not None:
+        budget = min(budget, config.max_slots)
     return min(max(budget, 1), length)
 
 
@@ -80,20 +80,20 @@ def check_row(asked: Asked, row: int, spans: list[int], kept: int, budget_met: b
     lengths = [0] * kept
     for span in mine:
         lengths[span] += 1
-    whole, budget, first = always_whole(config), 0, config.keep_first if asked.opens_row else 0
+    whole, budget, first = always_whole(config), 0, config.num_sink_tokens if asked.is_sequence_start else 0
     ratio = config.target_ratio if asked.ratio is None else asked.ratio
-    for low, high in stretches(read) if where else []:
+    for low, high in segments(read) if where else []:
         budget += budget_of(high - low, config, ratio)
         for place in range(low, high):
             must = (
-                read[place] or (place and read[place - 1]) or place < first or high - 1 - place < config.keep_last
+                read[place] or (place and read[place - 1]) or place < first or high - 1 - place < config.recent_window
                 or high - low < config.min_prompt_length or tokens[place] in whole
                 or (asked.protected is not None and bool(asked.protected[row, where[place]]))
                 or (asked.query is not None and bool(asked.query[row, where[place]]))
             )  # fmt: skip
             require(not must or lengths[mine[place]] == 1, f"token {place} of row {row} must stay whole")
         if low:
-            require(mine[low] != mine[low - 1], "a slot holds tokens of two stretches")
+            require(mine[low] != mine[low - 1], "a slot holds tokens of two segments")
     require(budget_met == (kept <= budget), f"budget_met is {budget_met}, but {kept} slots stand against {budget}")
     if not asked.is_planned:
         require(max(lengths, default=0) <= config.max_span_length, "a slot is longer than max_span_length")

@@ -152,7 +152,7 @@ class Evaluate(Job):
     """Three ways to read a few windows of text and a few needles."""
 
     def prepare(self, inputs: Path) -> None:
-        tiny_model(keep_last=8, max_position_embeddings=1100).save_pretrained(inputs / "checkpoint")
+        tiny_model(recent_window=8, max_position_embeddings=1100).save_pretrained(inputs / "checkpoint")
         tiny_tokenizer().save_pretrained(inputs / "checkpoint")
         (inputs / "text.txt").write_text(PROSE * 2)
 

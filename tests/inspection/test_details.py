@@ -54,18 +54,18 @@ def names(details: Any, row: int = 0) -> list[str]:
     return [list(REASONS)[code] for code in details.reason[row].tolist()]
 
 
-def walk(fingerprints: Tensor, solo: list[bool], tau: Tensor | float, cap: int) -> list[int]:
-    """First tokens of the greedy spans of one stretch, token by token (Algorithm 1)."""
+def walk(fingerprints: Tensor, unmergeable: list[bool], tau: Tensor | float, cap: int) -> list[int]:
+    """First tokens of the greedy spans of one segment, token by token (Algorithm 1)."""
     first, found = 0, [0]
-    for token in range(1, len(solo)):
-        joins = not solo[token] and not solo[token - 1] and token - first < cap
+    for token in range(1, len(unmergeable)):
+        joins = not unmergeable[token] and not unmergeable[token - 1] and token - first < cap
         if not (joins and float(fingerprints[first] @ fingerprints[token]) > tau):
             first = token
             found.append(token)
     return found
 
 
-def candidates_of(case: str, config: Any, plan: Any, solo: list[bool], slots: list[int]) -> list[int]:
+def candidates_of(case: str, config: Any, plan: Any, unmergeable: list[bool], slots: list[int]) -> list[int]:
     """First tokens of the candidate spans."""
     cap, prints = config.max_span_length, plan.fingerprints
     if case in ("boundary", "uniform", "given"):
@@ -75,7 +75,7 @@ def candidates_of(case: str, config: Any, plan: Any, solo: list[bool], slots: li
         highest = 1.0 if case == "solved" else config.similarity_threshold
         return solve_threshold(similarities, plan.layout, plan.budgets, highest).nonzero().flatten().tolist()
     if case == "thresholds":
-        return walk(prints, solo, config.similarity_threshold, cap)
+        return walk(prints, unmergeable, config.similarity_threshold, cap)
     ends, ids = set(config.text_markers["sentence_ends"]), plan.ids
     firsts = [0]
     for token in range(1, len(ids)):
@@ -87,7 +87,7 @@ def candidates_of(case: str, config: Any, plan: Any, solo: list[bool], slots: li
 @pytest.mark.parametrize("case", MODES)
 def test_equal_to_loops_on_real_weights(model, ids, monkeypatch, case):
     config, count = model.config, ids.shape[1]
-    fields = {"min_prompt_length": 64, "keep_last": 24, "merge_mode": "representative", **MODES[case]}
+    fields = {"min_prompt_length": 64, "recent_window": 24, "merge_mode": "representative", **MODES[case]}
     for name, value in fields.items():
         monkeypatch.setattr(config, name, value)
     question, marked = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -109,8 +109,8 @@ def test_equal_to_loops_on_real_weights(model, ids, monkeypatch, case):
             "question": 200 <= token < 206,
             "marked": 90 <= token < 93,
             "short": case == "short",
-            "first": token < config.keep_first,
-            "last": count - 1 - token < config.keep_last,
+            "first": token < config.num_sink_tokens,
+            "last": count - 1 - token < config.recent_window,
         }
         if why := next((name for name, holds in rules.items() if holds), None):
             protected[token] = why
@@ -191,7 +191,7 @@ def test_what_is_read_in_the_middle_and_scored_behind_it():
     read[0, [40, 95]] = True
     details = describe(tiny_model().compress(random_ids(1, 96), read_mask=read).origin)
     found = names(details)
-    # `keep_last` is 4, the position that is read among them.
+    # `recent_window` is 4, the position that is read among them.
     assert found[36:42] == ["alone", "last", "last", "last", "read", "scored"]
     assert details.read_mask.nonzero().tolist() == [[0, 40], [0, 95]]
     assert details.protected_mask[0, 41]

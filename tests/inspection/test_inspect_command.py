@@ -101,7 +101,7 @@ def test_wrong_usage(text_file, capsys):
 
 def test_what_cannot_be_done(text_file, tmp_path, capsys):
     assert "no fields ['max_spam']" in fails(capsys, 1, FOLDER, text_file, "--set", "max_spam=3")
-    assert "keep_first" in fails(capsys, 1, FOLDER, text_file, "--set", "keep_first=-3")
+    assert "num_sink_tokens" in fails(capsys, 1, FOLDER, text_file, "--set", "num_sink_tokens=-3")
     assert "missing.txt" in fails(capsys, 1, FOLDER, tmp_path / "missing.txt")
     assert "chat template" in fails(capsys, 1, FOLDER, text_file, "--chat")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import modeling_utils
 
 from tests.fixtures.tiny import FAMILIES, WITH_WINDOWS, plain_twin, tiny_model
 
@@ -47,6 +48,9 @@ MERGES: dict[str, dict[str, Any]] = {
     "learned": {"merge_mode": "learned", "merger_base": "mean", "merger_rank": 8},
 }
 RATIO = 2.4
+NEEDS_2D_INDEX = pytest.mark.skipif(
+    not hasattr(modeling_utils, "slice_logits_to_keep"), reason="this Transformers knows no 2D `logits_to_keep`"
+)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import modeling_utils
 
 from tests.fixtures.logs import warnings_of
 from tests.fixtures.tiny import LLAMA, ragged_prompts, tiny_model
 
 from .cases import (
+    NEEDS_2D_INDEX,
     OTHERS,
     Case,
     assert_identical,
@@ -36,9 +36,6 @@ OFF = {
     "short prompt": ({"min_prompt_length": 1000}, {}),
     "configuration": ({"compression": False}, {}),
 }
-NEEDS_2D_INDEX = pytest.mark.skipif(
-    not hasattr(modeling_utils, "slice_logits_to_keep"), reason="this Transformers knows no 2D `logits_to_keep`"
-)
 LENGTHS = (40, 23)
 BASES = [(family, "eager", torch.bfloat16) for family in OTHERS]
 BACKENDS = [("eager", torch.float32), ("sdpa", torch.float32), ("eager", torch.bfloat16), ("sdpa", torch.bfloat16)]

@@ -6,7 +6,17 @@ import torch.nn.functional as F
 
 from tests.fixtures.tiny import VOCAB_SIZE, plain_twin, ragged_prompts, random_ids, tiny_model
 
-from .cases import CLOSE, RATIO, assert_identical, each_case, each_cell, outcome_of, plain_outcome, spread_cases
+from .cases import (
+    CLOSE,
+    NEEDS_2D_INDEX,
+    RATIO,
+    assert_identical,
+    each_case,
+    each_cell,
+    outcome_of,
+    plain_outcome,
+    spread_cases,
+)
 from .roads import ROADS, read_by_labels
 from .slots import Part, read_parts
 
@@ -97,9 +107,11 @@ def test_labels_on_everything_merge_nothing():
     assert torch.equal(ours.logits, theirs.logits)
 
 
-# Without `keep_last`, nothing but the reading itself keeps a read token whole.
-@pytest.mark.parametrize("fields", [{}, {"position_mode": "compact"}, {"keep_last": 0}], ids=str)
-@pytest.mark.parametrize("kept", KEPT)
+# Without `recent_window`, nothing but the reading itself keeps a read token whole.
+@pytest.mark.parametrize("fields", [{}, {"position_mode": "compact"}, {"recent_window": 0}], ids=str)
+@pytest.mark.parametrize(
+    "kept", [pytest.param(k, marks=NEEDS_2D_INDEX) if k in ("index per row", "mask") else k for k in KEPT]
+)
 def test_logits_to_keep(kept, fields):
     model, kept = tiny_model(**fields), KEPT[kept]
     ids, mask = ragged_prompts(LENGTHS)
@@ -131,10 +143,10 @@ def test_padding_is_never_a_number():
     assert logits[~is_padding].isfinite().all()
 
 
-@pytest.mark.parametrize("keep_last", [0, 4])
+@pytest.mark.parametrize("recent_window", [0, 4])
 @pytest.mark.parametrize("segmentation", ["boundary", "greedy", "sentence", "uniform"])
-def test_labels(segmentation, keep_last):
-    model = tiny_model(segmentation_mode=segmentation, keep_last=keep_last)
+def test_labels(segmentation, recent_window):
+    model = tiny_model(segmentation_mode=segmentation, recent_window=recent_window)
     ids, mask = ragged_prompts(LENGTHS)
     labels = labels_of(ids, mask)
     read = F.pad(labels[:, 1:] != -100, (0, 1))

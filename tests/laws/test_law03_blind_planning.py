@@ -22,14 +22,14 @@ SETTINGS = {
         "similarity_threshold": 0.7,
         "entropy_threshold": 0.2,
     },
-    "absolute budget": {"target_ratio": None, "max_kept_tokens": 20},
+    "absolute budget": {"target_ratio": None, "max_slots": 20},
     "representative": {"merge_mode": "representative"},
     "compact": {"position_mode": "compact"},
     # Fingerprints that reach farther than what stays whole before a border, which would hide a leak.
-    "wide fingerprints": {"keep_last": 0, "fingerprint_radius": 5},
-    "wide fingerprints, greedy": {"keep_last": 0, "fingerprint_radius": 5, "segmentation_mode": "greedy"},
-    # Windows longer than most stretches.
-    "transformer": {"encoder_config": BERT, "encoder_window": 48, "encoder_overlap": 8, "keep_last": 0},
+    "wide fingerprints": {"recent_window": 0, "fingerprint_radius": 5},
+    "wide fingerprints, greedy": {"recent_window": 0, "fingerprint_radius": 5, "segmentation_mode": "greedy"},
+    # Windows longer than most segments.
+    "transformer": {"encoder_config": BERT, "encoder_window": 48, "encoder_overlap": 8, "recent_window": 0},
 }
 
 
@@ -39,7 +39,7 @@ def model(request):
 
 
 def random_labels(ids, seed):
-    """Scored runs of 1 to 6 tokens, far enough apart that stretches between them merge."""
+    """Scored runs of 1 to 6 tokens, far enough apart that segments between them merge."""
     generator = torch.Generator().manual_seed(seed)
     labels, place = torch.full_like(ids, -100), 0
     while True:
@@ -118,17 +118,17 @@ def test_scored_and_later_tokens_change_nothing_before_them(model, seed):
 
 
 @pytest.mark.parametrize("seed", [3, 4])
-def test_stretches_are_planned_alone(model, seed):
-    """A token changes the borders of its own stretch alone, wherever it stands."""
+def test_segments_are_planned_alone(model, seed):
+    """A token changes the borders of its own segment alone, wherever it stands."""
     ids = random_ids(1, TOKENS, seed)
     labels = random_labels(ids, seed)
     outputs = run(model, ids, labels)
     read = F.pad(labels[:, 1:] != -100, (0, 1))[0]
     ends = [-1, *read.nonzero()[:, 0].tolist(), TOKENS - 1]
-    stretches = [(a + 1, b + 1) for a, b in itertools.pairwise(ends) if b - a > 20]
-    assert len(stretches) >= 3
-    for start, end in stretches:
-        # The first token of a stretch is scored unless it opens the row, the last one is read: both are borders.
+    segments = [(a + 1, b + 1) for a, b in itertools.pairwise(ends) if b - a > 20]
+    assert len(segments) >= 3
+    for start, end in segments:
+        # The first token of a segment is scored unless it opens the row, the last one is read: both are borders.
         changed = run(model, other_tokens(ids, slice(start + 1, end)), labels)
         same = torch.ones(TOKENS - 1, dtype=torch.bool)
         same[start:end] = False
@@ -160,7 +160,7 @@ def test_kept_logits(model, kept):
 
 
 def test_protected_tokens_are_seen_but_stay_whole():
-    """They are no border: the budget counts the whole stretch, and their neighbours still merge."""
+    """They are no border: the budget counts the whole segment, and their neighbours still merge."""
     model = tiny_model()
     ids = random_ids(1, TOKENS)
     protected = torch.zeros_like(ids)

@@ -13,7 +13,7 @@ from tests.fixtures.tiny import ragged_prompts, tiny_model
 from .cases import FAMILY_FIELDS, RATIO, build, case_of, each_case, each_cell, model_of, outcome_of, spread_cases
 from .roads import LONG_STEPS, RECOMPRESS_EVERY, ROADS, STEPS
 
-MINIMUM, KEEP_LAST = 16, 4
+MINIMUM, RECENT_WINDOW = 16, 4
 CACHED = [name for name, road in ROADS.items() if road.compresses and name not in ("pipeline", "training step")]
 
 
@@ -27,7 +27,7 @@ def expected_slots(road, length):
         # What stands behind the first of three read positions is scored, and read itself.
         return budget(length - 2) + 2
     if road == "labels":
-        # Scored tokens are slots of their own, 6 and 5; what predicts the first of a run ends the stretch before it.
+        # Scored tokens are slots of their own, 6 and 5; what predicts the first of a run ends the segment before it.
         return budget(length - 30) + 6 + budget(19) + 5 if length > 30 else budget(length - 5) + 5
     answer = STEPS - 1
     if road == "chat":
@@ -35,8 +35,8 @@ def expected_slots(road, length):
         return budget(length) + answer + budget(length // 2 + 1) + answer
     if road == "recompressed":
         # What stays whole at the end of what is read again comes on top of the ratio.
-        again = math.ceil(RECOMPRESS_EVERY / RATIO) + KEEP_LAST
-        return budget(length) + again + LONG_STEPS - 1 - (RECOMPRESS_EVERY + KEEP_LAST)
+        again = math.ceil(RECOMPRESS_EVERY / RATIO) + RECENT_WINDOW
+        return budget(length) + again + LONG_STEPS - 1 - (RECOMPRESS_EVERY + RECENT_WINDOW)
     return budget(length) + (7 if ROADS[road].is_drafting else answer)
 
 

@@ -10,7 +10,7 @@ from tests.fixtures.tiny import LLAMA, ragged_prompts, random_ids, tiny_model
 from .cases import RATIO, Case, build, each_cell, model_of, outcome_of
 from .roads import ROADS
 
-KEEP_FIRST, KEEP_LAST = 2, 4
+NUM_SINK_TOKENS, RECENT_WINDOW = 2, 4
 DECODING = [name for name, road in ROADS.items() if road.compresses and road.is_decoding and name != "pipeline"]
 # Roads that take what is given for the prompt: masks of a chat cover one turn or all of it.
 MARKED = [name for name in DECODING if name not in ("chat",)]
@@ -25,9 +25,9 @@ def assert_whole_where_it_must(slot_lengths, ids, marked=None):
     """Of one prompt int64 [n], by the first slots of its row; the rest does merge."""
     sizes = sizes_of_tokens(slot_lengths)[: len(ids)]
     special = torch.isin(ids, torch.tensor([LLAMA[f"{name}_token_id"] for name in ("pad", "bos", "eos")]))
-    assert special[1:-KEEP_LAST].any() or len(ids) < 16 or marked is not None
+    assert special[1:-RECENT_WINDOW].any() or len(ids) < 16 or marked is not None
     must = special if marked is None else special | marked
-    must[:KEEP_FIRST] = must[-KEEP_LAST:] = True
+    must[:NUM_SINK_TOKENS] = must[-RECENT_WINDOW:] = True
     assert (sizes[must] == 1).all()
     if len(ids) >= 16:
         assert (sizes > 1).any()
@@ -78,14 +78,14 @@ def test_what_stays_whole(segmentation):
     assert alone[1, 60]
     assert alone[protected.bool()].all()
     for row, first in enumerate((0, 16)):
-        assert alone[row, first : first + model.config.keep_first].all()
-        assert alone[row, -model.config.keep_last :].all()
+        assert alone[row, first : first + model.config.num_sink_tokens].all()
+        assert alone[row, -model.config.recent_window :].all()
     assert not alone[:, 70:90].all()
 
 
 def test_what_stays_whole_around_a_read_position():
-    """`keep_last` counts before it; `keep_first` counts from the start of the row alone."""
-    model, ids = tiny_model(keep_first=6, keep_last=3, segmentation_mode="uniform"), random_ids(1, 96)
+    """`recent_window` counts before it; `num_sink_tokens` counts from the start of the row alone."""
+    model, ids = tiny_model(num_sink_tokens=6, recent_window=3, segmentation_mode="uniform"), random_ids(1, 96)
     read = torch.zeros_like(ids, dtype=torch.bool)
     read[0, 50] = True
     spans = model.compress(ids, read_mask=read).span_ids[0]

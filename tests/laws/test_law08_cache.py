@@ -14,9 +14,9 @@ from .roads import LONG_STEPS, RECOMPRESS_EVERY, ROADS, generate, second_turn
 from .slots import Part, read_parts
 
 CACHED = [name for name, road in ROADS.items() if road.compresses and road.is_decoding and name != "pipeline"]
-KEEP_LAST = 4
+RECENT_WINDOW = 4
 # The call that reads generated text again ends with a token that is still to be read.
-AGAIN = RECOMPRESS_EVERY + KEEP_LAST
+AGAIN = RECOMPRESS_EVERY + RECENT_WINDOW
 
 
 def results(case, road):
@@ -79,7 +79,7 @@ def parts_of(road, prompt, tokens, first):
         behind = [Part(first[:-1]), Part(torch.cat([first[-1:], turn]), RATIO), Part(tokens[:-1])]
         return [([opening, *behind], 0, count), ([opening, Part(first[:-1])], None, 0)]
     if road == "recompressed":
-        ratio = AGAIN / (math.ceil(RECOMPRESS_EVERY / RATIO) + KEEP_LAST)
+        ratio = AGAIN / (math.ceil(RECOMPRESS_EVERY / RATIO) + RECENT_WINDOW)
         again = [Part(tokens[:AGAIN], ratio), Part(tokens[AGAIN:-1])]
         whole = [opening, Part(tokens[: AGAIN - 1])]
         return [(whole, 0, AGAIN), ([opening, *again], AGAIN, LONG_STEPS - AGAIN)]

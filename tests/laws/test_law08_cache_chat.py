@@ -97,8 +97,8 @@ def test_chats_in_a_batch(model, lengths, chunk):
 
 
 def test_first_tokens_are_those_of_the_row():
-    """`keep_first` guards the start of the chat, not of each turn."""
-    model = tiny_model(keep_first=12, segmentation_mode="uniform")
+    """`num_sink_tokens` guards the start of the chat, not of each turn."""
+    model = tiny_model(num_sink_tokens=12, segmentation_mode="uniform")
     cache = SemTokenCache(config=model.config)
     ids = torch.cat([generate(model, random_ids(1, 90), past_key_values=cache), turn(80, 1)], dim=1)
     held = cache.physical_length()

@@ -165,7 +165,7 @@ def test_crop_to_a_length():
 @pytest.mark.parametrize("count", [-5, -95, -1000, 30])
 def test_crop_into_merged_slots(count):
     """The tail that stays whole is four tokens; five reach into a merged slot. A refusal changes nothing."""
-    model = tiny_model(keep_last=4, segmentation_mode="uniform")
+    model = tiny_model(recent_window=4, segmentation_mode="uniform")
     cache = prefill(model, random_ids(1, 96)).past_key_values
     lengths = cache.slot_lengths
     assert lengths[0, -5] > 1

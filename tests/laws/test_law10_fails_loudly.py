@@ -189,7 +189,7 @@ def test_plain_checkpoint(twins, tmp_path):
     with pytest.raises(ValueError, match=r"no semantic encoder.*convert_checkpoint"):
         type(twins[0]).from_pretrained(tmp_path)
     # Uniform spans need none.
-    uniform = {"segmentation_mode": "uniform", "min_prompt_length": 16, "keep_last": 4}
+    uniform = {"segmentation_mode": "uniform", "min_prompt_length": 16, "recent_window": 4}
     model = type(twins[0]).from_pretrained(tmp_path, **uniform)
     assert model.compress(IDS).is_merged
 

@@ -46,7 +46,7 @@ def tokenizer(request):
 
 def test_the_question_and_the_template_are_found(tokenizer):
     kwargs = {"add_generation_prompt": True}
-    encoding = tokenizer.apply_chat_template(CHAT, protect_template=True, mark_question=True, **kwargs)
+    encoding = tokenizer.apply_chat_template(CHAT, protect_template=True, return_query_mask=True, **kwargs)
     plain = tokenizer.apply_chat_template(CHAT, **kwargs)
     assert encoding.keys() - plain.keys() == {"protected_mask", "query_mask"}
     ids = encoding["input_ids"]
@@ -78,7 +78,7 @@ def test_messages_that_say_what_the_template_says():
 @pytest.mark.parametrize("return_tensors", [None, "pt"])
 def test_batches(tokenizer, return_tensors):
     chats = [CHAT, CHAT[1:], CHAT[3:]]
-    options = {"protect_template": True, "mark_question": True}
+    options = {"protect_template": True, "return_query_mask": True}
     together = tokenizer.apply_chat_template(chats, padding=True, return_tensors=return_tensors, **options)
     width = len(together["input_ids"][0])
     for row, chat in enumerate(chats):
@@ -101,19 +101,19 @@ def test_parts_and_truncation(tokenizer):
         "{% if p['type'] == 'text' %}{{ p['text'] }}{% else %}[IMG]{% endif %}{% endfor %}{% endfor %}"
     )
     encoding = tokenizer.apply_chat_template(
-        [{"role": "user", "content": parts}], mark_question=True, protect_template=True
+        [{"role": "user", "content": parts}], return_query_mask=True, protect_template=True
     )
     assert text_of(tokenizer, encoding["input_ids"], encoding["query_mask"]) == "the cat"
     cut = tokenizer.apply_chat_template(
-        [{"role": "user", "content": parts}], mark_question=True, truncation=True, max_length=5
+        [{"role": "user", "content": parts}], return_query_mask=True, truncation=True, max_length=5
     )
     assert cut["query_mask"] == encoding["query_mask"][:5]
 
 
 def test_the_question_steers_and_stays_whole(tokenizer):
-    model = tiny_model(segmentation_mode="greedy", query_weight=2.0, keep_last=1, merge_mode="representative")
+    model = tiny_model(segmentation_mode="greedy", query_weight=2.0, recent_window=1, merge_mode="representative")
     inputs = tokenizer.apply_chat_template(
-        CHAT, protect_template=True, mark_question=True, return_tensors="pt", add_generation_prompt=True
+        CHAT, protect_template=True, return_query_mask=True, return_tensors="pt", add_generation_prompt=True
     )
     outputs = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True, do_sample=False)
     marked = {name: inputs[name] for name in ("protected_mask", "query_mask")}
@@ -132,13 +132,13 @@ def test_empty_texts():
         "{% for m in messages %}<{{ m['role'] }}>{% if m['content'] %}{{ '\n' + m['content'] }}{% endif %}{% endfor %}"
     )
     chat = [CHAT[1], {"role": "assistant", "content": "", "tool_calls": []}, CHAT[3]]
-    encoding = tokenizer.apply_chat_template(chat, mark_question=True, protect_template=True)
+    encoding = tokenizer.apply_chat_template(chat, return_query_mask=True, protect_template=True)
     assert text_of(tokenizer, encoding["input_ids"], encoding["query_mask"]) == CHAT[3]["content"]
 
 
 def test_padding_later(tokenizer):
     """As a data collator does it."""
-    options = {"mark_question": True, "protect_template": True}
+    options = {"return_query_mask": True, "protect_template": True}
     chats = [CHAT, CHAT[3:]]
     at_once = tokenizer.apply_chat_template(chats, padding=True, **options)
     later = tokenizer.pad([tokenizer.apply_chat_template(chat, **options) for chat in chats])
@@ -153,12 +153,12 @@ def test_refused():
     assert tokenizer.apply_chat_template(CHAT)["input_ids"]
     for options in ({"tokenize": False}, {"return_dict": False}):
         with pytest.raises(ValueError, match="need `tokenize` and `return_dict`"):
-            tokenizer.apply_chat_template(CHAT, mark_question=True, **options)
+            tokenizer.apply_chat_template(CHAT, return_query_mask=True, **options)
 
 
 def test_turns_with_a_template():
     """Four turns on a returned cache: each renders the whole chat, and only what is new is read and compressed."""
-    tokenizer, model = tiny_tokenizer(), tiny_model(keep_last=8, min_prompt_length=16)
+    tokenizer, model = tiny_tokenizer(), tiny_model(recent_window=8, min_prompt_length=16)
     tokenizer.chat_template = TEMPLATES["llama3"].replace(" | trim", "")
     chat, cache, held, outputs = [], None, [], None
     for turn in range(4):

@@ -10,11 +10,11 @@ from transformers import GenerationConfig
 from semtoken_hf import SemTokenCache
 from tests.fixtures.tiny import left_padded, plain_twin, random_ids, tiny_model
 
-EVERY, KEEP_LAST, RATIO = 20, 4, 2.5
+EVERY, RECENT_WINDOW, RATIO = 20, 4, 2.5
 MERGED = math.ceil(EVERY / RATIO)
 PROMPT, STEPS = 60, 100
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
-FIELDS = {"recompress_every": EVERY, "keep_last": KEEP_LAST, "target_ratio": RATIO, "min_prompt_length": 16}
+FIELDS = {"recompress_every": EVERY, "recent_window": RECENT_WINDOW, "target_ratio": RATIO, "min_prompt_length": 16}
 
 
 @pytest.fixture(scope="module", params=["original", "compact"])
@@ -34,10 +34,10 @@ def by_hand(model, ids, steps=STEPS):
     for _ in range(steps):
         ratio = None
         whole = cache.get_seq_length() - start
-        if cache.slot_lengths is not None and whole == EVERY + KEEP_LAST - 1:
+        if cache.slot_lengths is not None and whole == EVERY + RECENT_WINDOW - 1:
             cache.crop(-whole)
             column = text[:, -whole - 1 :]
-            ratio = (whole + 1) / (MERGED + KEEP_LAST)
+            ratio = (whole + 1) / (MERGED + RECENT_WINDOW)
             start += EVERY
         mask = torch.ones_like(text)
         with torch.no_grad():
@@ -61,18 +61,20 @@ def test_generate_is_decoding_by_hand(model):
         torch.testing.assert_close(ours.values, theirs.values, **CLOSE)
 
 
-@pytest.mark.parametrize("steps", [EVERY + KEEP_LAST, EVERY + KEEP_LAST + 1, 3 * EVERY + KEEP_LAST + 1, STEPS])
+@pytest.mark.parametrize(
+    "steps", [EVERY + RECENT_WINDOW, EVERY + RECENT_WINDOW + 1, 3 * EVERY + RECENT_WINDOW + 1, STEPS]
+)
 def test_the_cache_grows_at_one_over_the_ratio(model, steps):
     cache = generate(model, random_ids(1, PROMPT), steps).past_key_values
     in_cache = steps - 1
-    times = max((in_cache - KEEP_LAST) // EVERY, 0)
+    times = max((in_cache - RECENT_WINDOW) // EVERY, 0)
     prompt = math.ceil(PROMPT / RATIO)
     assert cache.compressed_lengths.tolist() == [prompt + times * MERGED + in_cache - times * EVERY]
     assert cache.physical_length() == cache.slot_lengths.shape[1] == cache.layers[0].keys.shape[2]
     assert cache.original_lengths.tolist() == [PROMPT + in_cache]
     assert cache.get_seq_length() == PROMPT + in_cache
     # The recent window is whole, and what is merged lies wholly before it.
-    assert (cache.slot_lengths[:, -KEEP_LAST:] == 1).all()
+    assert (cache.slot_lengths[:, -RECENT_WINDOW:] == 1).all()
     assert int((cache.slot_lengths[0, prompt:] > 1).sum()) >= times
 
 
@@ -89,12 +91,12 @@ def test_the_slots_of_the_prompt_stay_bit_identical(model):
 def test_merged_slots_come_from_the_stage(model):
     """The slots that replace generated tokens are those of `compress` on these tokens, not means of old keys."""
     ids = random_ids(1, PROMPT)
-    outputs = generate(model, ids, EVERY + KEEP_LAST + 1)
+    outputs = generate(model, ids, EVERY + RECENT_WINDOW + 1)
     cache, slots = outputs.past_key_values, math.ceil(PROMPT / RATIO)
-    again = outputs.sequences[:, PROMPT : PROMPT + EVERY + KEEP_LAST]
+    again = outputs.sequences[:, PROMPT : PROMPT + EVERY + RECENT_WINDOW]
     before = SemTokenCache(config=model.config)
     model(ids, past_key_values=before, logits_to_keep=1)
-    prompt = model.compress(again, target_ratio=again.shape[1] / (MERGED + KEEP_LAST), past_key_values=before)
+    prompt = model.compress(again, target_ratio=again.shape[1] / (MERGED + RECENT_WINDOW), past_key_values=before)
     assert torch.equal(cache.slot_lengths[:, slots:], prompt.slot_lengths)
     model.model(
         inputs_embeds=prompt.inputs_embeds, position_ids=prompt.position_ids, past_key_values=before, use_cache=True
@@ -137,7 +139,7 @@ def test_beams_and_sampling(model):
     for row in range(2):
         alone = generate(model, ids[row : row + 1], num_beams=3)
         assert torch.equal(outputs.sequences[row], alone.sequences[0])
-    times = (STEPS - 1 - KEEP_LAST) // EVERY
+    times = (STEPS - 1 - RECENT_WINDOW) // EVERY
     assert outputs.past_key_values.physical_length() == math.ceil(PROMPT / RATIO) + STEPS - 1 - times * (EVERY - MERGED)
     torch.manual_seed(0)
     sampled = generate(model, ids, do_sample=True)
@@ -152,7 +154,7 @@ def test_drafts(model):
     cache = drafted.past_key_values
     assert cache.original_lengths.tolist() == [drafted.sequences.shape[1] - 1]
     assert cache.physical_length() <= plain.past_key_values.physical_length() + EVERY + 4
-    assert cache.get_seq_length() - cache.generated.start < EVERY + KEEP_LAST + 4
+    assert cache.get_seq_length() - cache.generated.start < EVERY + RECENT_WINDOW + 4
     assert torch.equal(drafted.sequences[:, : 60 + EVERY], plain.sequences[:, : 60 + EVERY])
 
 
@@ -194,12 +196,14 @@ def test_refused(every):
 
 
 def test_too_short_to_merge():
-    with pytest.raises(ValueError, match="at least min_prompt_length - keep_last = 12"):
+    with pytest.raises(ValueError, match="at least min_prompt_length - recent_window = 12"):
         tiny_model(recompress_every=11)
     assert tiny_model(recompress_every=12).config.recompress_every == 12
 
 
-@pytest.mark.parametrize(("every", "message"), [(11, "at least min_prompt_length - keep_last"), (0, "integer >= 1")])
+@pytest.mark.parametrize(
+    ("every", "message"), [(11, "at least min_prompt_length - recent_window"), (0, "integer >= 1")]
+)
 def test_a_field_that_is_set_later(every, message):
     """Set on a loaded model, which checks nothing: generation would never merge, without a word."""
     model = tiny_model(**FIELDS)
@@ -212,13 +216,13 @@ def test_a_field_that_is_set_later(every, message):
 @pytest.mark.parametrize("name", ["protected_mask", "query_mask", "span_ids"])
 def test_masks_of_the_prompt_stay_with_it(model, name):
     """Also where it is as long as what is read again."""
-    ids = random_ids(1, EVERY + KEEP_LAST)
+    ids = random_ids(1, EVERY + RECENT_WINDOW)
     values = model.compress(ids).span_ids if name == "span_ids" else torch.ones_like(ids)
-    cache = generate(model, ids, EVERY + KEEP_LAST + 1, **{name: values}).past_key_values
+    cache = generate(model, ids, EVERY + RECENT_WINDOW + 1, **{name: values}).past_key_values
     prompt = int(values.max()) + 1 if name == "span_ids" else ids.shape[1]
-    assert cache.compressed_lengths.tolist() == [prompt + MERGED + KEEP_LAST]
-    ratio = (EVERY + KEEP_LAST) / (MERGED + KEEP_LAST)
-    again = generate(model, ids, EVERY + KEEP_LAST + 1, **{name: values}).sequences[:, ids.shape[1] : -1]
+    assert cache.compressed_lengths.tolist() == [prompt + MERGED + RECENT_WINDOW]
+    ratio = (EVERY + RECENT_WINDOW) / (MERGED + RECENT_WINDOW)
+    again = generate(model, ids, EVERY + RECENT_WINDOW + 1, **{name: values}).sequences[:, ids.shape[1] : -1]
     assert torch.equal(
         cache.slot_lengths[:, prompt:], model.compress(again, target_ratio=ratio, past_key_values=cache).slot_lengths
     )

@@ -182,7 +182,7 @@ def test_a_client_sets_our_options_in_its_generation_config(server, checkpoint, 
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"chat_template": "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"}, {"mark_question": True}],
+    [{"chat_template": "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"}, {"return_query_mask": True}],
     ids=["a template of its own", "the question marked"],
 )
 def test_a_client_sets_how_its_chat_is_rendered(server, checkpoint, arguments):

@@ -229,7 +229,7 @@ def test_ten_documents_are_learned_through_their_compressed_contexts(tmp_path):
 
     own, others = torch.arange(DOCUMENTS), torch.arange(DOCUMENTS).roll(1)
     # Equal spans, so that neither a token that stays whole nor the layout of the slots gives a document away.
-    fields = {"keep_first": 1, "keep_last": bridge.shape[1], "segmentation_mode": "uniform"}
+    fields = {"num_sink_tokens": 1, "recent_window": bridge.shape[1], "segmentation_mode": "uniform"}
     model = tiny_model(**fields, initializer_range=0.05, target_ratio=3.0)
     untrained = model(**rows(own)).loss.item()
     options = {"learning_rate": 3e-3, "optim": "adamw_torch", "per_device_train_batch_size": DOCUMENTS}

@@ -66,7 +66,7 @@ def test_the_plain_model_generates_the_same(tokenizer, family, merge_mode):
 def test_chats_and_encodings(tokenizer, form):
     model = tiny_model(position_mode="compact")
     encoding = tokenizer.apply_chat_template(
-        CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True, mark_question=form == "encoding"
+        CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True, return_query_mask=form == "encoding"
     )
     exported = export_prompt(model, tokenizer, CHAT if form == "chat" else encoding)
     expected = model.compress(**encoding)

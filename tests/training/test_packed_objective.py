@@ -53,7 +53,7 @@ def test_a_token_changes_its_own_chunk_behind_it_and_later_chunks(ids):
 def test_later_chunks_see_slots_and_no_raw_token(ids):
     """The first of two tokens is no representative: with slots alone, nobody behind its chunk knows it."""
     spans = torch.tensor([[2, 2, 2], [2, 2, 2]])
-    model = tiny_model(merge_mode="representative", keep_first=0)
+    model = tiny_model(merge_mode="representative", num_sink_tokens=0)
     other = ids.clone()
     token = CHUNK + 4
     other[0, token] = 3 + (other[0, token] + 1) % 200
@@ -63,7 +63,7 @@ def test_later_chunks_see_slots_and_no_raw_token(ids):
 
 @pytest.mark.parametrize(("family", "mode"), [("llama", "compact"), ("gpt_neox", "original"), ("qwen3", "original")])
 def test_the_last_chunk_is_what_the_model_itself_says_behind_that_plan(ids, family, mode):
-    fields = {"keep_last": 0, "min_prompt_length": 0, "fingerprint_radius": 0, "position_mode": mode}
+    fields = {"recent_window": 0, "min_prompt_length": 0, "fingerprint_radius": 0, "position_mode": mode}
     if family == "llama":  # with an adapter on top
         model = adapted_model(merger_base="mean", **fields)
     else:

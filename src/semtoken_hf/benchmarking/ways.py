@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 
 from ..attention_semtoken import VARLEN
 from ..cache_bytes import cache_bytes
-from ..cache_semtoken import tracks_slots
+from ..cache_semtoken import is_semtoken_cache
 from .clock import TokenStamps, peak_extra_bytes, seconds_of
 from .workloads import Batch
 
@@ -65,7 +65,7 @@ class Way:
             return self.generate(1, return_dict_in_generate=True).past_key_values
 
         peak, cache = peak_extra_bytes(read, self.model.device)
-        slots = cache.compressed_lengths.tolist() if tracks_slots(cache) else self.batch.lengths
+        slots = cache.compressed_lengths.tolist() if is_semtoken_cache(cache) else self.batch.lengths
         return {"slots": slots, "kv_bytes": kv_bytes(cache), "peak_bytes": peak}
 
     def measure(self, new_tokens: int) -> dict[str, float]:

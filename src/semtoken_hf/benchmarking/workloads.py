@@ -1,4 +1,4 @@
-"""Prompts that are measured: batches of stretches of a text, left-padded.
+"""Prompts that are measured: batches of segments of a text, left-padded.
 
 Of the package it imports nothing: the environment of the kvpress baselines, which cannot install it, loads it too.
 """

@@ -105,7 +105,7 @@ def convert(
     **Examples**
 
         semtoken convert meta-llama/Llama-3.2-1B sentence-transformers/all-MiniLM-L6-v2 my-semtoken
-        semtoken convert llama encoder my-semtoken --set target_ratio=4 keep_last=128 --protect-digits
+        semtoken convert llama encoder my-semtoken --set target_ratio=4 recent_window=128 --protect-digits
         semtoken convert llama encoder my-semtoken --encoder-kind static --static-dim 64
         semtoken convert llama none my-semtoken --set segmentation_mode=uniform
         semtoken convert model.Q4_K_M.gguf encoder my-semtoken --dtype bfloat16

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..conversion.upgrade import upgrade_checkpoint
 from .diagnosis.attention import Shape, check_attention, shape_of
 from .diagnosis.checkpoint import check_checkpoint, folder_of
 from .diagnosis.checks import Check
@@ -26,22 +27,31 @@ app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 @app.command(context_settings=CONTEXT)
 def doctor(
     checkpoint: Annotated[str | None, typer.Argument(help="SemToken folder, or a Hub id that was downloaded")] = None,
+    upgrade: Annotated[
+        bool, typer.Option("--upgrade", help="first rewrite the folder in place: today's fields and modules")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what is installed, which kernels attention will run on this machine and why, and what is wrong.
 
     With a checkpoint: whether every file, tensor and module is there and of the right kind, whether tokenizer, encoder
     and adapter fit, and whether its modules are those of this version. Nothing of it is run, nothing is downloaded.
+    `--upgrade` rewrites a folder of an earlier version first, whole or not at all; its weights stay.
 
     **Examples**
 
         semtoken doctor
         semtoken doctor my-semtoken
         semtoken doctor model_cards/semtoken-llama-tiny --json
+        semtoken doctor my-old-semtoken --upgrade
 
     **Exit codes**: 0 all is well, warnings aside; 1 there is no such checkpoint; 2 wrong usage; 3 a fault was found.
     """
     with ending_well(), only_json(as_json) as answer, bars(quiet=True):
+        if upgrade:
+            if checkpoint is None:
+                raise typer.BadParameter("--upgrade needs the folder of a checkpoint")
+            upgrade_checkpoint(checkpoint)
         checks, shape = [*check_installation(), *check_device()], Shape()
         of_checkpoint: list[Check] = []
         if checkpoint is not None:

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..configuration_semtoken import ENCODER_DTYPES, SemTokenConfigMixin, SemTokenStaticEncoderConfig
+from ..configuration_semtoken import ENCODER_DTYPES, RENAMED, SemTokenConfigMixin, SemTokenStaticEncoderConfig
 from ..standalone_planner import SpanPlannerConfig
 from ..tokenization_semtoken_fast import SemTokenFastTokenizer
 from .encoder import build_encoder, in_dtype
@@ -149,7 +149,7 @@ def _check_options(encoder: Any, encoder_kind: str, encoder_dtype: str, override
     if encoder_dtype not in ENCODER_DTYPES:
         raise ValueError(f"`encoder_dtype` must be one of {list(ENCODER_DTYPES)}, got {encoder_dtype!r}")
     known = {field.name for field in fields(SemTokenConfigMixin)} - {"encoder_config", "text_markers"}
-    if unknown := sorted(set(overrides) - known):
+    if unknown := sorted(set(overrides) - known - set(RENAMED)):
         raise ValueError(f"unknown configuration fields {unknown}; known are {sorted(known)}")
     SpanPlannerConfig(**overrides)  # wrong values are refused before anything is read
     if encoder is None and overrides.get("segmentation_mode") != "uniform":

@@ -6,7 +6,7 @@ takes the options of `lm_eval`; `--include_path FOLDER` adds task files of one's
 registers the model: `lm_eval.simple_evaluate(model="semtoken", model_args={"pretrained": FOLDER}, tasks=[...])`.
 
 `--model_args` are those of lm-eval's `hf`, and every compression field of the configuration (`target_ratio`,
-`max_kept_tokens`, `query_weight`, `min_prompt_length`, `compression`, ...). What a request type makes of them:
+`max_slots`, `query_weight`, `min_prompt_length`, `compression`, ...). What a request type makes of them:
 
     loglikelihood, multiple_choice   the context is compressed without a look at the continuation, and read once for
                                      all choices; every token of the continuation is scored
@@ -146,7 +146,7 @@ class SemTokenLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """Of `HFLM`, and what was read, for the field `config` of the results (in this process, if there are more)."""
         config = self.model.config
-        own = {name: getattr(config, name) for name in ("compression", "target_ratio", "max_kept_tokens")}
+        own = {name: getattr(config, name) for name in ("compression", "target_ratio", "max_slots")}
         reads = {name: asdict(count) for name, count in self.reads.items()}
         return {**super().get_model_info(), "semtoken": own | reads}
 

@@ -126,7 +126,7 @@ def save_compressed(model: Any, prompts: list[Prompt], ratio: float, file: Path)
     for prompt in tqdm(prompts, desc=f"compressing {file.stem}", leave=False, disable=None, mininterval=1):
         context = prompt.ids[: prompt.length - max(prompt.question_length, 1)]
         slots = math.ceil(len(context) / math.sqrt(ratio) - 1e-9)
-        with changed_fields(model, target_ratio=1.0, max_kept_tokens=slots):
+        with changed_fields(model, target_ratio=1.0, max_slots=slots):
             taken, compressed = timed(lambda ids=context: model.compress(ids[None]))
         tensors[f"{prompt.id}.embeds"] = compressed.inputs_embeds[0].float().cpu().contiguous()
         tensors[f"{prompt.id}.positions"] = compressed.position_ids[0].cpu().contiguous()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..cache_bytes import cache_bytes
-from ..cache_semtoken import tracks_slots
+from ..cache_semtoken import is_semtoken_cache
 
 # A text to go on with, or the messages of a chat.
 Prompt = str | list[dict[str, str]]
@@ -121,7 +121,7 @@ def _ask(pipe: Any, prompt: Prompt, max_new_tokens: int, call: dict[str, Any], i
     whole, records = timed(lambda: pipe(prompt, max_new_tokens=max_new_tokens, return_tensors=True, **options))
     answer = records[0]["generated_token_ids"][tokens:]
     into.tokens.append(tokens)
-    into.slots.append(int(cache.compressed_lengths.max()) if tracks_slots(cache) else tokens)
+    into.slots.append(int(cache.compressed_lengths.max()) if is_semtoken_cache(cache) else tokens)
     into.kv_bytes.append(cache_bytes(cache))
     into.prefill_seconds.append(prefill)
     into.encoder_seconds.append(timer.seconds)

@@ -21,7 +21,7 @@ RATIO, STEPS = 2.4, 4
 SHAPE = ModelShape(256, 512, 2, 4, 2, vocab_size=8192, dtype="float32")
 # The last row is shorter than `min_prompt_length` and stays plain.
 LENGTHS = (384, 290, 150, 40)
-FIELDS: dict[str, Any] = {"min_prompt_length": 64, "keep_last": 16, "initializer_range": 0.08}
+FIELDS: dict[str, Any] = {"min_prompt_length": 64, "recent_window": 16, "initializer_range": 0.08}
 # As FlashAttention's own tests: at most twice the error of eager in the same dtype, and a little.
 FACTOR, SLACK = 2.0, 1e-3
 # The default follows no fingerprint where nothing is asked.

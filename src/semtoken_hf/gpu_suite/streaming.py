@@ -7,7 +7,7 @@ from typing import Any
 
 from ..benchmarking.clock import TokenStamps, peak_extra_bytes, seconds_of
 from ..benchmarking.ways import PADDED, PLAIN_N, Way, kv_bytes
-from ..cache_semtoken import tracks_slots
+from ..cache_semtoken import is_semtoken_cache
 from .models import prompts
 from .parts import time_limit
 
@@ -52,7 +52,7 @@ def stream_prompt(
     return {
         "way": "plain" if target_ratio is None else f"SemToken {target_ratio:g}x",
         "tokens": length,
-        "slots": int(cache.compressed_lengths.max()) - (new_tokens - 1) if tracks_slots(cache) else length,
+        "slots": int(cache.compressed_lengths.max()) - (new_tokens - 1) if is_semtoken_cache(cache) else length,
         "stage s": stage,
         "prefill s": stamps[0].to_first_token,
         "decode ms": 1e3 * stamps[0].per_token,

@@ -135,15 +135,15 @@ def _reasons(origin: PromptOrigin, candidates: Spans) -> Tensor:
     }
     known = {n: m.to(device).flatten()[layout.token_index] != 0 for n, m in masks.items() if m is not None}
     known["scored"] = known["read"].roll(1) & (layout.position > 0)
-    known["short"] = layout.lengths[layout.stretch] < config.min_prompt_length
-    known["first"] = (layout.position < config.keep_first) & given.get("opens_row", True)
-    known["last"] = layout.to_end < config.keep_last
+    known["short"] = layout.lengths[layout.segment] < config.min_prompt_length
+    known["first"] = (layout.position < config.num_sink_tokens) & given.get("is_sequence_start", True)
+    known["last"] = layout.to_end < config.recent_window
     reason = torch.zeros_like(layout.row, dtype=torch.int8)
     # The reason is the first that applies.
     for name in reversed(known):
         reason.masked_fill_(known[name], CODES[name])
-    reason.masked_fill_(~layout.solo, CODES["merged"])
-    is_single = ~layout.solo & (plan.spans.lengths == 1)[plan.spans.index]
+    reason.masked_fill_(~layout.unmergeable, CODES["merged"])
+    is_single = ~layout.unmergeable & (plan.spans.lengths == 1)[plan.spans.index]
     reason.masked_fill_(is_single, CODES["budget"])
     return reason.masked_fill_(is_single & (candidates.lengths == 1)[candidates.index], CODES["alone"])
 

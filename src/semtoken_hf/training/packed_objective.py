@@ -22,7 +22,13 @@ from .packed_attention import chunk_views, use_packed_attention
 from .sliced_divergence import sliced_divergence
 
 # The plan comes ready: nothing else decides what merges.
-FREE_FIELDS = {"keep_first": 0, "keep_last": 0, "min_prompt_length": 0, "target_ratio": None, "max_kept_tokens": None}
+FREE_FIELDS = {
+    "num_sink_tokens": 0,
+    "recent_window": 0,
+    "min_prompt_length": 0,
+    "target_ratio": None,
+    "max_slots": None,
+}
 
 
 @dataclass
@@ -67,7 +73,7 @@ def packed_slots(student: Any, input_ids: Tensor, span_lengths: Tensor) -> Packe
         merger=base.learned_merger,
         span_ids=place // span_lengths.reshape(-1, 1),
         read_mask=torch.zeros_like(chunks, dtype=torch.bool),
-        protected_mask=first + place < student.config.keep_first,
+        protected_mask=first + place < student.config.num_sink_tokens,
     )
     counts = prompt.kept_lengths.view(rows, earlier)
     positions, raw_positions = prompt.position_ids, torch.arange(length, input_ids.shape[1], device=input_ids.device)

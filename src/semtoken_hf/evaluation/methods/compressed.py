@@ -46,7 +46,7 @@ class Compressed(Method):
     def read(self, model: Any, prompt: Prompt, slots: int) -> Prefill:
         # Without a budget, the thresholds decide.
         ratio, most = (1.0, slots) if self.has_budget else (None, None)
-        fields = {"target_ratio": ratio, "max_kept_tokens": most, **self.fields}
+        fields = {"target_ratio": ratio, "max_slots": most, **self.fields}
         with changed_fields(model, **fields), relevance_from(self.relevance):
             cache = SemTokenCache(config=model.config)
             outputs = model(

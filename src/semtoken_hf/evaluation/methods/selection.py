@@ -19,8 +19,8 @@ from .base import Method
 class Selection(Method):
     """Reads the tokens that `choose` marks and nothing else.
 
-    The opening, the first `keep_first` tokens of the configuration, the question and the last `keep_last` tokens are
-    always read: what SemToken protects, so that the methods differ in nothing else.
+    The opening, the first `num_sink_tokens` tokens of the configuration, the question and the last `recent_window`
+    tokens are always read: what SemToken protects, so that the methods differ in nothing else.
     """
 
     def choose(self, model: Any, prompt: Prompt, free: Tensor, count: int) -> Tensor:
@@ -92,8 +92,8 @@ def protected_tokens(config: Any, prompt: Prompt) -> Tensor:
     return (
         prompt.opening
         | prompt.question
-        | (place < config.keep_first)
-        | (place >= prompt.length - max(config.keep_last, 1))
+        | (place < config.num_sink_tokens)
+        | (place >= prompt.length - max(config.recent_window, 1))
     )
 
 
