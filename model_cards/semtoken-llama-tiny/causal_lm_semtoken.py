@@ -47,7 +47,7 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        setattr(self, self.base_model_prefix, self.base_class(config))
+        self.add_module(self.base_model_prefix, self.base_class(config))
         self.post_init()
 
     def _get_name(self) -> str:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from semtoken_hf import SemTokenCache
-from tests.fixtures.tiny import FAMILIES
+from tests.fixtures.tiny import FEW
 
 from . import tensors
 from .calls import fields
@@ -48,7 +48,7 @@ def cases(draw: Any) -> Case:
     names = draw(st.lists(st.sampled_from(list(STEPS)), min_size=1, max_size=6))
     masks = [("ones", "int64"), ("left", "int64"), ("both", "bool"), ("holes", "int64"), ("zero row", "int64")]
     return Case(
-        draw(st.sampled_from(list(FAMILIES))),
+        draw(st.sampled_from(FEW)),
         draw(st.sampled_from(ATTENTIONS)),
         draw(st.integers(1, 3)),
         draw(st.integers(1, 90)),

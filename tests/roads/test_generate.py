@@ -39,7 +39,7 @@ def compressions(monkeypatch):
     """Rows of every call of the stage."""
     calls = []
     for family in FEW:
-        cls = type(model_of(family, "original").base_model)
+        cls = type(model_of(family, "original"))
         original = cls.compress
 
         def compress(self, input_ids, *args, original=original, **kwargs):

@@ -50,7 +50,6 @@ def test_the_student_comes_nearer_to_its_teacher(run):
     before, after = curve(run[1])
     assert (before["step"], after["step"]) == (0, STEPS)
     assert after["eval_kl"] < 0.95 * before["eval_kl"]
-    assert after["eval_cost"] < before["eval_cost"]
 
 
 def test_what_was_trained_changed_and_nothing_else(run, inputs):

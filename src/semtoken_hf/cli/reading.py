@@ -151,8 +151,7 @@ def read_on(
     """
     tokens = inputs["input_ids"].shape[1]
     found = Reading(tokens=tokens, slots=tokens)
-    start, base = time.perf_counter(), model.base_model
-    compress = base.compress
+    start, compress = time.perf_counter(), model.compress
 
     def noting_plan(*args: Any, **kwargs: Any) -> Any:
         prompt = compress(*args, **kwargs)
@@ -168,7 +167,7 @@ def read_on(
         found.kv_bytes = cache_bytes(outputs.past_key_values)
         when_read()
 
-    base.compress = noting_plan
+    model.compress = noting_plan
     handle = model.register_forward_hook(noting_prefill)
     try:
         inputs = {name: value.to(model.device) for name, value in inputs.items()}
@@ -176,7 +175,7 @@ def read_on(
         wait_for_device()
     finally:
         handle.remove()
-        del base.compress
+        del model.compress
     found.decode_seconds = time.perf_counter() - start - found.prefill_seconds
     found.new_tokens = len(ids)
     return found, ids
