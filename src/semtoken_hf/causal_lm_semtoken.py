@@ -44,6 +44,7 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
 
     base_class: Any
     base_model_prefix: str
+    add_module: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]

@@ -72,4 +72,5 @@ def test_commands_of_shell_blocks_exist(document):
             assert "--help" in text, f"{words[:2]} has no help"
             known = options_in(text) | (training if "adapt" in words[1] else set())
             # What was measured before options had dashes is shown as it was typed.
-            assert {dashed(option) for option in options_in(" ".join(words))} <= known, command
+            named = options_in(" ".join(words))
+            assert {option if option in known else dashed(option) for option in named} <= known, command

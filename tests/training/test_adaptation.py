@@ -209,5 +209,5 @@ def test_the_parts_of_a_run_make_its_checkpoint_again(run, inputs, tmp_path):
     ours, theirs = (loaded(folder)(ids, logits_to_keep=1) for folder in (again, adapted))
     assert ours.compressed_lengths < 64
     assert torch.equal(ours.logits, theirs.logits)
-    with pytest.raises(FileNotFoundError, match="fields.json"):
+    with pytest.raises(FileNotFoundError, match=r"fields\.json"):
         apply_parts(inputs / "checkpoint", adapted, again)
