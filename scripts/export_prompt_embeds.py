@@ -9,7 +9,7 @@
 Formats: `base64` is the field `prompt_embeds` of a request, `json` a whole body for /v1/completions, and `pt` a tensor
 [slots, hidden] for `torch.load` and `LLM.generate({"prompt_embeds": tensor})`. The engine must run the plain model with
 the same weights: the checkpoint that was converted, or what --export-plain writes. Its positions are 0..m-1, so adapt
-with `--set-fields position_mode=compact`; adapters for compressed rows (`--trainable lora`) cannot go along.
+with compact positions, the default; adapters for compressed rows (`--trainable lora`) cannot go along.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class SemTokenConfigMixin:
         recompress_every: while generating, read the generated tokens again into merged slots whenever this many are
             there beyond the last `recent_window`, so that the cache grows at 1 / ratio. At least `min_prompt_length -
             recent_window`. None: generated tokens keep slots of their own.
-        position_mode: "original": a slot carries the position of one of its tokens; "compact": 0..m-1.
+        position_mode: "compact": slots stand at 0..m-1; "original": a slot carries the position of one of its tokens.
         segmentation_mode: "sentence" keeps whole sentences, those most relevant to the question or the latest, and
             merges what lies between; "greedy" is the paper's anchor clustering with its entropy budget; "boundary" cuts
             between the most dissimilar neighbours; "uniform" makes equal spans without an encoder.
@@ -136,7 +136,7 @@ class SemTokenConfigMixin:
     recent_window: int = 64
     min_prompt_length: int = 256
     recompress_every: int | None = None
-    position_mode: str = "original"
+    position_mode: str = "compact"
     segmentation_mode: str = "sentence"
     merge_mode: str = "representative"
     merger_base: str = "representative"

@@ -11,7 +11,5 @@ class SemTokenGPT2Config(SemTokenConfigMixin, GPT2Config):
     model_type = "semtoken_gpt2"
     position_modes = ("compact",)
 
-    position_mode: str = "compact"
-
 
 __all__ = ["SemTokenGPT2Config"]
