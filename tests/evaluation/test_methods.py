@@ -108,7 +108,13 @@ def test_with_room_for_everything_every_method_is_the_full_context(model, name):
 def test_no_two_methods_read_the_same_thing_by_mistake(model):
     prompt = prompt_of()
     # This checkpoint's merger is learned, and there is no chat in which a question could be found.
-    same = {"semtoken", "semtoken_learned", "semtoken_unasked", *(f"semtoken_{part}" for part in RELEVANCES)}
+    same = {
+        "semtoken",
+        "semtoken_learned",
+        "semtoken_unasked",
+        "semtoken_original",
+        *(f"semtoken_{part}" for part in RELEVANCES),
+    }
     logits = {name: read(model, name, prompt).logits for name in METHODS if name not in same - {"semtoken"}}
     for name, other in itertools.combinations(logits, 2):
         assert not torch.allclose(logits[name], logits[other], atol=1e-5), (name, other)
@@ -132,6 +138,16 @@ def test_selected_tokens_are_read_at_their_own_positions(model, name):
         logits = plain_twin(model)(prompt.ids[place], position_ids=place, attention_mask=mask).logits[0, -1]
     torch.testing.assert_close(prefill.logits, logits, rtol=1e-4, atol=1e-4)
     assert prefill.next_position == LENGTH
+
+
+def test_in_compact_positions_truncation_is_a_cut_prompt():
+    model, prompt = merging_model(position_mode="compact"), prompt_of()
+    prefill = read(model, "truncation", prompt)
+    cut = prompt.ids[prefill.kept][None]
+    with torch.no_grad():
+        logits = plain_twin(model)(cut).logits[0, -1]
+    torch.testing.assert_close(prefill.logits, logits, rtol=1e-4, atol=1e-4)
+    assert prefill.next_position == prefill.slots == cut.shape[1]
 
 
 @pytest.mark.parametrize("question", [0, 12])

@@ -33,6 +33,7 @@ METHODS: dict[str, Method] = {
     ),
     "semtoken_boundary": Compressed("SemToken, boundary spans", fields={"segmentation_mode": "boundary"}),
     "semtoken_compact": Compressed("SemToken, compact positions", fields={"position_mode": "compact"}),
+    "semtoken_original": Compressed("SemToken, original positions", fields={"position_mode": "original"}),
 }
 
 PRESSES: dict[str, str] = {

@@ -1,4 +1,4 @@
-"""Methods that read some of the tokens with the plain model, each at its own position."""
+"""Methods that read some of the tokens with the plain model, in the positions that the checkpoint's slots have."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ class Selection(Method):
         count = min(max(slots - int(kept.sum()), 0), len(free))
         kept[self.choose(model, prompt, free, count)] = True
         chosen = kept.nonzero().T
+        length, is_compact = chosen.shape[1], model.config.position_mode == "compact"
         cache = DynamicCache(config=model.config)
         outputs = model(
             input_ids=prompt.ids[chosen[0]][None],
-            position_ids=chosen,
+            position_ids=torch.arange(length, device=chosen.device)[None] if is_compact else chosen,
             # Explicit: without a mask, gapped positions would be read as packed sequences.
             attention_mask=torch.ones_like(chosen),
             past_key_values=cache,
             logits_to_keep=1,
             compression=False,
         )
-        return Prefill(cache, outputs.logits[0, -1], prompt.length, chosen.shape[1], kept)
+        return Prefill(cache, outputs.logits[0, -1], length if is_compact else prompt.length, length, kept)
 
 
 class FullContext(Selection):
@@ -75,8 +76,7 @@ class RandomDropping(Selection):
 class SelfInformation(Selection):
     """The tokens that the model itself finds most surprising, -log p(x_t | x_<t): Selective Context (2310.06201).
 
-    Theirs drops whole phrases and renumbers what is left; this drops tokens and keeps their positions, which reads
-    better. It costs a full pass of the plain model before the short one.
+    Theirs drops whole phrases, this drops tokens. It costs a full pass of the plain model before the short one.
     """
 
     def choose(self, model: Any, prompt: Prompt, free: Tensor, count: int) -> Tensor:
