@@ -62,7 +62,7 @@ def test_defaults() -> None:
         "recent_window": 64,
         "min_prompt_length": 256,
         "recompress_every": None,
-        "position_mode": "original",
+        "position_mode": "compact",
         "segmentation_mode": "sentence",
         "merge_mode": "representative",
         "merger_base": "representative",

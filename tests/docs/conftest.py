@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, BertTokenizerFast, PreTrainedTokenizerFast
 
 import semtoken_hf
 from semtoken_hf.training.adaptation import adapt
@@ -29,7 +29,7 @@ SIZES = {"vocab_size": 8192, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id
 def write_plain(folder: Path) -> Path:
     """A tiny plain Llama with a real tokenizer and a chat template."""
     torch.manual_seed(0)
-    semtoken_hf.AutoModelForCausalLM.from_config(plain_config(tiny_config(**SIZES))).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(plain_config(tiny_config(**SIZES))).save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(EMBEDDED, chat_template=TEMPLATE).save_pretrained(folder)
     return folder
 

@@ -9,7 +9,7 @@ import pytest
 from rich.color import Color
 from rich.console import Console
 from rich.style import Style
-from semtoken_hf.prompt_html import token_pieces
+from semtoken_hf.inspection.page import token_pieces
 
 from semtoken_hf.inspection.planning import plan_ratios
 from semtoken_hf.inspection.summary import summarise
