@@ -9,8 +9,9 @@ import pytest
 from rich.color import Color
 from rich.console import Console
 from rich.style import Style
-from semtoken_hf.inspection.page import token_pieces
 
+from semtoken_hf.inspection.details import describe
+from semtoken_hf.inspection.page import token_pieces
 from semtoken_hf.inspection.planning import plan_ratios
 from semtoken_hf.inspection.summary import summarise
 from semtoken_hf.inspection.terminal import (
@@ -136,7 +137,7 @@ def test_the_table_says_what_is_not_met(planner, tokenizer):
 
 
 def test_an_entropy_that_nobody_measured_is_not_zero():
-    plan = tiny_model(segmentation_mode="uniform").compress(random_ids(1, 96)).details
+    plan = describe(tiny_model(segmentation_mode="uniform").compress(random_ids(1, 96)).origin)
     text = along_the_prompt(plan).plain
     assert "entropy unknown" in text
     assert re.search("kept [ ░▒▓█]{64}", text)
