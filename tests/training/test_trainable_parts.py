@@ -51,7 +51,9 @@ def test_lora_of_every_family(family, tmp_path):
     merged = model(ids, logits_to_keep=2).logits
     assert not torch.allclose(merged, tiny_model(**fields)(ids, logits_to_keep=2).logits, atol=1e-2)
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation=model.config._attn_implementation
+    ).eval()
     torch.testing.assert_close(loaded(ids, logits_to_keep=2).logits, merged)
     torch.testing.assert_close(loaded(ids).logits, plain, rtol=0, atol=0)
 
