@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from huggingface_hub import cached_assets_path
@@ -42,6 +44,14 @@ def package_folder(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def made_once(folder: Path, make: Callable[[Path], Any]) -> Path:
+    """`folder`, made if it is not there or carries other modules than this package's; one process at a time."""
+    with FileLock(f"{folder}.lock"):
+        if not (folder.is_dir() and compare_modules(folder).is_same):
+            make(folder)
+    return folder
+
+
 def reference_model(encoder: str = "static", progress: bool = True) -> Path:
     """The folder of the reference model with an encoder, converted if it is not there.
 
@@ -54,21 +64,17 @@ def reference_model(encoder: str = "static", progress: bool = True) -> Path:
     """
     model, minilm = package_folder(MODEL_PACKAGE), package_folder(ENCODER_PACKAGE) / "model"
     cache = cached_assets_path("semtoken_hf", namespace="reference")
-    folder = cache / f"smollm2-135m-instruct-{encoder}"
-    with FileLock(f"{folder}.lock"):
-        if not (folder.is_dir() and compare_modules(folder).is_same):
-            convert_checkpoint(model, minilm, folder, encoder_kind=ENCODERS[encoder], overwrite=True, progress=progress)
-    return folder
+    options = {"encoder_kind": ENCODERS[encoder], "overwrite": True, "progress": progress}
+    return made_once(
+        cache / f"smollm2-135m-instruct-{encoder}", lambda folder: convert_checkpoint(model, minilm, folder, **options)
+    )
 
 
 def adapted_model() -> Path:
     """The folder of the reference model with MiniLM that has learned to read slots, made if it is not there."""
     converted = reference_model("minilm")
     folder = converted.with_name(f"smollm2-135m-instruct-{ADAPTED}")
-    with FileLock(f"{folder}.lock"):
-        if not (folder.is_dir() and compare_modules(folder).is_same):
-            apply_parts(converted, PARTS, folder)
-    return folder
+    return made_once(folder, lambda folder: apply_parts(converted, PARTS, folder))
 
 
 def main() -> None:

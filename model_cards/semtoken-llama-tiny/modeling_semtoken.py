@@ -106,19 +106,15 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         apply_past_mask(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
         prompt = None
         if self._wants_compression(compression, target_ratio, query_weight) and self._is_compressible(call):
-            prompt = self.compress(
-                call["input_ids"],
-                attention_mask,
-                span_ids,
-                target_ratio,
-                protected_mask,
-                read_mask,
-                position_ids,
-                past_key_values=past_key_values,
+            prompt = self._compress_call(
+                call,
+                span_ids=span_ids,
+                target_ratio=target_ratio,
+                protected_mask=protected_mask,
+                read_mask=read_mask,
                 query_mask=query_mask,
                 query_weight=query_weight,
             )
-            prompt.origin = None  # its fingerprints: the layers need the room
             if prompt.is_merged:
                 return self._forward_slots(prompt, past_key_values, 0, **layers)
         outputs = self._forward_tokens(
@@ -154,7 +150,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         turn = Turn(name, columns, position_ids, past_key_values, attention_mask, adapted)
         if is_semtoken_cache(past_key_values):
             self._append(turn, columns[..., 0] if input_ids is None else columns)
-        return _own_output(self._run(turn, 0, use_cache, chunk_size, **kwargs))
+        return SemTokenModelOutputWithPast.of(self._run(turn, 0, use_cache, chunk_size, **kwargs))
 
     def _append(self, turn: Turn, tokens: Tensor) -> None:
         """Record a turn of plain `tokens` [B, Q] in its cache, and find out what its layers need for it."""
@@ -201,7 +197,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             turn.index = ranges(starts, turn.counts, prompt.position_ids.device) if prompt.is_padded else None
         outputs = self._run(turn, last_columns, use_cache, chunk_size, **kwargs)
         log_prefill(prompt, past_key_values)
-        return _own_output(outputs, prompt)
+        return SemTokenModelOutputWithPast.of(outputs, prompt)
 
     def _rows_of_adapter(self, cache: Any, prompt: CompressedPrompt | None = None) -> Tensor | None:
         """bool [B], rows with merged slots, on which an adapter acts; None where there is no adapter."""
@@ -250,13 +246,6 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         if len(states) > 1:
             outputs.last_hidden_state = torch.cat(states, dim=1)
         return outputs
-
-
-def _own_output(outputs: Any, prompt: CompressedPrompt | None = None) -> SemTokenModelOutputWithPast:
-    """The family's output, and what became of the prompt."""
-    if prompt is None:
-        return SemTokenModelOutputWithPast(**outputs)
-    return SemTokenModelOutputWithPast(**outputs, span_ids=prompt.span_ids, compressed_lengths=prompt.kept_lengths)
 
 
 __all__ = ["SemTokenModelMixin", "SemTokenModelOutputWithPast"]

@@ -34,6 +34,12 @@ class PlainTuple(ModelOutput):
     def to_tuple(self) -> tuple:
         return tuple(self[name] for name in self.keys() if name not in OWN_OUTPUTS)
 
+    @classmethod
+    def of(cls, outputs: Any, prompt: CompressedPrompt | None = None) -> Any:
+        """The family's output, and what became of the prompt."""
+        own = (None, None) if prompt is None else (prompt.span_ids, prompt.kept_lengths)
+        return cls(**outputs, **dict(zip(OWN_OUTPUTS, own, strict=True)))
+
 
 class SemTokenPreTrainedMixin:
     """Loading and saving, with an encoder that is part of the checkpoint and frozen, and what compresses."""
@@ -208,6 +214,13 @@ class SemTokenPreTrainedMixin:
             query_mask=query_mask,
             query_weight=query_weight,
         )
+
+    def _compress_call(self, call: dict[str, Any], **planning: Any) -> CompressedPrompt:
+        """The prompt of a call of `forward` as slots, without what only its page shows: the layers need the room."""
+        names = ("attention_mask", "position_ids", "past_key_values")
+        prompt = self.compress(call["input_ids"], **{name: call[name] for name in names}, **planning)
+        prompt.origin = None
+        return prompt
 
     def _wants_compression(
         self, compression: bool | None, target_ratio: float | None, query_weight: float | None = None

@@ -116,9 +116,9 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
         if wanted and not reads_all and step_of_call(kwargs) is None and self._is_compressible(call):
             options = {"target_ratio": target_ratio, "query_weight": query_weight}
             given = {"span_ids": span_ids, "protected_mask": protected_mask, "query_mask": query_mask}
-            prompt = self._compress_call(call, options, given)
+            prompt = self._compress_unread(call, options, given)
         if prompt is None or not prompt.is_merged:
-            outputs = _own_output(super().forward(**call, compression=False))
+            outputs = SemTokenCausalLMOutputWithPast.of(super().forward(**call, compression=False))
             if prompt is not None:
                 log_prefill(prompt, outputs.past_key_values)
             return outputs
@@ -126,15 +126,15 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
         if labels is not None and keeps_all:
             reading = LabelledPositions(prompt, labels)
             call["shift_labels"] = reading.targets
-        outputs = _own_output(super().forward(**call, slot_reading=reading), prompt)
+        outputs = SemTokenCausalLMOutputWithPast.of(super().forward(**call, slot_reading=reading), prompt)
         assert outputs.logits is not None
         outputs.logits = reading.lay_out(outputs.logits)
         return outputs
 
-    def _compress_call(
+    def _compress_unread(
         self, call: dict[str, Any], options: dict[str, Any], given: dict[str, Any]
     ) -> CompressedPrompt | None:
-        """The prompt of a call as slots, None where every position is read.
+        """The prompt of a call as slots, those that nobody reads merged; None where every position is read.
 
         Args:
             call: arguments of `forward`.
@@ -150,25 +150,7 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
         start = cache.get_seq_length() if cache is not None else 0
         drafted = max(kept - 1, 0) if isinstance(kept, int) else 0
         given = {name: align_to_step(values, name, start, ids.shape[1], drafted) for name, values in given.items()}
-        prompt = self.compress(
-            ids,
-            attention_mask=call["attention_mask"],
-            position_ids=call["position_ids"],
-            past_key_values=cache,
-            read_mask=read,
-            **options,
-            **given,
-        )
-        # The layers run without what only the page of a prompt shows.
-        prompt.origin = None
-        return prompt
-
-
-def _own_output(outputs: Any, prompt: CompressedPrompt | None = None) -> SemTokenCausalLMOutputWithPast:
-    """The family's output, and what became of the prompt."""
-    if prompt is None:
-        return SemTokenCausalLMOutputWithPast(**outputs)
-    return SemTokenCausalLMOutputWithPast(**outputs, span_ids=prompt.span_ids, compressed_lengths=prompt.kept_lengths)
+        return self._compress_call(call, read_mask=read, **options, **given)
 
 
 __all__ = ["SemTokenCausalLMOutputWithPast", "SemTokenForCausalLMMixin"]

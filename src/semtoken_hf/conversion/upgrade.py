@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig
 
+from ..evaluation.files import write_text
 from ..publishing.module_hashes import PACKAGE, module_hashes, named_modules, needed_modules, with_modules
 from .checkpoint import load_tokenizer
 from .source import check_semtoken
 from .staging import check_output, remove_stale, staged_folder
 from .text_markers import text_markers
-
-CARD = "README.md"
 
 
 def upgrade_checkpoint(folder: str | os.PathLike) -> Path:
@@ -40,33 +38,32 @@ def upgrade_checkpoint(folder: str | os.PathLike) -> Path:
         config.text_markers = text_markers(load_tokenizer(folder), config.vocab_size)
     with staged_folder(folder, overwrite=True) as staged:
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            if file.name != "config.json" and (file.suffix != ".py" or file.parent != folder):
+            if file.name != "config.json":
                 _link(file, staged / file.relative_to(folder))
         config.save_pretrained(staged)
-        _renew_modules(staged)
+        renew_modules(staged)
     return folder
 
 
 def _link(file: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    if file.name == CARD:  # written again
-        shutil.copy2(file, target)
-        return
     try:
         os.link(file, target)
     except OSError:
         shutil.copy2(file, target)
 
 
-def _renew_modules(folder: Path) -> None:
-    """This package's modules for a folder without any, and their hashes in its card."""
-    names: Any = needed_modules(PACKAGE, named_modules(folder))
-    for name in names:
+def renew_modules(folder: Path) -> None:
+    """Give a checkpoint the modules of this package that it needs and no others, and its card their hashes.
+
+    Files are replaced, never written into: another folder may share them.
+    """
+    for file in folder.glob("*.py"):
+        file.unlink()
+    for name in needed_modules(PACKAGE, named_modules(folder)):
         shutil.copyfile(PACKAGE / name, folder / name)
-    card = folder / CARD
-    if card.is_file():
-        text = card.read_text(encoding="utf-8")
-        card.write_text(with_modules(text, module_hashes(folder.glob("*.py"))), encoding="utf-8")
+    if (card := folder / "README.md").is_file():
+        write_text(card, with_modules(card.read_text(encoding="utf-8"), module_hashes(folder.glob("*.py"))))
 
 
-__all__ = ["upgrade_checkpoint"]
+__all__ = ["renew_modules", "upgrade_checkpoint"]
