@@ -20,8 +20,7 @@ from .cached_turn import apply_past_mask, check_chunk_size
 from .compression import CompressedPrompt
 from .generation_semtoken import SemTokenGenerationMixin
 from .logging_semtoken import log_prefill
-from .paged_semtoken import SemTokenContinuousMixin, step_of_call
-from .pretrained_semtoken import PlainTuple, SemTokenPreTrainedMixin
+from .pretrained_semtoken import PlainTuple, SemTokenPreTrainedMixin, slot_step_of
 from .read_positions import KeptPositions, LabelledPositions, align_to_step, read_mask_of
 
 
@@ -39,7 +38,7 @@ class SemTokenCausalLMOutputWithPast(PlainTuple, CausalLMOutputWithPast):
     compressed_lengths: Tensor | None = None
 
 
-class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin, SemTokenPreTrainedMixin):
+class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPreTrainedMixin):
     """The language-modelling head. A family names the base model to use instead of its own in `base_class`."""
 
     base_class: Any
@@ -113,7 +112,7 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenContinuousMixin,
         wanted = self._wants_compression(compression, target_ratio, query_weight)
         keeps_all, prompt = isinstance(logits_to_keep, int) and logits_to_keep == 0, None
         reads_all = keeps_all and labels is None
-        if wanted and not reads_all and step_of_call(kwargs) is None and self._is_compressible(call):
+        if wanted and not reads_all and slot_step_of(kwargs) is None and self._is_compressible(call):
             options = {"target_ratio": target_ratio, "query_weight": query_weight}
             given = {"span_ids": span_ids, "protected_mask": protected_mask, "query_mask": query_mask}
             prompt = self._compress_unread(call, options, given)

@@ -21,8 +21,7 @@ from .cached_turn import Turn, append_plain, apply_past_mask, check_chunk_size, 
 from .compression import CompressedPrompt
 from .learned_merger import LearnedMerger
 from .logging_semtoken import get_logger, log_prefill
-from .paged_semtoken import step_of_call
-from .pretrained_semtoken import PlainTuple, SemTokenPreTrainedMixin
+from .pretrained_semtoken import PlainTuple, SemTokenPreTrainedMixin, slot_step_of
 from .ragged_cache_semtoken import ranges
 from .ragged_modeling_semtoken import SemTokenRaggedMixin
 from .semantic_encoder import SemanticEncoder
@@ -137,7 +136,8 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
     ) -> SemTokenModelOutputWithPast:
         """The family's forward over every token, behind slots where the cache holds some."""
         adapted: Tensor | bool = False
-        if (step := step_of_call(kwargs)) is not None and not step.is_plain:
+        step = slot_step_of(kwargs)
+        if step is not None and not step.is_plain:
             assert input_ids is not None
             assert position_ids is not None
             inputs_embeds, position_ids, adapted = step.read(self.get_input_embeddings(), input_ids, position_ids)

@@ -24,6 +24,10 @@ logger = get_logger(__name__)
 
 # Of `from_pretrained`, for the files that are fetched beside the model's own.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
+PAGED = (
+    "continuous batching of slots needs the package, which a checkpoint does not carry: pip install semtoken-hf, and "
+    "use `generate_batch` or the manager of `init_continuous_batching`"
+)
 # Of a forward, beyond the plain model's.
 OWN_OUTPUTS = ("span_ids", "compressed_lengths")
 
@@ -254,15 +258,19 @@ class SemTokenPreTrainedMixin:
         logger.warning_once(f"SemToken does not compress this call and runs the plain model exactly: {reason}")
 
 
+def slot_step_of(kwargs: dict[str, Any]) -> Any:
+    """The `SlotStep` that a manager of continuous batching left in the paged cache: what this forward reads in place of
+    its ids. None elsewhere."""
+    return getattr(kwargs.get("cache"), "slot_step", None)
+
+
 def _unsupported_reason(call: dict[str, Any]) -> str | None:
     """Why a call of `forward` cannot be compressed, or None."""
     mask, positions, cache = call["attention_mask"], call["position_ids"], call["past_key_values"]
     if call["input_ids"] is None:
         return "`inputs_embeds` has no token ids to plan with; pass `input_ids`"
     if "cache" in call or "block_table" in call:
-        return (
-            "paged attention manages its own cache; use `generate_batch` or the manager of `init_continuous_batching`"
-        )
+        return PAGED
     if mask is not None and getattr(mask, "ndim", 0) != 2:
         return "a prepared attention mask cannot be shortened; pass a 2D mask"
     if cache is not None and not is_semtoken_cache(cache):
@@ -274,4 +282,4 @@ def _unsupported_reason(call: dict[str, Any]) -> str | None:
     return None
 
 
-__all__ = ["PlainTuple", "SemTokenPreTrainedMixin"]
+__all__ = ["PAGED", "PlainTuple", "SemTokenPreTrainedMixin", "slot_step_of"]

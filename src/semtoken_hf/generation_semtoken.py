@@ -11,6 +11,7 @@ import copy
 import functools
 import math
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,22 +24,15 @@ from .cache_semtoken import SemTokenCache, is_semtoken_cache
 from .cached_turn import check_chunk_size
 from .configuration_semtoken import validate_compression_fields
 from .logging_semtoken import get_logger
-from .paged_semtoken import PROMPT_ARGUMENTS
+from .pretrained_semtoken import PAGED
 
 logger = get_logger(__name__)
 
-# What `forward` takes beyond the plain model.
-OWN_ARGUMENTS = (
-    "compression",
-    "target_ratio",
-    "query_weight",
-    "span_ids",
-    "protected_mask",
-    "query_mask",
-    "prefill_chunk_size",
-)
-# Those of them that a generation configuration may hold.
+# What `forward` takes beyond the plain model: what a generation configuration may hold, too, and what belongs to one
+# prompt.
 GENERATION_FIELDS = ("compression", "target_ratio", "query_weight")
+PROMPT_ARGUMENTS = ("span_ids", "protected_mask", "query_mask")
+OWN_ARGUMENTS = (*GENERATION_FIELDS, *PROMPT_ARGUMENTS, "prefill_chunk_size")
 
 
 @dataclass
@@ -59,6 +53,7 @@ class SemTokenGenerationMixin:
 
     # What `SemTokenForCausalLMMixin` and the family's classes bring.
     config: Any
+    generation_config: Any
     _wants_compression: Any
     _warn_uncompressed: Any
     _is_short: Any
@@ -106,6 +101,59 @@ class SemTokenGenerationMixin:
             # Layers with a sliding window forget what a crop would have to bring back.
             cache.activate_past_recording()
         return result
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any):
+        """As in Transformers; prompts are compressed in `add_request`, by the thread that calls it.
+
+        `add_request` also takes `compression`, `target_ratio`, `query_weight` and, as sequences over the prompt,
+        `span_ids`, `protected_mask` and `query_mask`. Lengths, limits and blocks of the scheduler count slots; results
+        hold the original prompt. CUDA graphs and compiled forwards run every step but those that read slots.
+
+        A checkpoint without the package runs the plain model, with a warning.
+        """
+        manager = None
+        if getattr(self, "_cached_continuous_batching_manager", None) is None:
+            try:
+                # By name: a plain import would be a need of every checkpoint's remote code.
+                batching = import_module("semtoken_hf.serving.continuous_batching")
+                manager = batching.init_continuous_batching(self, *args, **kwargs)
+            except ImportError:
+                self._warn_uncompressed(PAGED)
+        return super().init_continuous_batching(*args, **kwargs) if manager is None else manager
+
+    def generate_batch(
+        self,
+        inputs: list[list[int]],
+        generation_config: Any = None,
+        *args: Any,
+        compression: bool | None = None,
+        target_ratio: float | None = None,
+        query_weight: float | None = None,
+        **kwargs: Any,
+    ):
+        """As in Transformers, over slots.
+
+        Args:
+            inputs: token ids of each prompt.
+            generation_config: as in Transformers.
+            compression, target_ratio, query_weight: as in `forward`, for all prompts.
+
+        Raises:
+            ValueError: the ratio is below 1, or there is an argument that belongs to a single prompt.
+        """
+        self._wants_compression(compression, target_ratio, query_weight)
+        if given := [name for name in PROMPT_ARGUMENTS if kwargs.get(name) is not None]:
+            raise ValueError(
+                f"`generate_batch` has no place for {given}: pass them to `add_request` of the manager from "
+                "`init_continuous_batching()`"
+            )
+        # Transformers hands on no other options to the manager.
+        config = copy.copy(self.generation_config if generation_config is None else generation_config)
+        options = {"compression": compression, "target_ratio": target_ratio, "query_weight": query_weight}
+        for name, value in options.items():
+            if value is not None:
+                setattr(config, name, value)
+        return super().generate_batch(inputs, config, *args, **kwargs)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any):
         model_kwargs = kwargs["model_kwargs"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 MODEL = "transformers.modeling_utils.PreTrainedModel"
 GENERATION = "transformers.generation.utils.GenerationMixin"
 MANAGER = "transformers.generation.continuous_batching.continuous_api.ContinuousBatchingManager"
+MIXIN = "transformers.generation.continuous_batching.continuous_api"
 TOKENIZER = "transformers.tokenization_utils_tokenizers.TokenizersBackend"
 TRAINER = "transformers.trainer.Trainer"
 LM_EVAL = "lm_eval.models.huggingface.HFLM"
@@ -64,6 +65,8 @@ PRIVATE_NAMES = (
     PrivateName("_dequantize", "transformers.cache_utils.QuantizedLayer", "quantised layers cannot be cropped"),
     PrivateName("_encode_plus", TOKENIZER, "plans beside the ids"),
     PrivateName("_pad", TOKENIZER, "plans are padded with the ids"),
+    PrivateName("_create_batch_processor", MANAGER, "the paged cache carries what a step reads"),
+    PrivateName("_cached_continuous_batching_manager", MIXIN, "a manager that lives on is used again"),
     PrivateName("_generation_step", MANAGER, "a step is told which columns are slots"),
     PrivateName("_generation_loop_body", MANAGER, "prompts of ended requests are forgotten"),
     PrivateName("_run_generation_loop", MANAGER, "prompts of ended requests are forgotten"),

@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList
 from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
-from semtoken_hf import continuous_batching_semtoken, paged_semtoken
+from semtoken_hf.serving import continuous_batching
 from tests.fixtures.adapted import adapted_model
 from tests.fixtures.batching import (
     BATCHING,
@@ -26,7 +26,7 @@ from tests.fixtures.batching import (
     prompts_of,
     settings,
 )
-from tests.fixtures.children import run_clean
+from tests.fixtures.children import run_clean, run_python
 from tests.fixtures.logs import warnings_of
 from tests.fixtures.tiny import BERT, plain_twin, random_ids, tiny_model
 
@@ -150,11 +150,16 @@ def test_recorded_forwards_read_no_slots(monkeypatch):
 
     Batches are padded then, so that logits processors look at more columns.
     """
-    compiled, slots, current = [], [], paged_semtoken._STEP
-    run = ContinuousBatchingManager._generation_step
+    compiled, slots, caches = [], [], []
+    run, create = ContinuousBatchingManager._generation_step, ContinuousBatchingManager._create_batch_processor
 
     def compile_nothing(function, **kwargs):
-        return lambda *args: compiled.append(current.get().is_plain) or function(*args)
+        return lambda *args: compiled.append(caches[-1].slot_step.is_plain) or function(*args)
+
+    def create_noting(manager):
+        processor = create(manager)
+        caches.append(processor.cache)
+        return processor
 
     class Watch:
         highest = 0
@@ -165,8 +170,11 @@ def test_recorded_forwards_read_no_slots(monkeypatch):
 
     watch, model = Watch(), model_of()
     monkeypatch.setattr(torch, "compile", compile_nothing)
+    monkeypatch.setattr(ContinuousBatchingManager, "_create_batch_processor", create_noting)
     monkeypatch.setattr(
-        ContinuousBatchingManager, "_generation_step", lambda m: slots.append(not current.get().is_plain) or run(m)
+        ContinuousBatchingManager,
+        "_generation_step",
+        lambda m: slots.append(not m.batch_processor.cache.slot_step.is_plain) or run(m),
     )
     monkeypatch.setattr(type(model), "_get_logits_processor", lambda *args, **kwargs: LogitsProcessorList([watch]))
     outputs = generate_batch(model, prompts_of(), batching={"varlen_compile_config": CompileConfig()})
@@ -213,7 +221,7 @@ def test_transformers_that_changed(caplog, monkeypatch):
     """Without a hook the slots would never be read."""
     model = tiny_model(attn_implementation="sdpa")
     plain = generate_batch(plain_twin(model), prompts_of())
-    monkeypatch.setattr(continuous_batching_semtoken, "HOOKS", ("_generation_step", "_no_such_hook"))
+    monkeypatch.setattr(continuous_batching, "HOOKS", ("_generation_step", "_no_such_hook"))
     outputs = generate_batch(model, prompts_of())
     assert [o.generated_tokens for o in outputs] == [o.generated_tokens for o in plain]
     assert any("_no_such_hook" in message for message in warnings_of(caplog))
@@ -225,7 +233,7 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 folder, prompts, generation, batching = sys.argv[1], *map(json.loads, sys.argv[2:])
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation="sdpa").eval()
 manager = model.init_continuous_batching(GenerationConfig(**generation), ContinuousBatchingConfig(**batching))
-assert type(manager).__module__.startswith("transformers_modules."), type(manager)
+assert type(model).__module__.startswith("transformers_modules."), type(model)
 names = manager.add_requests(prompts)
 manager.start()
 results = {r.request_id: r for r in (manager.get_result(timeout=60) for _ in names)}
@@ -234,10 +242,16 @@ print("FACTS" + json.dumps([results[name].generated_tokens for name in names]))
 """
 
 
-def test_remote_code(tmp_path):
-    """What is imported only when it is asked for travels with the checkpoint, too."""
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_remote_code(tmp_path, is_installed):
+    """A checkpoint's own code reads slots where the package can be imported, and the plain prompts elsewhere."""
     model, prompts = model_of(), prompts_of()
     model.save_pretrained(tmp_path / "checkpoint")
     arguments = [tmp_path / "checkpoint", *map(json.dumps, (prompts, GREEDY, BATCHING))]
-    tokens = run_clean(REMOTE, *arguments, home=tmp_path / "home")
-    assert tokens == [generate(model, prompt)[0] for prompt in prompts]
+    home = tmp_path / "home"
+    if is_installed:
+        tokens = run_python(REMOTE, *arguments, variables={"HF_MODULES_CACHE": str(home)})
+    else:
+        tokens = run_clean(REMOTE, *arguments, home=home)
+    options = {} if is_installed else {"compression": False}
+    assert tokens == [generate(model, prompt, **options)[0] for prompt in prompts]

@@ -7,8 +7,8 @@ import torch
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import RequestState
 
-from semtoken_hf import paged_semtoken
-from semtoken_hf.paged_semtoken import SlotTable
+from semtoken_hf.serving import slot_table
+from semtoken_hf.serving.slot_table import SlotTable
 from tests.fixtures.batching import (
     NEW_TOKENS,
     assert_equal_to_generate,
@@ -203,7 +203,7 @@ def test_cancelled_before_the_loop_hears_of_it(monkeypatch):
 
 def test_ids_run_out(monkeypatch):
     model = tiny_model(attn_implementation="sdpa")
-    monkeypatch.setattr(paged_semtoken, "LAST_ID", model.config.vocab_size)
+    monkeypatch.setattr(slot_table, "LAST_ID", model.config.vocab_size)
     manager = model.init_continuous_batching(**settings())
     manager.add_request(prompts_of()[0])
     with pytest.raises(OverflowError, match="new manager"):

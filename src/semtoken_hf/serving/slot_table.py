@@ -12,9 +12,7 @@ token is the p-th of n takes position p - (n - m), and nothing else changes. In 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from threading import RLock
@@ -23,15 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compression import CompressedPrompt
-from .configuration_semtoken import check_query_weight, check_ratio
+from ..compression import CompressedPrompt
 
 # Ids travel as int32.
 LAST_ID = 2**31 - 1
 # Frequencies of other kinds follow the largest position of a call.
 STATIC_ROPE_TYPES = frozenset({"default", "linear", "llama3", "proportional", "yarn"})
-# Of `forward`: what `generate_batch` has no place for, since they belong to one prompt each.
-PROMPT_ARGUMENTS = ("span_ids", "protected_mask", "query_mask")
 
 
 @dataclass
@@ -96,31 +91,6 @@ class SlotStep:
         for first, end in self.adapted:
             adapted[:, first:end] = True
         return embeddings, position_ids, adapted.to(input_ids.device)
-
-
-# Of the step that this thread runs; None outside a manager of ours.
-_STEP: ContextVar[SlotStep | None] = ContextVar("semtoken_slot_step", default=None)
-# What the `generate_batch` that this thread is in says for all prompts.
-_OPTIONS: ContextVar[dict[str, Any]] = ContextVar("semtoken_batch_options", default={})  # noqa: B039
-
-
-@contextmanager
-def reading_slots(step: SlotStep) -> Iterator[None]:
-    """Within this block, paged forward calls of this thread are `step`."""
-    token = _STEP.set(step)
-    try:
-        yield
-    finally:
-        _STEP.reset(token)
-
-
-def step_of_call(kwargs: dict[str, Any]) -> SlotStep | None:
-    """The step that a forward call with these keyword arguments is; None where it is none of a manager of ours."""
-    return _STEP.get() if "cache" in kwargs else None
-
-
-def batch_options() -> dict[str, Any]:
-    return _OPTIONS.get()
 
 
 class SlotTable:
@@ -249,54 +219,4 @@ def moving_rope_types(config: Any) -> set[str]:
     return {value.get("rope_type", "default") for value in nested} - STATIC_ROPE_TYPES
 
 
-class SemTokenContinuousMixin:
-    """Entry points of continuous batching; see the head of this file."""
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any):
-        """As in Transformers; prompts are compressed in `add_request`, by the thread that calls it.
-
-        `add_request` also takes `compression`, `target_ratio`, `query_weight` and, as sequences over the prompt,
-        `span_ids`, `protected_mask` and `query_mask`. Lengths, limits and blocks of the scheduler count slots; results
-        hold the original prompt. CUDA graphs and compiled forwards run every step but those that read slots.
-        """
-        manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
-        from .continuous_batching_semtoken import wrap_manager
-
-        return wrap_manager(manager)
-
-    def generate_batch(
-        self,
-        inputs: list[list[int]],
-        *args: Any,
-        compression: bool | None = None,
-        target_ratio: float | None = None,
-        query_weight: float | None = None,
-        **kwargs: Any,
-    ):
-        """As in Transformers, over slots.
-
-        Args:
-            inputs: token ids of each prompt.
-            compression, target_ratio, query_weight: as in `forward`, for all prompts.
-
-        Raises:
-            ValueError: the ratio is below 1, or there is an argument that belongs to a single prompt.
-        """
-        if target_ratio is not None:
-            check_ratio(target_ratio)
-        if query_weight is not None:
-            check_query_weight(query_weight)
-        if given := [name for name in PROMPT_ARGUMENTS if kwargs.get(name) is not None]:
-            raise ValueError(
-                f"`generate_batch` has no place for {given}: pass them to `add_request` of the manager from "
-                "`init_continuous_batching()`"
-            )
-        options = {"compression": compression, "target_ratio": target_ratio, "query_weight": query_weight}
-        token = _OPTIONS.set({name: value for name, value in options.items() if value is not None})
-        try:
-            return super().generate_batch(inputs, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            _OPTIONS.reset(token)
-
-
-__all__ = ["SemTokenContinuousMixin", "SlotStep", "SlotTable", "reading_slots", "step_of_call"]
+__all__ = ["PagedPrompt", "SlotStep", "SlotTable", "moving_rope_types"]

@@ -1,7 +1,6 @@
-"""The manager of continuous batching whose requests are compressed; what it does is told in `paged_semtoken.py`.
+"""The manager of continuous batching whose requests are compressed; how it works is told in `slot_table.py`.
 
-Apart, and imported only when it is asked for: these classes of Transformers are young, and a checkpoint must load where
-they changed.
+A checkpoint's own code does not have it: there, continuous batching runs the plain model, with a warning.
 """
 
 from __future__ import annotations
@@ -11,16 +10,25 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 
-from .compression import CompressedPrompt
-from .logging_semtoken import get_logger, log_prefill
-from .paged_semtoken import SlotStep, SlotTable, batch_options, moving_rope_types, reading_slots
+from ..compression import CompressedPrompt
+from ..generation_semtoken import GENERATION_FIELDS
+from ..logging_semtoken import get_logger, log_prefill
+from .slot_table import SlotStep, SlotTable, moving_rope_types
 
 logger = get_logger(__name__)
 
 # Of Transformers, overridden here: without one of them prompts cannot be compressed.
-HOOKS = ("_generation_loop_body", "_generation_step", "_run_generation_loop", "add_request", "cancel_request", "warmup")
+HOOKS = (
+    "_create_batch_processor",
+    "_generation_loop_body",
+    "_generation_step",
+    "_run_generation_loop",
+    "add_request",
+    "cancel_request",
+)
 # Of the runner: what replays or compiles a forward that was seen before.
 RECORDED_FORWARDS = {
     "use_cuda_graph_varlen": False,
@@ -33,7 +41,9 @@ RECORDED_FORWARDS = {
 class SemTokenOutputRouter(OutputRouter):
     """Results with the prompts that the callers gave."""
 
-    slots: SlotTable
+    def __init__(self, slots: SlotTable):
+        super().__init__()
+        self.slots = slots
 
     def deliver(self, output: Any) -> None:
         super().deliver(self.slots.restore(output))
@@ -45,7 +55,11 @@ class SemTokenOutputRouter(OutputRouter):
 class SemTokenContinuousBatchingManager(ContinuousBatchingManager):
     """`ContinuousBatchingManager` that compresses what is added."""
 
-    slots: SlotTable
+    def __init__(self, model: Any, *args: Any, **kwargs: Any):
+        super().__init__(model, *args, **kwargs)
+        first_id = max(model.config.vocab_size, model.get_input_embeddings().weight.shape[0])
+        self.slots = SlotTable(first_id, self.num_return_sequences - 1)
+        self.output_router = SemTokenOutputRouter(self.slots)
 
     def add_request(
         self,
@@ -73,7 +87,8 @@ class SemTokenContinuousBatchingManager(ContinuousBatchingManager):
         if not self.is_tp_driver:
             return None
         given = {"compression": compression, "target_ratio": target_ratio, "query_weight": query_weight}
-        options = batch_options() | {name: value for name, value in given.items() if value is not None}
+        options = {name: getattr(self.generation_config, name, None) for name in GENERATION_FIELDS}
+        options |= {name: value for name, value in given.items() if value is not None}
         masks = {"span_ids": span_ids, "protected_mask": protected_mask, "query_mask": query_mask}
         prompt = self._compress(input_ids, masks, **options)
         if prompt is None:
@@ -129,9 +144,11 @@ class SemTokenContinuousBatchingManager(ContinuousBatchingManager):
         # Behind it: what the loop has not heard of yet still lives.
         self.slots.end(request_id)
 
-    def warmup(self) -> None:
-        with reading_slots(SlotStep()):
-            super().warmup()
+    def _create_batch_processor(self) -> Any:
+        processor: Any = super()._create_batch_processor()
+        # Every forward gets this cache, and finds there what it reads.
+        processor.cache.slot_step = SlotStep()
+        return processor
 
     def _generation_step(self) -> None:
         processor: Any = self.batch_processor
@@ -140,7 +157,8 @@ class SemTokenContinuousBatchingManager(ContinuousBatchingManager):
             io = io.io_pairs[io.current_pair].host_io
         has_adapter = self.model.config.adapter_subfolder is not None
         step = self.slots.step_of(io.requests_in_batch, has_adapter)
-        with reading_slots(step), _unrecorded(processor.model_runner, not step.is_plain):
+        processor.cache.slot_step = step
+        with _unrecorded(processor.model_runner, not step.is_plain):
             super()._generation_step()
 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
@@ -174,26 +192,36 @@ def _unrecorded(runner: Any, applies: bool) -> Iterator[None]:
             setattr(runner, name, value)
 
 
-def wrap_manager(manager: Any) -> Any:
-    """Make a manager of Transformers compress: its own code names its class, so the class is exchanged.
+def init_continuous_batching(
+    model: Any,
+    generation_config: GenerationConfig | None = None,
+    continuous_batching_config: ContinuousBatchingConfig | None = None,
+    workload_hints: Any = None,
+) -> SemTokenContinuousBatchingManager | None:
+    """`ContinuousMixin.init_continuous_batching` for a new manager, which there is named in the code.
 
-    Warns and leaves it plain where Transformers lacks a method that has to be overridden.
+    Returns:
+        None, with a warning, where Transformers lacks a method that has to be overridden.
     """
-    model = manager.model
-    if isinstance(manager, SemTokenContinuousBatchingManager):
-        return manager
     if missing := [name for name in HOOKS if not hasattr(ContinuousBatchingManager, name)]:
         model._warn_uncompressed(f"continuous batching of this version of Transformers has no {missing}")
-        return manager
+        return None
     if model.config.recompress_every is not None:
         logger.warning_once(
             "`recompress_every` has no effect in continuous batching: generated tokens keep their slots"
         )
-    first_id = max(model.config.vocab_size, model.get_input_embeddings().weight.shape[0])
-    slots = SlotTable(first_id, manager.num_return_sequences - 1)
-    manager.__class__, manager.slots = SemTokenContinuousBatchingManager, slots
-    manager.output_router.__class__, manager.output_router.slots = SemTokenOutputRouter, slots
-    return manager
+    generation_config = model.generation_config if generation_config is None else generation_config
+    if generation_config.eos_token_id is None:
+        generation_config.eos_token_id = -1  # as Transformers says that there is none
+    if continuous_batching_config is None:
+        given = getattr(generation_config, "continuous_batching_config", None)
+        continuous_batching_config = ContinuousBatchingConfig() if given is None else given
+    return SemTokenContinuousBatchingManager(
+        model=model,
+        generation_config=generation_config,
+        continuous_batching_config=continuous_batching_config,
+        workload_hints=workload_hints,
+    )
 
 
-__all__ = ["SemTokenContinuousBatchingManager", "wrap_manager"]
+__all__ = ["SemTokenContinuousBatchingManager", "init_continuous_batching"]
