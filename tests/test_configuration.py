@@ -14,8 +14,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 
 from semtoken_hf import SemTokenLlamaConfig, SemTokenLlamaForCausalLM
-from semtoken_hf.configuration_semtoken import SERVER_MODULE, SemTokenConfigMixin, SemTokenStaticEncoderConfig
-from tests.fixtures.tiny import tiny_config, tiny_model
+from semtoken_hf.configuration_semtoken import (
+    RENAMED,
+    SERVER_MODULE,
+    SemTokenConfigMixin,
+    SemTokenStaticEncoderConfig,
+)
+from tests.fixtures.tiny import random_ids, tiny_config, tiny_model
 
 BERT = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 # No field at its default, so that one that is lost on the way shows.
@@ -319,3 +324,32 @@ def test_names_of_before_stand_for_the_new_ones(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**saved, "keep_first": 7}))
     loaded = AutoConfig.from_pretrained(tmp_path, keep_last=5)
     assert (loaded.num_sink_tokens, loaded.recent_window) == (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("target_ratio", -3), ("segmentation_mode", "typo"), ("keep_first", -1), ("query_weight", "much")],
+)
+def test_nonsense_is_refused_when_it_is_set(name, value) -> None:
+    """The configuration of a loaded model stays what it was, so that what is saved can be loaded."""
+    config = tiny_model().config
+    before = getattr(config, name)
+    with pytest.raises(ValueError, match=RENAMED.get(name, name)):
+        setattr(config, name, value)
+    assert getattr(config, name) == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"fingerprint_radius": 50}, "`fingerprint_radius` is read when a model is loaded"),
+        ({"merge_mode": "learned"}, "without a learned merger"),
+        ({"target_ratio": None}, "set `target_ratio` or `max_slots`"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused_by_the_next_call(fields, message) -> None:
+    model = tiny_model()
+    for name, value in fields.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=message):
+        model(random_ids(1, 64), logits_to_keep=1)

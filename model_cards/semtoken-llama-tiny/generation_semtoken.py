@@ -53,6 +53,7 @@ class SemTokenGenerationMixin:
 
     # What `SemTokenForCausalLMMixin` and the family's classes bring.
     config: Any
+    generation_config: Any
     _wants_compression: Any
     _warn_uncompressed: Any
     _is_short: Any

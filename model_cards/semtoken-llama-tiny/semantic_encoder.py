@@ -120,6 +120,18 @@ class SemanticEncoder(nn.Module):
             raise ValueError(f"`encoder_config` makes no encoder: {type(error).__name__}: {error}") from error
         self.freeze()
 
+    def check_unchanged(self, config: Any) -> None:
+        """Raise ValueError if a field that only making the encoder reads was changed in its configuration since."""
+        made = {"encoder_window": self.window, "encoder_overlap": self.overlap, "fingerprint_radius": self.radius}
+        if not self.is_static:
+            made["encoder_dtype"] = self.chosen_dtype
+        for name, value in made.items():
+            if getattr(config, name) != value:
+                raise ValueError(
+                    f"`{name}` is read when a model is loaded, so {getattr(config, name)!r} has no effect now: set "
+                    f"it back to {value!r}, or pass it to `from_pretrained`"
+                )
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the layers or the table, now."""

@@ -6,7 +6,7 @@ A family's configuration is `class SemTokenXConfig(SemTokenConfigMixin, XConfig)
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -52,9 +52,9 @@ def build_encoder_config(value: dict[str, Any] | PreTrainedConfig | None) -> Pre
         return SemTokenStaticEncoderConfig()
     if not isinstance(value, dict):
         raise ValueError(f"`encoder_config` must be a dict, a PreTrainedConfig or None, got {type(value).__name__}")
-    fields = dict(value)
-    model_type = fields.pop("model_type", None)
-    check_layers(fields, "`encoder_config`: ")
+    values = dict(value)
+    model_type = values.pop("model_type", None)
+    check_layers(values, "`encoder_config`: ")
     is_static = model_type == SemTokenStaticEncoderConfig.model_type
     if not is_static and (not isinstance(model_type, str) or model_type not in CONFIG_MAPPING):
         raise ValueError(
@@ -62,9 +62,9 @@ def build_encoder_config(value: dict[str, Any] | PreTrainedConfig | None) -> Pre
             f"Transformers knows (such as 'bert'), got {model_type!r}"
         )
     try:
-        config = (SemTokenStaticEncoderConfig if is_static else CONFIG_MAPPING[model_type])(**fields)
+        config = (SemTokenStaticEncoderConfig if is_static else CONFIG_MAPPING[model_type])(**values)
         if callable(config.dtype):  # Transformers looks the name up in torch, whatever it means there
-            raise ValueError(f"`dtype` is none: {fields['dtype']!r}")
+            raise ValueError(f"`dtype` is none: {values['dtype']!r}")
         return config
     except Exception as error:  # of whatever kind that model's configuration likes
         raise ValueError(f"`encoder_config` is no configuration of '{model_type}': {error}") from error
@@ -155,6 +155,13 @@ class SemTokenConfigMixin:
         super().__init_subclass__(*args, **kwargs)
         cls.attribute_map = {**getattr(cls, "attribute_map", {}), **RENAMED}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Mostly a field of a loaded model: refused here, and not where a later call trips over it.
+        name = RENAMED.get(name, name)
+        if name in COMPRESSION_FIELDS:
+            check_field(self, name, value)
+        super().__setattr__(name, value)
+
     def __post_init__(self, **kwargs):
         check_layers(vars(self))
         self._read_old_fields(kwargs)
@@ -164,9 +171,9 @@ class SemTokenConfigMixin:
         # Checked here and not only by `@strict`, so that the message always names the field and its range.
         validate_compression_fields(self)
 
-    def _read_old_fields(self, fields: dict[str, Any]) -> None:
+    def _read_old_fields(self, given: dict[str, Any]) -> None:
         """What a checkpoint of before says with fields that are gone: its default was blocks with a recency."""
-        if not fields.pop("recency", 0) or self.segmentation_mode != "greedy" or self.similarity_threshold != -1:
+        if not given.pop("recency", 0) or self.segmentation_mode != "greedy" or self.similarity_threshold != -1:
             return
         self.segmentation_mode, self.similarity_threshold = "sentence", None
         logger.warning_once(
@@ -195,6 +202,10 @@ def _name_for_server(config: Any) -> None:
     for name in config.architectures or ():
         if name.startswith("SemToken") and name.endswith("ForCausalLM") and not hasattr(namespace, name):
             setattr(namespace, name, namespace.AutoModelForCausalLM)
+
+
+# What a configuration refuses as soon as it is set.
+COMPRESSION_FIELDS = frozenset(field.name for field in fields(SemTokenConfigMixin))
 
 
 def encoder_positions(encoder_config: PreTrainedConfig) -> int | None:
@@ -230,66 +241,78 @@ def check_query_weight(value: Any) -> None:
         raise ValueError(f"`query_weight` must be a number in [0, 16], got {value!r}")
 
 
-def validate_compression_fields(config: Any) -> None:
-    """Raise ValueError, naming the field and its range, if a compression field makes no sense."""
-    _check_single_fields(config)
-    _check_fields_together(config)
+# Field -> lowest value, highest value, whether it may be None.
+INTEGERS = {
+    "max_slots": (1, MOST, True),
+    "recompress_every": (1, MOST, True),
+    "max_span_length": (1, 1024, False),
+    "num_sink_tokens": (0, MOST, False),
+    "recent_window": (0, MOST, False),
+    "min_prompt_length": (0, MOST, False),
+    "encoder_window": (1, 8192, False),
+    "encoder_overlap": (0, MOST, False),
+    "fingerprint_radius": (0, 256, False),
+    "merger_rank": (1, 8192, False),
+}
+LOWEST_THRESHOLDS = {"similarity_threshold": -1.0, "entropy_threshold": 0.0}
+CHOICES = {
+    "segmentation_mode": SEGMENTATION_MODES,
+    "merge_mode": MERGE_MODES,
+    "merger_base": MERGER_BASES,
+    "encoder_dtype": ENCODER_DTYPES,
+}
 
 
-def _check_single_fields(config: Any) -> None:
-    if not isinstance(config.compression, bool):
-        raise ValueError(f"`compression` must be True or False, got {config.compression!r}")
-    if config.target_ratio is not None:
-        check_ratio(config.target_ratio)
-    for name, low, high, optional in (
-        ("max_slots", 1, MOST, True),
-        ("recompress_every", 1, MOST, True),
-        ("max_span_length", 1, 1024, False),
-        ("num_sink_tokens", 0, MOST, False),
-        ("recent_window", 0, MOST, False),
-        ("min_prompt_length", 0, MOST, False),
-        ("encoder_window", 1, 8192, False),
-        ("encoder_overlap", 0, MOST, False),
-        ("fingerprint_radius", 0, 256, False),
-        ("merger_rank", 1, 8192, False),
-    ):
-        value = getattr(config, name)
-        if value is None and optional:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            upper = f" and <= {high}" * (isinstance(value, int) and value > high)
-            raise ValueError(f"`{name}` must be an integer >= {low}{upper}{' or None' * optional}, got {value!r}")
-    for name, lowest in (("similarity_threshold", -1.0), ("entropy_threshold", 0.0)):
-        value = getattr(config, name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+def check_field(config: Any, name: str, value: Any) -> None:
+    """Raise ValueError, naming the field and its range, unless `value` is one that the compression field may have."""
+    if name in INTEGERS:
+        _check_integer(name, value, *INTEGERS[name])
+    elif name in CHOICES or name == "position_mode":
+        choices = CHOICES.get(name) or config.position_modes
+        if value not in choices:
+            raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}")
+    elif name in LOWEST_THRESHOLDS:
+        is_number, lowest = isinstance(value, (int, float)) and not isinstance(value, bool), LOWEST_THRESHOLDS[name]
         if value is not None and not (is_number and lowest <= value <= 1):
             raise ValueError(f"`{name}` must be a number in [{lowest:g}, 1] or None, got {value!r}")
-    check_query_weight(config.query_weight)
-    for name, modes in (
-        ("position_mode", config.position_modes),
-        ("segmentation_mode", SEGMENTATION_MODES),
-        ("merge_mode", MERGE_MODES),
-        ("merger_base", MERGER_BASES),
-        ("encoder_dtype", ENCODER_DTYPES),
-    ):
-        if getattr(config, name) not in modes:
-            raise ValueError(f"`{name}` must be one of {list(modes)}, got {getattr(config, name)!r}")
-    if config.adapted_for is not None and not isinstance(config.adapted_for, dict):
-        raise ValueError(f"`adapted_for` must be a dict or None, got {type(config.adapted_for).__name__}")
-    name = config.adapter_subfolder
-    if name is not None and (not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum()):
-        raise ValueError(f"`adapter_subfolder` must be the plain name of a folder or None, got {name!r}")
+    elif name == "target_ratio" and value is not None:
+        check_ratio(value)
+    elif name == "query_weight":
+        check_query_weight(value)
+    elif name == "compression" and not isinstance(value, bool):
+        raise ValueError(f"`compression` must be True or False, got {value!r}")
+    elif name == "adapted_for" and value is not None and not isinstance(value, dict):
+        raise ValueError(f"`adapted_for` must be a dict or None, got {type(value).__name__}")
+    elif name == "adapter_subfolder" and value is not None:
+        if not isinstance(value, str) or not value.replace("_", "").replace("-", "").isalnum():
+            raise ValueError(f"`adapter_subfolder` must be the plain name of a folder or None, got {value!r}")
+    elif name == "protected_token_ids":
+        _check_ids(name, value)
+    elif name == "text_markers" and value is not None:
+        if not (isinstance(value, dict) and set(value) <= set(TEXT_MARKERS)):
+            raise ValueError(f"`text_markers` must be a dict of {list(TEXT_MARKERS)} or None, got {value!r}")
+        for key, ids in value.items():
+            _check_ids(f"text_markers['{key}']", ids)
+
+
+def _check_integer(name: str, value: Any, low: int, high: int, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        upper = f" and <= {high}" * (isinstance(value, int) and value > high)
+        raise ValueError(f"`{name}` must be an integer >= {low}{upper}{' or None' * optional}, got {value!r}")
+
+
+def validate_compression_fields(config: Any) -> None:
+    """Raise ValueError, naming the field and its range, if a compression field makes no sense."""
+    for name in COMPRESSION_FIELDS:
+        check_field(config, name, getattr(config, name))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(config, name, None)
         ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
         if not all(isinstance(i, int) and abs(i) <= MOST for i in ids):
             raise ValueError(f"`{name}` must be a token id, a list of token ids or None, got {value!r}")
-    _check_ids("protected_token_ids", config.protected_token_ids)
-    markers = config.text_markers
-    if markers is not None and not (isinstance(markers, dict) and set(markers) <= set(TEXT_MARKERS)):
-        raise ValueError(f"`text_markers` must be a dict of {list(TEXT_MARKERS)} or None, got {markers!r}")
-    for name, ids in (markers or {}).items():
-        _check_ids(f"text_markers['{name}']", ids)
+    check_fields_together(config)
 
 
 def _check_ids(name: str, ids: Any) -> None:
@@ -300,7 +323,8 @@ def _check_ids(name: str, ids: Any) -> None:
         raise ValueError(f"`{name}` must be a list of token ids >= 0 or None")
 
 
-def _check_fields_together(config: Any) -> None:
+def check_fields_together(config: Any) -> None:
+    """Raise ValueError if fields that make sense alone contradict each other; read before every compressed call."""
     if config.encoder_overlap >= config.encoder_window:
         raise ValueError(
             f"`encoder_overlap` must be in [0, encoder_window) = [0, {config.encoder_window}), "

@@ -14,7 +14,7 @@ from .adapter_semtoken import load_adapter, remembering_rows, save_adapter, save
 from .cache_semtoken import is_semtoken_cache
 from .cached_turn import mask_of_turn
 from .compression import CompressedPrompt, compress_prompt
-from .configuration_semtoken import check_query_weight, check_ratio
+from .configuration_semtoken import check_fields_together, check_query_weight, check_ratio
 from .learned_merger import LearnedMerger
 from .logging_semtoken import get_logger
 from .semantic_encoder import SemanticEncoder
@@ -196,6 +196,10 @@ class SemTokenPreTrainedMixin:
             ValueError: a mask or `span_ids` has the wrong shape or values, or the ratio is below 1.
         """
         model, offset = self.base_model, None
+        check_fields_together(self.config)
+        model.semantic_encoder.check_unchanged(self.config)
+        if self.config.merge_mode == "learned" and model.learned_merger is None:
+            raise ValueError("the model was loaded without a learned merger: set `merge_mode` back, or load it again")
         mode = self.config.position_mode if position_mode is None else position_mode
         if is_semtoken_cache(past_key_values) and past_key_values.slot_lengths is not None:
             cache = past_key_values
