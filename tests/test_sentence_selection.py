@@ -10,11 +10,14 @@ import torch.nn.functional as F
 
 from semtoken_hf.sentence_selection import (
     LONGEST_SENTENCE,
+    carried_over_cuts,
     exact_match,
     find_sentences,
+    first_tokens,
     rank_tokens,
     selected_starts,
     sentence_relevance,
+    word_match,
 )
 from tests.fixtures.tiny import random_ids, tiny_model
 from tests.test_granularity import segments_of
@@ -64,8 +67,10 @@ def test_relevance_is_rarity_of_what_is_shared_plus_likeness_each_standardised()
     found = sentence_relevance(ids, fingerprints, sentence, layout, query)
     parts = [s for s in sentences_of(ids, layout) if s[-1] < 160]
     others = [s for s in parts if not query[s[0]]]
-    asked = set(ids[query].tolist())
-    held = [{int(ids[i]) for i in s if not query[i]} for s in parts]
+    # Tokens and pairs of tokens.
+    words = [{int(ids[i]), (int(ids[i - 1]), int(ids[i])) if i else None} for i in range(160)]
+    asked = set().union(*(words[i] for i in range(160) if query[i]))
+    held = [set().union(*(words[i] for i in s if not query[i])) for s in parts]
     rarity = {t: math.log(len(others) / max(1, sum(t in h for h in held))) for t in asked}
     match = torch.tensor([sum(max(rarity[t], 0) for t in asked & h) for h in held])
     question = F.normalize(fingerprints[query].sum(0), dim=0)
@@ -79,6 +84,27 @@ def test_relevance_is_rarity_of_what_is_shared_plus_likeness_each_standardised()
     wanted = standardised(match) + standardised(alike)
     torch.testing.assert_close(found[[s[0] for s in parts]], wanted.float(), rtol=1e-3, atol=1e-3)
     assert not found[160:].any()
+
+
+def test_pairs_find_a_key_of_frequent_tokens():
+    """Every sentence has the tokens of the key, one has them in its order."""
+    ids = torch.tensor([7, 8, 9, END, 9, 8, 7, END, 8, 7, 9, END, 7, 8, 9, END])
+    layout, query = segments_of([16]), torch.arange(16) >= 12
+    sentence = find_sentences(ids == END, layout)
+    match = word_match(ids, sentence, layout, query, first_tokens(sentence) & ~query)
+    assert match[0] > match[4]
+    assert match[0] > match[8]
+
+
+def test_what_is_cut_at_the_cap_goes_on():
+    """A part is at least as relevant as the full one before it in its segment."""
+    cap = LONGEST_SENTENCE
+    lengths = [3 * cap, cap, 9]
+    layout, ends = segments_of(lengths), torch.zeros(sum(lengths), dtype=torch.bool)
+    sentence = find_sentences(ends, layout)
+    relevance = torch.tensor([0.0, 2.0, -1.0, 3.0, 1.0])[sentence]
+    found = carried_over_cuts(relevance, sentence, layout)
+    assert [float(found[sentence == part].unique()) for part in range(5)] == [0, 2, 2, 3, 1]
 
 
 def test_a_rare_shared_token_matches_and_a_frequent_one_does_not():

@@ -1,9 +1,10 @@
 """Spans that follow the text: whole sentences stay fine, those that matter most first, and what lies between merges.
 
 - A sentence ends with a token that ends one (punctuation, line break; found at conversion) or at a cap on its length.
-- Its relevance to the question is an exact match, the rarity of every token that both have, plus a likeness, the
-  cosine of their mean fingerprints; each in standard deviations over the sentences of a segment. Names, numbers and
-  keys, which fingerprints blur, match; other words for the same thing are alike.
+- Its relevance to the question is an exact match, the rarity of every token and every pair of tokens that both have,
+  plus a likeness, the cosine of their mean fingerprints; each in standard deviations over the sentences of a segment.
+  Names, numbers and keys, which fingerprints blur, match; other words for the same thing are alike.
+- What is cut at the cap goes on: the part behind a relevant one is as relevant, since a key has its value there.
 - Without a question the latest sentences matter most.
 - Tokens are ranked by their sentence, and slots begin around the first of them until the budget is spent, exactly.
 """
@@ -79,11 +80,37 @@ def sentence_relevance(
         query: bool [N], tokens of the question; a segment without any has relevance 0 throughout.
     """
     counted = first_tokens(sentence) & ~query
-    match = exact_match(input_ids, sentence, layout, query, counted)
+    match = word_match(input_ids, sentence, layout, query, counted)
     alike = likeness(fingerprints, sentence, layout, query)
     both = standardised(match, counted, layout) + standardised(alike, counted, layout)
     asked = _per_segment(query.float(), layout) > 0
-    return both.float().where(asked[layout.segment], 0)
+    return carried_over_cuts(both.float().where(asked[layout.segment], 0), sentence, layout)
+
+
+def word_match(input_ids: Tensor, sentence: Tensor, layout: TokenLayout, query: Tensor, counted: Tensor) -> Tensor:
+    """Exact matches of tokens and of pairs of tokens, float64 [N]; arguments as `exact_match`.
+
+    Pairs find keys whose tokens are frequent one by one, as digits are.
+    """
+    matches = [
+        exact_match(ids, sentence, layout, query, counted) for ids in (input_ids, token_pairs(input_ids, layout))
+    ]
+    return matches[0] + matches[1]
+
+
+def token_pairs(input_ids: Tensor, layout: TokenLayout) -> Tensor:
+    """One number for every token and the one before it, int64 [N]; -1 for the first token of a segment."""
+    pairs = torch.full_like(input_ids, -1, dtype=torch.int64)
+    pairs[1:] = (input_ids[:-1].long() << 31) + input_ids[1:]
+    return pairs.scatter(0, layout.starts, -1)
+
+
+def carried_over_cuts(relevance: Tensor, sentence: Tensor, layout: TokenLayout) -> Tensor:
+    """Relevance, [N], in which what follows `LONGEST_SENTENCE` tokens of a sentence is at least as relevant as they."""
+    place, first = torch.arange(len(sentence), device=sentence.device), first_tokens(sentence)
+    start = place.where(first, 0).cummax(0).values
+    goes_on = first & (place - start.roll(1) == LONGEST_SENTENCE) & (place != layout.starts[layout.segment])
+    return relevance.maximum(relevance.roll(1).where(goes_on, -torch.inf))[start]
 
 
 def first_tokens(sentence: Tensor) -> Tensor:
@@ -97,8 +124,9 @@ def exact_match(input_ids: Tensor, sentence: Tensor, layout: TokenLayout, query:
     """Sum of log(sentences / sentences with it) over the distinct tokens that a sentence shares with the question.
 
     Args:
+        input_ids: int64 [N], or whatever else is matched (`token_pairs`).
         counted: bool [N], the first token of every sentence outside the question.
-        input_ids, sentence, layout, query: as `sentence_relevance`.
+        sentence, layout, query: as `sentence_relevance`.
 
     Returns:
         float64 [N]. The question's own tokens match nothing.
@@ -169,6 +197,7 @@ def _per_segment(values: Tensor, layout: TokenLayout) -> Tensor:
 
 
 __all__ = [
+    "carried_over_cuts",
     "exact_match",
     "find_sentences",
     "first_tokens",
@@ -177,4 +206,6 @@ __all__ = [
     "selected_starts",
     "sentence_relevance",
     "standardised",
+    "token_pairs",
+    "word_match",
 ]

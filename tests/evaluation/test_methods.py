@@ -29,7 +29,8 @@ def model():
 
 
 def merging_model(**fields):
-    defaults = {"segmentation_mode": "sentence", "max_span_length": 16}
+    markers = {"sentence_ends": list(range(3, 30))}
+    defaults = {"segmentation_mode": "sentence", "max_span_length": 16, "text_markers": markers}
     model = tiny_model(**{**defaults, "merge_mode": "learned", "merger_rank": 4, "min_prompt_length": 0, **fields})
     if model.model.learned_merger is not None:
         torch.nn.init.normal_(model.model.learned_merger.out_proj, std=0.3)

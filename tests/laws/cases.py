@@ -104,14 +104,14 @@ def spread_cases() -> list[Case]:
 
 def cells(roads: Iterable[str], everything: bool = False) -> list[Any]:
     """`pytest.param(case, road)`: every road on Llama, with `everything` in all its cases, and every other family on a
-    third of the roads, in turn."""
+    fifth of the roads, in turn."""
     chosen, others, roads = [], other_cases(), list(roads)
     for number, name in enumerate(roads):
         cases = spread_cases() if ROADS[name].is_decoding else every_case()
         llama = [case for case in cases if case.family == "llama"]
         chosen += [(case, name) for case in (llama if everything else [llama[number % len(llama)]])]
         turn = [next(others) for _ in OTHERS]
-        chosen += [(case, name) for place, case in enumerate(turn) if (place + number) % 3 == 0]
+        chosen += [(case, name) for place, case in enumerate(turn) if (place + number) % 5 == 0]
     return [pytest.param(case, name, id=f"{case}-{name}") for case, name in chosen]
 
 

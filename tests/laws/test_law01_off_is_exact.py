@@ -48,14 +48,14 @@ def off_model(case, off):
 
 def off_cells():
     """Every road on Llama with the argument in every attention, and with every other switch; other families, dtypes
-    and switches on a third of the roads, in turn: no layer sees how the switch was thrown."""
+    and switches on a fifth of the roads, in turn: no layer sees how the switch was thrown."""
     dtypes, switches = itertools.cycle([torch.float32, torch.bfloat16]), itertools.cycle(OFF)
     others = (replace(case, dtype=next(dtypes)) for case in other_cases())
     for number, road in enumerate(ROADS):
         chosen = [(case, "argument") for case in spread_cases() if case.family == "llama" and case.merge != "mean"]
         chosen += [(Case("llama"), off) for off in OFF if off != "argument"]
         turn = [(next(others), next(switches)) for _ in OTHERS]
-        chosen += [pair for place, pair in enumerate(turn) if (place + number) % 3 == 0]
+        chosen += [pair for place, pair in enumerate(turn) if (place + number) % 5 == 0]
         for case, off in chosen:
             # The configuration refuses to read again what is too short to be merged.
             if (off, road) != ("short prompt", "recompressed"):

@@ -27,10 +27,11 @@ def relevance_from(part: str | None, seed: int = 0) -> Iterator[None]:
             return drawn[sentence]
         counted = sentence_selection.first_tokens(sentence) & ~query
         if part == "words":
-            values = sentence_selection.exact_match(input_ids, sentence, layout, query, counted)
+            values = sentence_selection.word_match(input_ids, sentence, layout, query, counted)
         else:
             values = sentence_selection.likeness(fingerprints, sentence, layout, query)
-        return sentence_selection.standardised(values, counted, layout).float()
+        parts = sentence_selection.standardised(values, counted, layout).float()
+        return sentence_selection.carried_over_cuts(parts, sentence, layout)
 
     if part is not None:
         granularity.sentence_relevance = relevance
