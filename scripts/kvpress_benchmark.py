@@ -47,7 +47,7 @@ def load_helper(name: str) -> Any:
 clock, shapes, workloads = (load_helper(f"benchmarking/{name}") for name in ("clock", "shapes", "workloads"))
 continuation = load_helper("evaluation/continuation")
 
-Ways = dict[str, Callable[[], dict[str, Any]]]
+Variants = dict[str, Callable[[], dict[str, Any]]]
 
 
 def build_model(plan: dict[str, Any], shape: Any) -> Any:
@@ -88,19 +88,19 @@ def read(model: Any, ids: Tensor, press: Any, new_tokens: int) -> dict[str, Any]
 
 
 def measure(plan: dict[str, Any], model: Any, length: int, ratio: float, presses: list[str]) -> dict[str, Any]:
-    """Plain and every press in turn; `ways` by name, a sample a round."""
+    """Plain and every press in turn; `variants` by name, a sample a round."""
     import kvpress
 
     batch = workloads.make_batch("1", torch.tensor(plan["ids"]), length, plan["device"])
-    ways: Ways = {"plain": partial(read, model, batch.input_ids, None, plan["new_tokens"])}
+    variants: Variants = {"plain": partial(read, model, batch.input_ids, None, plan["new_tokens"])}
     for name in presses:
         press = getattr(kvpress, name)(compression_ratio=1 - 1 / ratio)
-        ways[name] = partial(read, model, batch.input_ids, press, plan["new_tokens"])
-    found: dict[str, Any] = {name: {"prefill": [], "decode": [], "generate": []} for name in ways}
+        variants[name] = partial(read, model, batch.input_ids, press, plan["new_tokens"])
+    found: dict[str, Any] = {name: {"prefill": [], "decode": [], "generate": []} for name in variants}
 
     def play() -> None:
-        for name, way in ways.items():
-            measured = way()
+        for name, variant in variants.items():
+            measured = variant()
             found[name]["kv_bytes"] = measured.pop("kv_bytes")
             for time, seconds in measured.items():
                 found[name][time].append(seconds)
@@ -109,10 +109,10 @@ def measure(plan: dict[str, Any], model: Any, length: int, ratio: float, presses
     for _ in range(rounds):
         play()
     if rounds:  # the first one warmed up
-        for way in found.values():
+        for variant in found.values():
             for time in ("prefill", "decode", "generate"):
-                del way[time][0]
-    return {"ways": found}
+                del variant[time][0]
+    return {"variants": found}
 
 
 def provenance() -> dict[str, str]:
@@ -135,7 +135,7 @@ def predicted(known: list[dict[str, Any]], result: dict[str, Any]) -> float:
     if not shorter:
         return 0.0
     last = max(shorter, key=lambda k: k["length"])
-    whole = sum(statistics.median(way["generate"]) for way in last["ways"].values())
+    whole = sum(statistics.median(variant["generate"]) for variant in last["variants"].values())
     return whole * (result["length"] / last["length"]) ** 2
 
 

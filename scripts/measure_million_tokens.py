@@ -31,7 +31,7 @@ from semtoken_hf.gpu_suite.streaming import stream_prompt
 
 LENGTHS = tuple(2**i for i in range(16, 21))
 COLUMNS = {
-    "way": "{}",
+    "variant": "{}",
     "tokens": "{:,}",
     "slots": "{:,}",
     "stage s": "{:.2f}",
@@ -69,23 +69,23 @@ def read_once(arguments: argparse.Namespace, length: int, is_plain: bool) -> dic
     try:
         return stream_prompt(model, length, chunk, time.time() + limit, ratio, arguments.new_tokens)
     except TimeUp:
-        return {"way": "plain" if is_plain else "SemToken", "tokens": length, "over": limit}
+        return {"variant": "plain" if is_plain else "SemToken", "tokens": length, "over": limit}
 
 
-def read_in_child(way: str, length: int) -> dict[str, Any]:
+def read_in_child(variant: str, length: int) -> dict[str, Any]:
     """`read_once` in another process with the same options."""
-    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--reading", way, str(length)]
+    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--reading", variant, str(length)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Records of all readings; once a way takes too long, longer prompts are left out. Saved after each."""
+    """Records of all readings; once a variant takes too long, longer prompts are left out. Saved after each."""
     records: list[dict[str, Any]] = []
-    for way, limit in (("SemToken", arguments.seconds), ("plain", arguments.plain_seconds)):
+    for variant, limit in (("SemToken", arguments.seconds), ("plain", arguments.plain_seconds)):
         for length in sorted(arguments.lengths) if limit > 0 else ():
-            records.append(read_in_child(way, length))
+            records.append(read_in_child(variant, length))
             print(records[-1], file=sys.stderr)
             save(arguments, records)
             if "over" in records[-1]:
@@ -103,7 +103,7 @@ def table(records: list[dict[str, Any]]) -> list[str]:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for record in records:
         if "over" in record:
-            lines.append(f"| {record['way']} | {record['tokens']:,} | over {record['over']:.0f} s |" + " |" * 6)
+            lines.append(f"| {record['variant']} | {record['tokens']:,} | over {record['over']:.0f} s |" + " |" * 6)
             continue
         values = [(record[name], form) for name, form in COLUMNS.items()]
         lines.append("| " + " | ".join("" if v is None else form.format(v) for v, form in values) + " |")
@@ -113,8 +113,8 @@ def table(records: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     arguments = parse_arguments()
     if arguments.reading:
-        way, length = arguments.reading
-        print(json.dumps(read_once(arguments, int(length), way == "plain")))
+        variant, length = arguments.reading
+        print(json.dumps(read_once(arguments, int(length), variant == "plain")))
         return
     shape = SHAPES[arguments.shape]
     lines = [

@@ -8,7 +8,7 @@ import pytest
 
 from semtoken_hf.benchmarking import benchmark as command
 from semtoken_hf.benchmarking import cells
-from semtoken_hf.benchmarking.ways import PADDED, PLAIN_M, PLAIN_N, RAGGED
+from semtoken_hf.benchmarking.variants import PADDED, PLAIN_M, PLAIN_N, RAGGED
 from tests.benchmarking.conftest import LENGTHS, RATIO
 
 # 2 layers, keys and values, 2 heads of 16, float32
@@ -25,48 +25,48 @@ def test_every_cell_is_there_with_every_sample(measured):
         assert cell["skipped"] == {}
         assert cell["warmed_up"]
         assert cell["provenance"].keys() == {"command", "versions", "machine", "date"}
-        for way in cell["ways"].values():
-            assert [len(way[time]) for time in cells.TIMES] == [2, 2, 2]
-            for first, step, whole in zip(*(way[time] for time in cells.TIMES), strict=True):
+        for variant in cell["variants"].values():
+            assert [len(variant[time]) for time in cells.TIMES] == [2, 2, 2]
+            for first, step, whole in zip(*(variant[time] for time in cells.TIMES), strict=True):
                 assert min(first, step) > 0
                 assert first + 3 * step == pytest.approx(whole, rel=0.5, abs=0.05)
-            assert way["peak_bytes"] >= 0
+            assert variant["peak_bytes"] >= 0
         assert len(cell["stages"]) == len(cell["stage"]) == 2
         assert {*cell["stages"][0]} == {"layout", "encoder", "span starts", "merging", "rest"}
 
 
 def test_slots_are_what_each_way_claims(measured):
     for cell in measured[1]["cells"]:
-        rows, ways = cell["rows"], cell["ways"]
+        rows, variants = cell["rows"], cell["variants"]
         budgets = [math.ceil(n / RATIO) if n >= 16 else n for n in rows]
-        assert ways[PLAIN_N]["slots"] == rows
-        assert ways[PADDED]["slots"] == ways[PLAIN_M]["slots"]
+        assert variants[PLAIN_N]["slots"] == rows
+        assert variants[PADDED]["slots"] == variants[PLAIN_M]["slots"]
         # Short rows are mostly protected.
-        assert ways[PADDED]["slots"][0] == budgets[0]
-        assert all(b <= s <= n for b, s, n in zip(budgets, ways[PADDED]["slots"], rows, strict=True))
+        assert variants[PADDED]["slots"][0] == budgets[0]
+        assert all(b <= s <= n for b, s, n in zip(budgets, variants[PADDED]["slots"], rows, strict=True))
 
 
 def test_kv_bytes_are_exact(measured):
     for cell in measured[1]["cells"]:
         assert cell["slot_bytes"] == SLOT
-        for name, way in cell["ways"].items():
-            padded = len(way["slots"]) * max(way["slots"])
+        for name, variant in cell["variants"].items():
+            padded = len(variant["slots"]) * max(variant["slots"])
             if name == RAGGED:
                 # Every row may have a little room to grow into.
-                own = sum(way["slots"]) * SLOT
-                assert own <= way["kv_bytes"] <= 1.1 * own + 32 * len(way["slots"]) * SLOT
+                own = sum(variant["slots"]) * SLOT
+                assert own <= variant["kv_bytes"] <= 1.1 * own + 32 * len(variant["slots"]) * SLOT
             else:
-                assert way["kv_bytes"] == padded * SLOT
+                assert variant["kv_bytes"] == padded * SLOT
 
 
 def test_report_and_plot(measured):
     folder, found = measured
     text = (folder / "benchmark.md").read_text()
     for cell in found["cells"]:
-        slots = " + ".join(f"{n:,}" for n in cell["ways"][PADDED]["slots"])
+        slots = " + ".join(f"{n:,}" for n in cell["variants"][PADDED]["slots"])
         row = f"| tiny | static | {cell['batch']} | {cell['length']} | 2 | SemToken | {slots} |"
         assert row in text
-        bytes_per_slot = cell["ways"][PADDED]["kv_bytes"] / sum(cell["ways"][PADDED]["slots"]) / SLOT
+        bytes_per_slot = cell["variants"][PADDED]["kv_bytes"] / sum(cell["variants"][PADDED]["slots"]) / SLOT
         (line,) = (line for line in text.splitlines() if line.startswith(row))
         assert f"| {bytes_per_slot:.2f} |" in line
     assert "no timings of theirs" in text
@@ -96,14 +96,14 @@ def test_a_way_that_takes_too_long_is_skipped_and_the_report_says_so(measured, c
     short, long = cells.list_cells(config, "tiny")
     short.path(tmp_path).parent.mkdir()
     result = json.loads(short.path(folder).read_text())
-    result["ways"][PLAIN_M]["generate"] = [1e-4, 1e-4]
+    result["variants"][PLAIN_M]["generate"] = [1e-4, 1e-4]
     short.path(tmp_path).write_text(json.dumps(result))
     command.benchmark(config)
     found = json.loads(long.path(tmp_path).read_text())
-    assert found["ways"].keys() == {PLAIN_M}
+    assert found["variants"].keys() == {PLAIN_M}
     assert found["skipped"].keys() == {PLAIN_N, PADDED}
     assert not found["warmed_up"]
-    assert len(found["ways"][PLAIN_M]["generate"]) == 1
+    assert len(found["variants"][PLAIN_M]["generate"]) == 1
     text = (tmp_path / "benchmark.md").read_text()
     assert "1, 512, 2, SemToken: predicted to take" in text
     assert "one round, without another one to warm up" in text
@@ -112,9 +112,9 @@ def test_a_way_that_takes_too_long_is_skipped_and_the_report_says_so(measured, c
 @pytest.mark.parametrize(("seconds", "free", "reason"), [(4.0, 99, None), (3.9, 99, "take 4 s"), (4.0, 19, "need 0.0")])
 def test_time_is_predicted_by_the_square_and_memory_by_the_length(seconds, free, reason):
     before = [
-        {"length": 50, "ways": {"a": {"generate": [0.1], "peak_bytes": 9}}},
-        {"length": 100, "ways": {"a": {"generate": [3.0, 1.0], "peak_bytes": 10}}},
-        {"length": 150, "ways": {}},
+        {"length": 50, "variants": {"a": {"generate": [0.1], "peak_bytes": 9}}},
+        {"length": 100, "variants": {"a": {"generate": [3.0, 1.0], "peak_bytes": 10}}},
+        {"length": 150, "variants": {}},
     ]
     found = cells.why_skip("a", 200, before, seconds, free)
     assert found is None if reason is None else reason in found

@@ -42,18 +42,18 @@ def test_presses_beside_plain_on_the_same_prompts(run, measured, config_of):
     results = json.loads((folder / "kvpress.json").read_text())
     assert [(r["shape"], r["length"], r["ratio"]) for r in results] == [("tiny", n, RATIO) for n in LENGTHS]
     for result in results:
-        assert result["ways"].keys() == {"plain", "FakePress"}
-        for way in result["ways"].values():
-            assert way["kv_bytes"] == result["length"] * SLOT
-            assert [len(way[time]) for time in ("prefill", "decode", "generate")] == [2, 2, 2]
-            assert all(p < g for p, g in zip(way["prefill"], way["generate"], strict=True))
+        assert result["variants"].keys() == {"plain", "FakePress"}
+        for variant in result["variants"].values():
+            assert variant["kv_bytes"] == result["length"] * SLOT
+            assert [len(variant[time]) for time in ("prefill", "decode", "generate")] == [2, 2, 2]
+            assert all(p < g for p, g in zip(variant["prefill"], variant["generate"], strict=True))
     assert set(calls) == {("LlamaForCausalLM", 1 - 1 / RATIO)}
     before = len(calls)
     run(folder, "--presses", "FakePress")
     assert len(calls) == before
     run(folder, "--presses", "FakePress", "Other")
     results = json.loads((folder / "kvpress.json").read_text())
-    assert [{*r["ways"]} for r in results] == [{"plain", "FakePress", "Other"}] * 2
+    assert [{*r["variants"]} for r in results] == [{"plain", "FakePress", "Other"}] * 2
 
     benchmark(config_of(folder, report=True))
     text = (folder / "benchmark.md").read_text()

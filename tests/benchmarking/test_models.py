@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from semtoken_hf.benchmarking import ways as ways_module
+from semtoken_hf.benchmarking import variants as variants_module
 from semtoken_hf.benchmarking.models import build_model, load_planner, plain_twin, text_ids
 from semtoken_hf.benchmarking.shapes import ModelShape
-from semtoken_hf.benchmarking.ways import PADDED, PLAIN_M, PLAIN_N, RAGGED, list_ways
+from semtoken_hf.benchmarking.variants import PADDED, PLAIN_M, PLAIN_N, RAGGED, list_variants
 from semtoken_hf.benchmarking.workloads import make_batch
 from semtoken_hf.standalone_planner import SpanPlanner
 from tests.fixtures import tiny
@@ -64,12 +64,12 @@ def test_batches_are_left_padded_segments_of_the_text(sources):
 
 @pytest.mark.parametrize(("name", "registered"), [("1", True), ("4", True), ("4", False)])
 def test_ways(sources, monkeypatch, name, registered):
-    monkeypatch.setattr(ways_module, "has_ragged_attention", lambda: registered)
+    monkeypatch.setattr(variants_module, "has_ragged_attention", lambda: registered)
     model = build_model(SMALL, dtype=torch.float32, encoder=load_planner(sources["checkpoint"]))
     batch = make_batch(name, text_ids(**sources), 96)
-    ways = {way.name: way for way in list_ways(model, plain_twin(model), batch, 3.0, "sdpa", 32)}
-    assert ways.keys() == {PLAIN_N, PLAIN_M, PADDED, *([RAGGED] if registered and name == "4" else [])}
-    assert ways[PLAIN_N].batch.lengths == batch.lengths
-    assert ways[PLAIN_M].batch.lengths == [32] * len(batch.lengths)
-    assert ways[PADDED].inspect()["slots"] == [32] * len(batch.lengths)
-    assert ways[PADDED].call == {"target_ratio": 3.0, "prefill_chunk_size": 32}
+    variants = {variant.name: variant for variant in list_variants(model, plain_twin(model), batch, 3.0, "sdpa", 32)}
+    assert variants.keys() == {PLAIN_N, PLAIN_M, PADDED, *([RAGGED] if registered and name == "4" else [])}
+    assert variants[PLAIN_N].batch.lengths == batch.lengths
+    assert variants[PLAIN_M].batch.lengths == [32] * len(batch.lengths)
+    assert variants[PADDED].inspect()["slots"] == [32] * len(batch.lengths)
+    assert variants[PADDED].call == {"target_ratio": 3.0, "prefill_chunk_size": 32}

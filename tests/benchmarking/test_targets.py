@@ -3,14 +3,14 @@
 import pytest
 
 from semtoken_hf.benchmarking.targets import MILLION, judge, verdict_table
-from semtoken_hf.benchmarking.ways import PADDED, PLAIN_M, PLAIN_N, RAGGED
+from semtoken_hf.benchmarking.variants import PADDED, PLAIN_M, PLAIN_N, RAGGED
 
 
-def way(prefill, generate, slots=(1000,), kv_bytes=1000):
+def variant(prefill, generate, slots=(1000,), kv_bytes=1000):
     return {"prefill": [prefill], "decode": [1.0], "generate": [generate], "slots": slots, "kv_bytes": kv_bytes}
 
 
-def cell(length, shape="1.1b", batch="1", **ways):
+def cell(length, shape="1.1b", batch="1", **variants):
     return {
         "shape": shape,
         "encoder": "static",
@@ -21,11 +21,11 @@ def cell(length, shape="1.1b", batch="1", **ways):
         "ratio": 2.4,
         "slot_bytes": 1,
         "stages": [{"encoder": 0.02, "layout": 0.005, "rest": 0.005}],
-        "ways": {
-            PLAIN_N: way(3.0, 5.0),
-            PLAIN_M: way(0.9, 1.0),
-            PADDED: way(1.0, 1.04),
-            **ways,
+        "variants": {
+            PLAIN_N: variant(3.0, 5.0),
+            PLAIN_M: variant(0.9, 1.0),
+            PADDED: variant(1.0, 1.04),
+            **variants,
         },
     }
 
@@ -46,7 +46,7 @@ def stage(length, us=1.0, peak=100):
 def good():
     lengths = (2048, 4096, 8192, 16384)
     skewed = cell(4096, batch="skewed")
-    skewed["ways"] |= {PADDED: way(1.0, 9.0, (500, 100), 2000), RAGGED: way(1.0, 1.0, (500, 100), 650)}
+    skewed["variants"] |= {PADDED: variant(1.0, 9.0, (500, 100), 2000), RAGGED: variant(1.0, 1.0, (500, 100), 650)}
     cells = [*(cell(n) for n in lengths), cell(4096, shape="160m"), skewed]
     return {"cells": cells, "stage": [stage(8192), stage(MILLION)]}
 
@@ -62,9 +62,9 @@ def test_all_met(good):
 
 
 SPOIL = {
-    0: lambda f: f["cells"][1]["ways"].update({PADDED: way(1.0, 1.06)}),
+    0: lambda f: f["cells"][1]["variants"].update({PADDED: variant(1.0, 1.06)}),
     4: lambda f: f["stage"].append(stage(MILLION, us=1.3)),
-    7: lambda f: f["cells"][5]["ways"].update({RAGGED: way(1.0, 1.0, (500, 100), 661)}),
+    7: lambda f: f["cells"][5]["variants"].update({RAGGED: variant(1.0, 1.0, (500, 100), 661)}),
 }
 
 

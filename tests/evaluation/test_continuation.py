@@ -25,8 +25,8 @@ def prompt_of(seed=0, question=9, target=8):
     return Prompt(id=f"p{seed}", ids=ids[:LENGTH], question_length=question, target=ids[LENGTH:], answer=none)
 
 
-def read(model, prompt, way="full"):
-    return METHODS[way].read(model, prompt, prompt.budget(RATIO))
+def read(model, prompt, variant="full"):
+    return METHODS[variant].read(model, prompt, prompt.budget(RATIO))
 
 
 def never(ids):
@@ -71,10 +71,10 @@ def test_the_score_behind_merged_slots_is_the_model_s_loss(model, mode):
     assert nll.mean().item() != pytest.approx(other.mean().item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("way", ["full", "semtoken_compact"])
-def test_scoring_leaves_the_cache_as_it_was(model, way):
+@pytest.mark.parametrize("variant", ["full", "semtoken_compact"])
+def test_scoring_leaves_the_cache_as_it_was(model, variant):
     prompt = prompt_of()
-    prefill = read(model, prompt, way)
+    prefill = read(model, prompt, variant)
     before = copy.deepcopy(prefill.cache)
     first = score_target(model, prefill, prompt.target)
     assert len(prefill.cache.layers) == LLAMA["num_hidden_layers"]
@@ -85,10 +85,10 @@ def test_scoring_leaves_the_cache_as_it_was(model, way):
     assert torch.equal(first, score_target(model, prefill, prompt.target))
 
 
-@pytest.mark.parametrize("way", ["full", "truncation", "semtoken"])
-def test_an_answer_after_scoring_is_the_same_answer(model, way):
+@pytest.mark.parametrize("variant", ["full", "truncation", "semtoken"])
+def test_an_answer_after_scoring_is_the_same_answer(model, variant):
     prompt = prompt_of(seed=1)
-    fresh, scored = read(model, prompt, way), read(model, prompt, way)
+    fresh, scored = read(model, prompt, variant), read(model, prompt, variant)
     score_target(model, scored, prompt.target)
     answer = decode_greedily(model, fresh, NEW, never)
     assert decode_greedily(model, scored, NEW, never) == answer
@@ -122,22 +122,22 @@ def test_no_answer_is_longer_than_allowed(model):
     assert decode_greedily(model, read(model, prompt), 3, never) == whole[:3]
 
 
-@pytest.mark.parametrize("way", ["full", "semtoken"])
-def test_bytes_are_those_of_the_slots(model, way):
-    prefill = read(model, prompt_of(), way)
-    assert prefill.slots == (LENGTH if way == "full" else math.ceil(LENGTH / RATIO))
+@pytest.mark.parametrize("variant", ["full", "semtoken"])
+def test_bytes_are_those_of_the_slots(model, variant):
+    prefill = read(model, prompt_of(), variant)
+    assert prefill.slots == (LENGTH if variant == "full" else math.ceil(LENGTH / RATIO))
     heads, width = LLAMA["num_key_value_heads"], LLAMA["hidden_size"] // LLAMA["num_attention_heads"]
     assert cache_bytes(prefill.cache) == 2 * LLAMA["num_hidden_layers"] * heads * width * 4 * prefill.slots
 
 
-@pytest.mark.parametrize("way", ["full", "semtoken"])
-def test_scoring_with_a_sliding_window(way):
+@pytest.mark.parametrize("variant", ["full", "semtoken"])
+def test_scoring_with_a_sliding_window(variant):
     """The window holds fewer positions than the prompt; what scoring pushes out of it comes back."""
     model = tiny_model(family="mistral", sliding_window=24, min_prompt_length=0)
     prompt = prompt_of()
-    prefill = read(model, prompt, way)
+    prefill = read(model, prompt, variant)
     nll = score_target(model, prefill, prompt.target)
     assert torch.equal(score_target(model, prefill, prompt.target), nll)
-    if way == "full":
+    if variant == "full":
         ids, labels = labels_of(prompt)
         assert nll.mean().item() == pytest.approx(plain_twin(model)(ids, labels=labels).loss.item(), rel=1e-4)

@@ -163,12 +163,12 @@ def test_metrics_are_complete(evaluated):
 def test_speed_is_measured_for_every_way(evaluated):
     config, _, given = evaluated
     speed = given[0][0]["speed"]
-    ways = [(row["method"], row["checkpoint"], row["ratio"], row["length"]) for row in speed]
-    assert len(set(ways)) == len(ways)
+    variants = [(row["method"], row["checkpoint"], row["ratio"], row["length"]) for row in speed]
+    assert len(set(variants)) == len(variants)
     # Those that are the checkpoint's own way to read under another name are left out.
     unfit = {cell.method for cell in list_cells(config) if not cell.ablation and why_not(config, cell) is not None}
-    assert {row[0] for row in ways} == METHODS.keys() - unfit
-    assert ("semtoken", "bert", 2.0, LENGTH) in ways
+    assert {row[0] for row in variants} == METHODS.keys() - unfit
+    assert ("semtoken", "bert", 2.0, LENGTH) in variants
     for row in speed:
         if row["method"] != "none":
             assert row["slots"] == (LENGTH if row["ratio"] is None else LENGTH / row["ratio"])

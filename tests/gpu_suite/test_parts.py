@@ -9,10 +9,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from semtoken_hf.benchmarking.shapes import SHAPES
-from semtoken_hf.benchmarking.ways import PADDED, Way
+from semtoken_hf.benchmarking.variants import PADDED, Variant
 from semtoken_hf.gpu_suite import benchmark, equivalence, gpu_tests
 from semtoken_hf.gpu_suite.equivalence import Backend, compare_backends, compare_plans
-from semtoken_hf.gpu_suite.measuring import measure_way
+from semtoken_hf.gpu_suite.measuring import measure_variant
 from semtoken_hf.gpu_suite.models import build_model, prompts
 from semtoken_hf.gpu_suite.parts import TimeUp, attention, time_limit
 from semtoken_hf.semantic_encoder import SemanticEncoder
@@ -80,7 +80,7 @@ def test_plans(context, monkeypatch):
 
 def test_benchmark(context):
     benchmark.run_benchmark(context)
-    measured = {(row["tokens"], row["way"]): row for row in context.rows if "way" in row}
+    measured = {(row["tokens"], row["variant"]): row for row in context.rows if "variant" in row}
     for length in context.lengths:
         ours = measured[length, "SemToken"]
         at_m = measured[-(-length * 10 // 24), "plain, m tokens"]
@@ -99,7 +99,7 @@ def test_no_layer_begins_behind_the_deadline():
     with pytest.raises(TimeUp), time_limit(model, time.time() - 1):
         model(ids)
     with pytest.raises(TimeUp):
-        measure_way(Way(PADDED, model, batch, "sdpa"), model.model.semantic_encoder, time.time() - 1)
+        measure_variant(Variant(PADDED, model, batch, "sdpa"), model.model.semantic_encoder, time.time() - 1)
     assert model(ids).logits.isfinite().all()
     with attention(model, "eager"):
         assert model.config._attn_implementation == "eager"

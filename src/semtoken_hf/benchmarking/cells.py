@@ -18,7 +18,7 @@ from .configuration import BenchmarkConfig
 from .models import build_model, load_planner, plain_twin, text_ids
 from .shapes import dtype_of, shape_of
 from .stage_clock import StageClock
-from .ways import Way, list_ways
+from .variants import Variant, list_variants
 from .workloads import BATCHES, make_batch
 
 TIMES = ("prefill", "decode", "generate")
@@ -114,27 +114,27 @@ def measure_cell(bench: Bench, plain: Any, cell: Cell, before: list[dict[str, An
         before: results of the same batch and ratio at shorter lengths, in their order.
 
     Returns:
-        JSON: `ways` by name (slots of each row, kv_bytes, peak_bytes, and a sample a round of prefill, decode and
+        JSON: `variants` by name (slots of each row, kv_bytes, peak_bytes, and a sample a round of prefill, decode and
         generate in seconds), `stages` (seconds by part, one entry a round), `stage` (seconds of the stage undisturbed),
-        `skipped` (why, by the name of a way), and where it comes from.
+        `skipped` (why, by the name of a variant), and where it comes from.
     """
     config, model = bench.config, bench.model
     batch = make_batch(cell.batch, bench.ids, cell.length, model.device)
-    ways = list_ways(model, plain, batch, cell.ratio, config.attn_implementation, config.prefill_chunk_size)
+    variants = list_variants(model, plain, batch, cell.ratio, config.attn_implementation, config.prefill_chunk_size)
     skipped: dict[str, str] = {}
     found: dict[str, dict[str, Any]] = {}
-    for way in ways:
-        reason = why_skip(way.name, cell.length, before, config.max_seconds, available_bytes(model.device))
+    for variant in variants:
+        reason = why_skip(variant.name, cell.length, before, config.max_seconds, available_bytes(model.device))
         try:
             if reason is None:
-                found[way.name] = {**way.inspect(), **{name: [] for name in TIMES}}
+                found[variant.name] = {**variant.inspect(), **{name: [] for name in TIMES}}
         except torch.OutOfMemoryError:
             reason = "out of memory"
         if reason is not None:
-            skipped[way.name] = reason
+            skipped[variant.name] = reason
     stage = partial(model.compress, batch.input_ids, batch.attention_mask, target_ratio=cell.ratio)
-    rounds = measure_rounds([way for way in ways if way.name in found], model, stage, config)
-    for name, samples in rounds.pop("ways").items():
+    rounds = measure_rounds([variant for variant in variants if variant.name in found], model, stage, config)
+    for name, samples in rounds.pop("variants").items():
         found[name] |= samples
     return {
         **bench.origin,
@@ -143,7 +143,7 @@ def measure_cell(bench: Bench, plain: Any, cell: Cell, before: list[dict[str, An
         "length": cell.length,
         "ratio": cell.ratio,
         "slot_bytes": shape_of(cell.shape).slot_bytes(model.dtype),
-        "ways": found,
+        "variants": found,
         "skipped": skipped,
         **rounds,
     }
@@ -152,11 +152,11 @@ def measure_cell(bench: Bench, plain: Any, cell: Cell, before: list[dict[str, An
 def why_skip(
     name: str, length: int, before: list[dict[str, Any]], max_seconds: float, available: int | None
 ) -> str | None:
-    """Why a way is not tried at a length, from what it took at the longest one before: time grows with its square."""
-    known = [result for result in before if name in result["ways"]]
+    """Why a variant is not tried at a length, from its time at the longest one before, which grows with the square."""
+    known = [result for result in before if name in result["variants"]]
     if not known:
         return None
-    last, growth = known[-1]["ways"][name], length / known[-1]["length"]
+    last, growth = known[-1]["variants"][name], length / known[-1]["length"]
     seconds, peak = min(last["generate"]) * growth**2, last["peak_bytes"]
     if seconds > max_seconds:
         return f"predicted to take {seconds:,.0f} s, which is more than {max_seconds:g} s"
@@ -166,21 +166,21 @@ def why_skip(
 
 
 @torch.no_grad()
-def measure_rounds(ways: list[Way], model: Any, stage: Any, config: BenchmarkConfig) -> dict[str, Any]:
-    """Samples of every way and of the stage, alternating.
+def measure_rounds(variants: list[Variant], model: Any, stage: Any, config: BenchmarkConfig) -> dict[str, Any]:
+    """Samples of every variant and of the stage, alternating.
 
-    The first round is left out, unless there is no time for a second one; a prefill has then warmed each way up.
+    The first round is left out, unless there is no time for a second one; a prefill has then warmed each variant up.
     """
     found: dict[str, Any] = {
-        "ways": {way.name: {name: [] for name in TIMES} for way in ways},
+        "variants": {variant.name: {name: [] for name in TIMES} for variant in variants},
         "stages": [],
         "stage": [],
     }
 
     def play() -> None:
-        for way in ways:
-            for name, seconds in way.measure(config.new_tokens).items():
-                found["ways"][way.name][name].append(seconds)
+        for variant in variants:
+            for name, seconds in variant.measure(config.new_tokens).items():
+                found["variants"][variant.name][name].append(seconds)
         # First, behind other work as in a prefill; the second call finds its data in the processor's caches.
         with StageClock(model.base_model.semantic_encoder) as clock:
             stage()
@@ -191,7 +191,11 @@ def measure_rounds(ways: list[Way], model: Any, stage: Any, config: BenchmarkCon
     for _ in range(count):
         play()
     if count:
-        for samples in (*(s for way in found["ways"].values() for s in way.values()), found["stages"], found["stage"]):
+        for samples in (
+            *(s for variant in found["variants"].values() for s in variant.values()),
+            found["stages"],
+            found["stage"],
+        ):
             del samples[0]
     return {**found, "warmed_up": count > 0}
 

@@ -67,7 +67,8 @@ class BenchmarkConfig:
     new_tokens: int = field(default=64, metadata={"help": "of a whole generate"})
     repetitions: int = field(default=7, metadata={"help": "rounds at most; fewer where a round is long"})
     max_seconds: float = field(
-        default=300.0, metadata={"help": "for the rounds of a cell; a way predicted to take longer alone is skipped"}
+        default=300.0,
+        metadata={"help": "for the rounds of a cell; a variant predicted to take longer alone is skipped"},
     )
     stage_only: bool = field(default=False, metadata={"help": "the compression stage alone, at --stage-lengths"})
     stage_lengths: list[int] = field(

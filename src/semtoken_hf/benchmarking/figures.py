@@ -7,32 +7,32 @@ from typing import Any
 
 from .clock import median_ratio
 from .stage_clock import ENCODER
-from .ways import PADDED, PLAIN_M, PLAIN_N, RAGGED
+from .variants import PADDED, PLAIN_M, PLAIN_N, RAGGED
 
 Result = dict[str, Any]
 
 
-def best_way(cell: Result) -> str:
-    """The way of SemToken that a cell is judged by: ragged where there is one."""
-    return RAGGED if RAGGED in cell["ways"] else PADDED
+def best_variant(cell: Result) -> str:
+    """The variant of SemToken that a cell is judged by: ragged where there is one."""
+    return RAGGED if RAGGED in cell["variants"] else PADDED
 
 
-def ratio_to(cell: Result, way: str, reference: str, time: str) -> float | None:
-    """Seconds of `reference` over those of `way`, median over rounds; None where one was skipped."""
-    ways = cell["ways"]
-    if way not in ways or reference not in ways:
+def ratio_to(cell: Result, variant: str, reference: str, time: str) -> float | None:
+    """Seconds of `reference` over those of `variant`, median over rounds; None where one was skipped."""
+    variants = cell["variants"]
+    if variant not in variants or reference not in variants:
         return None
-    return median_ratio(ways[reference][time], ways[way][time])
+    return median_ratio(variants[reference][time], variants[variant][time])
 
 
-def to_limit(cell: Result, way: str) -> float | None:
+def to_limit(cell: Result, variant: str) -> float | None:
     """A whole generate over that of plain Llama on m tokens."""
-    return ratio_to(cell, PLAIN_M, way, "generate")
+    return ratio_to(cell, PLAIN_M, variant, "generate")
 
 
-def speedup(cell: Result, way: str, time: str) -> float | None:
+def speedup(cell: Result, variant: str, time: str) -> float | None:
     """How much faster than plain Llama on n tokens."""
-    return ratio_to(cell, way, PLAIN_N, time)
+    return ratio_to(cell, variant, PLAIN_N, time)
 
 
 def stage_seconds(cell: Result) -> dict[str, float]:
@@ -43,21 +43,21 @@ def stage_seconds(cell: Result) -> dict[str, float]:
 
 def stage_share(cell: Result, encoder: bool, time: str = "prefill") -> float | None:
     """Share of the encoder, or of the stage without it, in a time of SemToken; median over rounds."""
-    way = best_way(cell)
-    if way not in cell["ways"] or not cell["stages"]:
+    variant = best_variant(cell)
+    if variant not in cell["variants"] or not cell["stages"]:
         return None
     parts = [
         sample.get(ENCODER, 0.0) if encoder else sum(s for name, s in sample.items() if name != ENCODER)
         for sample in cell["stages"]
     ]
-    return median_ratio(parts, cell["ways"][way][time])
+    return median_ratio(parts, cell["variants"][variant][time])
 
 
-def kv_overhead(cell: Result, way: str) -> float | None:
+def kv_overhead(cell: Result, variant: str) -> float | None:
     """Bytes of the cache over those of the rows' own slots."""
-    if way not in cell["ways"]:
+    if variant not in cell["variants"]:
         return None
-    found = cell["ways"][way]
+    found = cell["variants"][variant]
     return found["kv_bytes"] / (sum(found["slots"]) * cell["slot_bytes"])
 
 
@@ -73,7 +73,7 @@ def per_token(result: Result) -> dict[str, float | None]:
 
 
 __all__ = [
-    "best_way",
+    "best_variant",
     "kv_overhead",
     "per_token",
     "ratio_to",

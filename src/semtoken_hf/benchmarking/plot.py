@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-from .figures import best_way, speedup, to_limit
+from .figures import best_variant, speedup, to_limit
 
 Cells = list[dict[str, Any]]
 
@@ -15,7 +15,7 @@ def draw_speed(cells: Cells) -> bytes | None:
     """A PNG of three panels; None where there is nothing to show."""
     series: dict[str, Cells] = {}
     for cell in cells:
-        if best_way(cell) in cell["ways"]:
+        if best_variant(cell) in cell["variants"]:
             title = f"{cell['shape']}, {cell['encoder']}, batch {cell['batch']}, {cell['ratio']:g}x, {cell['device']}"
             series.setdefault(title, []).append(cell)
     if not series:
@@ -26,9 +26,9 @@ def draw_speed(cells: Cells) -> bytes | None:
     from ..evaluation.report.plot_style import MARKERS, STYLE
 
     panels: list[tuple[str, Callable[[dict[str, Any]], float | None]]] = [
-        ("prefill: plain at n / SemToken", lambda c: speedup(c, best_way(c), "prefill")),
-        ("whole generate: plain at n / SemToken", lambda c: speedup(c, best_way(c), "generate")),
-        ("whole generate: SemToken / plain at m (the limit is 1)", lambda c: to_limit(c, best_way(c))),
+        ("prefill: plain at n / SemToken", lambda c: speedup(c, best_variant(c), "prefill")),
+        ("whole generate: plain at n / SemToken", lambda c: speedup(c, best_variant(c), "generate")),
+        ("whole generate: SemToken / plain at m (the limit is 1)", lambda c: to_limit(c, best_variant(c))),
     ]
     with rc_context(STYLE):
         figure = Figure(figsize=(13, 4.4), layout="constrained")

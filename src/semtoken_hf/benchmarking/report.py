@@ -9,10 +9,10 @@ from typing import Any
 
 from ..evaluation.files import write_text
 from .clock import median_ratio, summary
-from .figures import best_way, kv_overhead, per_token, speedup, stage_seconds, stage_share, to_limit
+from .figures import best_variant, kv_overhead, per_token, speedup, stage_seconds, stage_share, to_limit
 from .plot import draw_speed
 from .targets import verdict_table
-from .ways import PADDED, PLAIN_N, RAGGED, TITLES
+from .variants import PADDED, PLAIN_N, RAGGED, TITLES
 
 Found = dict[str, list[dict[str, Any]]]
 AUTHORS = (
@@ -46,7 +46,7 @@ def write_report(found: Found, folder: Path) -> None:
 
 def explanation() -> list[str]:
     return [
-        "Random weights of the named shapes, real text. Every way in turn in one process, the first round left out; "
+        "Random weights of the named shapes, real text. Every variant in turn in one process, the first round left out; "
         "medians, interquartile range in brackets, ratios as medians of the ratios of each round. n: tokens of the "
         "prompt; m: its slots. Plain at m: plain Llama on the same weights, given a prompt that is already m tokens "
         "long (in a batch, each row as long as its own slots), which is the limit. Prefill: to the first token of "
@@ -83,7 +83,7 @@ HEAD = ["shape", "encoder", "batch", "n", "ratio"]
 
 
 def time_table(found: Found) -> list[str]:
-    header = [*HEAD, "way", "slots", "prefill, ms", "decode, ms/token", "generate, ms", "generate / plain at m"]
+    header = [*HEAD, "variant", "slots", "prefill, ms", "decode, ms/token", "generate, ms", "generate / plain at m"]
     header += [
         "prefill, x faster than n",
         "generate, x faster than n",
@@ -94,20 +94,20 @@ def time_table(found: Found) -> list[str]:
     ]
     rows = []
     for cell in found["cells"]:
-        for name, way in cell["ways"].items():
-            peak = way["peak_bytes"]
+        for name, variant in cell["variants"].items():
+            peak = variant["peak_bytes"]
             rows.append(
                 [
                     *_head(cell),
                     TITLES[name],
-                    " + ".join(f"{n:,}" for n in way["slots"]),
-                    *(_times(way[time]) for time in ("prefill", "decode", "generate")),
+                    " + ".join(f"{n:,}" for n in variant["slots"]),
+                    *(_times(variant[time]) for time in ("prefill", "decode", "generate")),
                     _number(to_limit(cell, name), ".3f"),
                     *(_number(speedup(cell, name, time)) for time in ("prefill", "generate")),
-                    f"{way['kv_bytes'] / 1e6:,.2f}",
+                    f"{variant['kv_bytes'] / 1e6:,.2f}",
                     _number(kv_overhead(cell, name)),
                     _number(None if peak is None else peak / 1e6, ",.1f"),
-                    str(len(way["generate"])),
+                    str(len(variant["generate"])),
                 ]
             )
     return _table(header, rows)
@@ -164,8 +164,8 @@ def _prefill_of(found: Found, stage: dict[str, Any]) -> float | None:
     """Median seconds of SemToken's prefill of one prompt of the same length, on the same shape and device."""
     for cell in found["cells"]:
         alike = all(cell[name] == stage[name] for name in ("shape", "length", "ratio", "device", "dtype"))
-        if alike and cell["batch"] == "1" and PADDED in cell["ways"]:
-            return statistics.median(cell["ways"][PADDED]["prefill"])
+        if alike and cell["batch"] == "1" and PADDED in cell["variants"]:
+            return statistics.median(cell["variants"][PADDED]["prefill"])
     return None
 
 
@@ -189,16 +189,16 @@ def compile_table(found: Found) -> list[str]:
 
 def press_table(found: Found) -> list[str]:
     """Presses and SemToken, each against plain Llama at n in its own environment."""
-    header = ["shape", "n", "ratio", "way", "prefill, x faster than n", "decode, x faster", "generate, x faster"]
+    header = ["shape", "n", "ratio", "variant", "prefill, x faster than n", "decode, x faster", "generate, x faster"]
     header += ["KV / plain at n"]
     rows = []
     for result in found["kvpress"]:
-        plain = result["ways"]["plain"]
-        for name, way in result["ways"].items():
+        plain = result["variants"]["plain"]
+        for name, variant in result["variants"].items():
             if name == "plain":
                 continue
-            ratios = [_number(median_ratio(plain[time], way[time])) for time in ("prefill", "decode", "generate")]
-            share = _number(way["kv_bytes"] / plain["kv_bytes"])
+            ratios = [_number(median_ratio(plain[time], variant[time])) for time in ("prefill", "decode", "generate")]
+            share = _number(variant["kv_bytes"] / plain["kv_bytes"])
             rows.append([result["shape"], f"{result['length']:,}", f"{result['ratio']:g}", name, *ratios, share])
         rows += _beside_presses(found, result)
     if not rows:
@@ -211,12 +211,12 @@ def _beside_presses(found: Found, result: dict[str, Any]) -> list[list[str]]:
     rows = []
     for cell in found["cells"]:
         alike = all(cell[name] == result[name] for name in ("shape", "length", "ratio", "dtype", "device"))
-        way = best_way(cell)
-        if not alike or cell["batch"] != "1" or not {way, PLAIN_N} <= cell["ways"].keys():
+        variant = best_variant(cell)
+        if not alike or cell["batch"] != "1" or not {variant, PLAIN_N} <= cell["variants"].keys():
             continue
-        ratios = [_number(speedup(cell, way, time)) for time in ("prefill", "decode", "generate")]
-        share = _number(cell["ways"][way]["kv_bytes"] / cell["ways"][PLAIN_N]["kv_bytes"])
-        title = f"{TITLES[way]}, {cell['encoder']}"
+        ratios = [_number(speedup(cell, variant, time)) for time in ("prefill", "decode", "generate")]
+        share = _number(cell["variants"][variant]["kv_bytes"] / cell["variants"][PLAIN_N]["kv_bytes"])
+        title = f"{TITLES[variant]}, {cell['encoder']}"
         rows.append([cell["shape"], f"{cell['length']:,}", f"{cell['ratio']:g}", title, *ratios, share])
     return rows
 
@@ -232,12 +232,12 @@ def skipped_list(found: Found) -> list[str]:
         for r in found["stage"]
         if "skipped" in r
     ]
-    if found["cells"] and not any(RAGGED in cell["ways"] for cell in found["cells"]):
+    if found["cells"] and not any(RAGGED in cell["variants"] for cell in found["cells"]):
         lines.append(f"- {TITLES[RAGGED]}: no batch of several rows, or `{RAGGED}` attention is not registered")
     lines += [
         f"- {', '.join(_head(cell))}: one round, without another one to warm up"
         for cell in found["cells"]
-        if cell["ways"] and not cell["warmed_up"]
+        if cell["variants"] and not cell["warmed_up"]
     ]
     return lines
 

@@ -16,7 +16,7 @@ class ModelShape:
     """A Llama by its sizes.
 
     Attributes:
-        vocab_size: at least; a tokenizer with more ids has its way.
+        vocab_size: at least; a tokenizer with more ids has its variant.
         dtype: of the weights, unless the caller says otherwise.
     """
 

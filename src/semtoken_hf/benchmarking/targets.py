@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .figures import best_way, kv_overhead, per_token, speedup, stage_share, to_limit
-from .ways import RAGGED
+from .figures import best_variant, kv_overhead, per_token, speedup, stage_share, to_limit
+from .variants import RAGGED
 
 RATIO = 2.4
 # Time per token may drift so far between the ends of a range and still count as linear.
@@ -49,7 +49,7 @@ def judge(found: Found) -> list[Verdict]:
         _bound(
             "prefill, 1.1b, 8 K tokens and more: at least 2.4 x faster than plain at n",
             [c for c in big if c["length"] >= 8192],
-            lambda c: speedup(c, best_way(c), "prefill"),
+            lambda c: speedup(c, best_variant(c), "prefill"),
             least=2.4,
         ),
         _whole("whole generate, 160m, static encoder, 4,096 tokens: at most 1.08 x plain at m", small, 1.08),
@@ -80,7 +80,7 @@ def judge(found: Found) -> list[Verdict]:
 
 def _whole(target: str, cells: list[dict[str, Any]], most: float) -> Verdict:
     """A bound on a whole generate of 4,096 tokens over the limit."""
-    return _bound(target, [c for c in cells if c["length"] == 4096], lambda c: to_limit(c, best_way(c)), most=most)
+    return _bound(target, [c for c in cells if c["length"] == 4096], lambda c: to_limit(c, best_variant(c)), most=most)
 
 
 def _bound(

@@ -30,9 +30,9 @@ app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 @app.command(cls=SpreadingCommand, context_settings=CONTEXT)
 @takes_fields(BenchmarkConfig, PANELS)
 def benchmark(as_json: Json = False, quiet: Quiet = False, **given: Any) -> None:
-    """Measure time and memory of a prompt in every way, on random weights of a model's shape.
+    """Measure time and memory of a prompt in every variant, on random weights of a model's shape.
 
-    One process measures every way in turn; each measurement is a file in `--output-dir`, and what is there is not
+    One process measures every variant in turn; each measurement is a file in `--output-dir`, and what is there is not
     measured again. Whatever is in the folder, also of kvpress (`scripts/kvpress_benchmark.py`), goes into
     `benchmark.json`, `benchmark.md` and `speed.png`.
 

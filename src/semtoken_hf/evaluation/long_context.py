@@ -26,7 +26,7 @@ def measure_long_contexts(config: EvaluationConfig) -> list[dict[str, Any]]:
     SemToken reads the whole context with compact positions; the plain model reads the most recent part of it.
 
     Returns:
-        One record a way: title, length, slots, examples, nll, perplexity.
+        One record a variant: title, length, slots, examples, nll, perplexity.
     """
     model, tokenizer = load_model(config.checkpoint, config.dtype), load_tokenizer(config.checkpoint)
     slots = model.config.max_position_embeddings - config.target_length
@@ -39,10 +39,10 @@ def measure_long_contexts(config: EvaluationConfig) -> list[dict[str, Any]]:
     ends = list(range(max(lengths), len(ids) - config.target_length + 1, config.target_length))
     ends = spread(ends, min(1.0, config.fraction * WINDOWS / len(ends)))
     fields = {"position_mode": "compact", "max_span_length": LONGEST_SPAN}
-    ways = [(f"the last {slots:,} tokens, plain", slots, METHODS["full"])]
-    ways += [("SemToken, compact positions", n, Compressed("", fields=fields)) for n in lengths]
+    variants = [(f"the last {slots:,} tokens, plain", slots, METHODS["full"])]
+    variants += [("SemToken, compact positions", n, Compressed("", fields=fields)) for n in lengths]
     records = []
-    for title, length, method in tqdm(ways, desc="long contexts"):
+    for title, length, method in tqdm(variants, desc="long contexts"):
         nll, held = 0.0, 0
         for end in ends:
             window = ids[end - length : end + config.target_length].clone()

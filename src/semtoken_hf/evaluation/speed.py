@@ -1,4 +1,4 @@
-"""Time and memory of reading a prompt and going on, every way in turn in one process."""
+"""Time and memory of reading a prompt and going on, every variant in turn in one process."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ def measure_speed(config: EvaluationConfig) -> list[dict[str, Any]]:
     return records
 
 
-def _ways(config: EvaluationConfig, length: int) -> list[tuple[str, Method, str, float | None]]:
+def _variants(config: EvaluationConfig, length: int) -> list[tuple[str, Method, str, float | None]]:
     """(checkpoint, method, its name, ratio): the plain model over n and over m tokens, and SemToken.
 
     At the shortest length every method, and those at every ratio of the curve: for quality against time.
     """
     first, is_shortest = config.ratios[0], length == min(config.lengths)
-    ways: list[tuple[str, Method, str, float | None]] = [("", METHODS["full"], "full", None)]
+    variants: list[tuple[str, Method, str, float | None]] = [("", METHODS["full"], "full", None)]
     for ratio in config.curve_ratios if is_shortest else config.ratios:
-        ways += [("", METHODS[name], name, ratio) for name in ("truncation", "semtoken")]
+        variants += [("", METHODS[name], name, ratio) for name in ("truncation", "semtoken")]
     if is_shortest:
-        model, known = load_model(config.checkpoint, config.dtype), {name for _, _, name, _ in ways}
+        model, known = load_model(config.checkpoint, config.dtype), {name for _, _, name, _ in variants}
         others = [n for n in chosen(config.methods, METHODS) if n not in known and METHODS[n].unfit(model) is None]
-        ways += [("", METHODS[name], name, first if METHODS[name].has_budget else None) for name in others]
-    return ways + [(name, METHODS["semtoken"], "semtoken", first) for name in config.checkpoint_of]
+        variants += [("", METHODS[name], name, first if METHODS[name].has_budget else None) for name in others]
+    return variants + [(name, METHODS["semtoken"], "semtoken", first) for name in config.checkpoint_of]
 
 
 def _measure_length(config: EvaluationConfig, prompt: Prompt) -> list[dict[str, Any]]:
-    ways = _ways(config, prompt.length)
+    variants = _variants(config, prompt.length)
     records = [
         {
             "length": prompt.length,
@@ -65,12 +65,12 @@ def _measure_length(config: EvaluationConfig, prompt: Prompt) -> list[dict[str, 
             "title": f"{method.title}, {checkpoint}" if checkpoint else method.title,
             "ratio": ratio,
         }
-        for checkpoint, method, name, ratio in ways
+        for checkpoint, method, name, ratio in variants
     ]
     repetitions = 5 if prompt.length < LONG else 1
-    times: list[list[tuple[float, float, float]]] = [[] for _ in ways]
+    times: list[list[tuple[float, float, float]]] = [[] for _ in variants]
     for repetition in tqdm(range(repetitions + (repetitions > 1)), desc=f"speed, {prompt.length:,} tokens"):
-        for i, (checkpoint, method, _, ratio) in enumerate(ways):
+        for i, (checkpoint, method, _, ratio) in enumerate(variants):
             model = load_model(config.path_of(checkpoint), config.dtype)
             prefill, seconds = _time(model, method, prompt.to(model.device), ratio)
             records[i] |= {"slots": prefill.slots, "kv_bytes": cache_bytes(prefill.cache)}

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..benchmarking.models import plain_twin
 from ..benchmarking.shapes import shape_of
-from ..benchmarking.ways import PADDED, PLAIN_M, PLAIN_N, TITLES, list_ways
+from ..benchmarking.variants import PADDED, PLAIN_M, PLAIN_N, TITLES, list_variants
 from .machine import has_flash_attention
-from .measuring import RATIO, measure_way
+from .measuring import RATIO, measure_variant
 from .models import build_model, prompts
 from .parts import Context, free_memory
 
@@ -26,26 +26,26 @@ def _record_ratios(context: Context, shape: str, length: int, records: dict[str,
     for name in FIGURES:
         row: dict[str, Any] = {"shape": shape, "tokens": length, "figure": name}
         for other in (PLAIN_N, PLAIN_M):
-            ours, theirs = (records.get(way, {}).get(name) for way in (PADDED, other))
+            ours, theirs = (records.get(variant, {}).get(name) for variant in (PADDED, other))
             row[f"{TITLES[other]} / {TITLES[PADDED]}"] = theirs / ours if ours and theirs else None
         context.row(**row)
 
 
 def measure_length(context: Context, model: Any, plain: Any, shape: str, length: int) -> None:
-    """Every way at one length; a way that does not fit is noted, the others are still measured."""
+    """Every variant at one length; a variant that does not fit is noted, the others are still measured."""
     what = f"{shape}, {length:,} tokens"
     batch, attention = prompts((length,), context.device), model.config._attn_implementation
-    ways = context.attempt(f"{what}, slots", partial(list_ways, model, plain, batch, RATIO, attention))
+    variants = context.attempt(f"{what}, slots", partial(list_variants, model, plain, batch, RATIO, attention))
     records: dict[str, dict[str, Any]] = {}
-    for way in ways or ():
+    for variant in variants or ():
         # What grows the cache by one layer stands beside it.
-        if way.name == PLAIN_N and 1.25 * shape_of(shape).slot_bytes(context.dtype) * length > context.free_bytes():
-            context.note(f"{what}, {TITLES[way.name]}: its cache does not fit into the free memory.")
+        if variant.name == PLAIN_N and 1.25 * shape_of(shape).slot_bytes(context.dtype) * length > context.free_bytes():
+            context.note(f"{what}, {TITLES[variant.name]}: its cache does not fit into the free memory.")
             continue
-        encoder, title = model.base_model.semantic_encoder, TITLES[way.name]
-        record = context.attempt(f"{what}, {title}", partial(measure_way, way, encoder, context.deadline))
+        encoder, title = model.base_model.semantic_encoder, TITLES[variant.name]
+        record = context.attempt(f"{what}, {title}", partial(measure_variant, variant, encoder, context.deadline))
         if record is not None:
-            records[way.name] = record
+            records[variant.name] = record
             context.row(shape=shape, **record)
     _record_ratios(context, shape, length, records)
 

@@ -1,4 +1,4 @@
-"""One way of reading a prompt, timed within a deadline."""
+"""One variant of reading a prompt, timed within a deadline."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from torch import nn
 
 from ..benchmarking.clock import seconds_of
-from ..benchmarking.ways import TITLES, Way
+from ..benchmarking.variants import TITLES, Variant
 from ..evaluation.side_by_side import CallTimer
 from .parts import time_limit
 
 RATIO, NEW_TOKENS = 2.4, 64
-# A way whose prefill takes longer than this is measured once.
+# A variant whose prefill takes longer than this is measured once.
 SHORT_SECONDS, REPETITIONS = 2.0, 3
 
 
-def measure_way(way: Way, encoder: nn.Module, deadline: float) -> dict[str, Any]:
+def measure_variant(variant: Variant, encoder: nn.Module, deadline: float) -> dict[str, Any]:
     """Medians of a few rounds (one where a prefill is long), after a prefill to warm up.
 
     Args:
@@ -25,23 +25,23 @@ def measure_way(way: Way, encoder: nn.Module, deadline: float) -> dict[str, Any]
         deadline: `time.time()` from which on no layer begins.
 
     Returns:
-        way, tokens, slots; `prefill ms`, `encoder ms` (within it), `decode ms` per token, `generate+64 ms`; `KV bytes`
+        variant, tokens, slots; `prefill ms`, `encoder ms` (within it), `decode ms` per token, `generate+64 ms`; `KV bytes`
         after the prefill and its `peak bytes` beyond the model.
 
     Raises:
         TimeUp: the deadline has passed.
     """
     samples, found = [], {}
-    with time_limit(way.model, deadline):
-        warm = seconds_of(lambda: found.update(way.inspect()))
+    with time_limit(variant.model, deadline):
+        warm = seconds_of(lambda: found.update(variant.inspect()))
         for _ in range(REPETITIONS if warm < SHORT_SECONDS else 1):
             with CallTimer(encoder) as timer:
-                samples.append(way.measure(NEW_TOKENS))
+                samples.append(variant.measure(NEW_TOKENS))
             samples[-1]["encoder"] = timer.seconds
     median = {name: 1e3 * statistics.median(sample[name] for sample in samples) for name in samples[0]}
     return {
-        "way": TITLES[way.name],
-        "tokens": max(way.batch.lengths),
+        "variant": TITLES[variant.name],
+        "tokens": max(variant.batch.lengths),
         "slots": max(found["slots"]),
         "prefill ms": median["prefill"],
         "encoder ms": median["encoder"],

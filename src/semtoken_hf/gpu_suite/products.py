@@ -16,10 +16,10 @@ from transformers.generation.continuous_batching import ContinuousMixin
 from ..benchmarking.clock import seconds_of
 from ..benchmarking.models import plain_twin
 from ..benchmarking.shapes import shape_of
-from ..benchmarking.ways import PADDED, PLAIN_N, TITLES, Way
+from ..benchmarking.variants import PADDED, PLAIN_N, TITLES, Variant
 from .equivalence import Backend
 from .machine import has_flash_attention
-from .measuring import NEW_TOKENS, RATIO, measure_way
+from .measuring import NEW_TOKENS, RATIO, measure_variant
 from .models import build_model, prompts
 from .parts import Context, TimeUp, attention, free_memory
 
@@ -47,23 +47,23 @@ def record_product(context: Context, what: str, times: dict[tuple[str, str], flo
 
     Args:
         what: is measured.
-        times: milliseconds by (backend, way), two of each.
+        times: milliseconds by (backend, variant), two of each.
         base: the slow one of both.
     """
-    backend, way = (next(key[i] for key in times if key[i] != base[i]) for i in range(2))
-    gains = [times[base] / times[key] for key in ((backend, base[1]), (base[0], way), (backend, way))]
+    backend, variant = (next(key[i] for key in times if key[i] != base[i]) for i in range(2))
+    gains = [times[base] / times[key] for key in ((backend, base[1]), (base[0], variant), (backend, variant))]
     context.row(
         product=what,
-        **{f"{backend} alone": gains[0], f"{way} alone": gains[1], "both": gains[2]},
+        **{f"{backend} alone": gains[0], f"{variant} alone": gains[1], "both": gains[2]},
         **{"product of the two": gains[0] * gains[1], "both / product": gains[2] / (gains[0] * gains[1])},
     )
 
 
-def plain_and_ours(model: Any, plain: Any, lengths: list[int], backend: Backend) -> list[Way]:
+def plain_and_ours(model: Any, plain: Any, lengths: list[int], backend: Backend) -> list[Variant]:
     """Both ways to read rows of so many tokens, with one attention."""
     batch, implementation = prompts(lengths, model.device), backend.implementation
-    ours = Way(PADDED, model, batch, implementation, {"target_ratio": RATIO})
-    return [Way(PLAIN_N, plain, batch, implementation), ours]
+    ours = Variant(PADDED, model, batch, implementation, {"target_ratio": RATIO})
+    return [Variant(PLAIN_N, plain, batch, implementation), ours]
 
 
 def multiply_flash_attention(context: Context, model: Any, plain: Any, lengths: tuple[int, ...]) -> None:
@@ -72,13 +72,13 @@ def multiply_flash_attention(context: Context, model: Any, plain: Any, lengths: 
     for length in lengths:
         measured = {}
         for backend in (fast_attention(context.device), MATH):  # what takes less memory first
-            for way in plain_and_ours(model, plain, [length], backend):
+            for variant in plain_and_ours(model, plain, [length], backend):
 
-                def measure(way: Way = way, backend: Backend = backend) -> Any:
-                    with attention(way.model, backend.implementation, backend.kernel):
-                        return measure_way(way, encoder, context.deadline)
+                def measure(variant: Variant = variant, backend: Backend = backend) -> Any:
+                    with attention(variant.model, backend.implementation, backend.kernel):
+                        return measure_variant(variant, encoder, context.deadline)
 
-                title = TITLES[way.name]
+                title = TITLES[variant.name]
                 record = context.attempt(f"{backend.name}, {title}, {length:,} tokens", measure)
                 if record is None:
                     return
@@ -104,15 +104,15 @@ def multiply_paged_attention(context: Context, model: Any, plain: Any, length: i
     # Each call makes a manager of its own, whose preparation is not what is compared.
     more = {"warmup": False} if "warmup" in inspect.signature(ContinuousMixin.generate_batch).parameters else {}
 
-    def padded(way: Way) -> None:
-        way.generate(NEW_TOKENS)
+    def padded(variant: Variant) -> None:
+        variant.generate(NEW_TOKENS)
 
-    def paged(way: Way) -> None:
-        outputs = way.model.generate_batch(
-            way.batch.input_ids.tolist(),
+    def paged(variant: Variant) -> None:
+        outputs = variant.model.generate_batch(
+            variant.batch.input_ids.tolist(),
             generation_config=settings,
             continuous_batching_config=batching_options(context, length),
-            **way.call,
+            **variant.call,
             **more,
         )
         if errors := [output.error for output in outputs.values() if output.error]:
@@ -120,21 +120,21 @@ def multiply_paged_attention(context: Context, model: Any, plain: Any, length: i
 
     times, fast = {}, fast_attention(context.device)
     for kind, call in (("generate", padded), ("generate_batch", paged)):
-        for way in plain_and_ours(model, plain, [length] * ROWS, fast):
+        for variant in plain_and_ours(model, plain, [length] * ROWS, fast):
 
-            def measure(call: Any = call, way: Way = way) -> float:
-                with attention(way.model, fast.implementation):
+            def measure(call: Any = call, variant: Variant = variant) -> float:
+                with attention(variant.model, fast.implementation):
                     # The manager's own thread is no place to be stopped in.
-                    if seconds_of(partial(call, way)) > context.left():
+                    if seconds_of(partial(call, variant)) > context.left():
                         raise TimeUp
-                    return 1e3 * seconds_of(partial(call, way))
+                    return 1e3 * seconds_of(partial(call, variant))
 
-            title = TITLES[way.name]
+            title = TITLES[variant.name]
             taken = context.attempt(f"{kind}, {title}", measure)
             if taken is None:
                 return
             times[kind, title] = taken
-            context.row(batching=kind, way=title, rows=ROWS, tokens=length, **{"generate+64 ms": taken})
+            context.row(batching=kind, variant=title, rows=ROWS, tokens=length, **{"generate+64 ms": taken})
     what = f"{ROWS} x {length:,} tokens, generate+64 ms"
     record_product(context, what, times, ("generate", TITLES[PLAIN_N]))
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from ..benchmarking.clock import TokenStamps, peak_extra_bytes, seconds_of
-from ..benchmarking.ways import PADDED, PLAIN_N, Way, kv_bytes
+from ..benchmarking.variants import PADDED, PLAIN_N, Variant, kv_bytes
 from ..cache_semtoken import is_semtoken_cache
 from .models import prompts
 from .parts import time_limit
@@ -28,7 +28,7 @@ def stream_prompt(
         new_tokens: at least 2; the first one needs no step.
 
     Returns:
-        way, tokens, slots, `stage s` (compression alone, a run of its own), `prefill s`, `decode ms` per token,
+        variant, tokens, slots, `stage s` (compression alone, a run of its own), `prefill s`, `decode ms` per token,
         `KV bytes` behind the last step, `peak bytes` beyond the model, `peak beyond the cache`.
 
     Raises:
@@ -40,17 +40,17 @@ def stream_prompt(
         stage = seconds_of(partial(model.compress, batch.input_ids, **call))
     call["prefill_chunk_size"] = chunk
     name = PLAIN_N if target_ratio is None else PADDED
-    way, stamps = Way(name, model, batch, model.config._attn_implementation, call), []
+    variant, stamps = Variant(name, model, batch, model.config._attn_implementation, call), []
 
     def read() -> Any:
         stamps.append(TokenStamps())
-        return way.generate(new_tokens, streamer=stamps[0], return_dict_in_generate=True).past_key_values
+        return variant.generate(new_tokens, streamer=stamps[0], return_dict_in_generate=True).past_key_values
 
     with time_limit(model, deadline):
         peak, cache = peak_extra_bytes(read, model.device)
     held = kv_bytes(cache)
     return {
-        "way": "plain" if target_ratio is None else f"SemToken {target_ratio:g}x",
+        "variant": "plain" if target_ratio is None else f"SemToken {target_ratio:g}x",
         "tokens": length,
         "slots": int(cache.compressed_lengths.max()) - (new_tokens - 1) if is_semtoken_cache(cache) else length,
         "stage s": stage,

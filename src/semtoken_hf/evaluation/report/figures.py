@@ -28,7 +28,7 @@ CLEAR = 2.0
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """A method, or SemToken with a further checkpoint: a row of the tables, a line of the plots."""
 
     method: str
@@ -54,9 +54,9 @@ class Way:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one way, in the order of x."""
+    """Points of one variant, in the order of x."""
 
-    way: Way
+    variant: Variant
     points: list[Point]
 
 
@@ -66,19 +66,19 @@ def finite(value: Any) -> float | None:
     return float(value) if is_number and math.isfinite(value) else None
 
 
-def way_of(figures: Figures) -> Way:
-    return Way(figures["method"], figures.get("checkpoint"), figures["title"])
+def variant_of(figures: Figures) -> Variant:
+    return Variant(figures["method"], figures.get("checkpoint"), figures["title"])
 
 
-def ways_of(cells: Iterable[Figures]) -> list[Way]:
-    """Every way among the cells, family by family, in the order of the registries."""
+def variants_of(cells: Iterable[Figures]) -> list[Variant]:
+    """Every variant among the cells, family by family, in the order of the registries."""
     order = [*REFERENCES, *BASELINES, *METHODS, *press_methods()]
 
-    def rank(way: Way) -> tuple[int, int, str]:
-        place = order.index(way.method) if way.method in order else len(order)
-        return FAMILIES.index(way.family), place, way.checkpoint or ""
+    def rank(variant: Variant) -> tuple[int, int, str]:
+        place = order.index(variant.method) if variant.method in order else len(order)
+        return FAMILIES.index(variant.family), place, variant.checkpoint or ""
 
-    return sorted({way_of(cell) for cell in cells}, key=rank)
+    return sorted({variant_of(cell) for cell in cells}, key=rank)
 
 
 def methods_only(metrics: Figures) -> list[Figures]:
@@ -111,38 +111,40 @@ def title_of_task(cells: list[Figures], task: str) -> str:
 
 def cost_against(cells: list[Figures], task: str, x_name: str) -> list[Series]:
     """The cost in a task against another figure, over all ratios."""
-    return _series([(way_of(c), c.get(x_name), c.get("cost")) for c in cells if c["task"] == task])
+    return _series([(variant_of(c), c.get(x_name), c.get("cost")) for c in cells if c["task"] == task])
 
 
 def cost_against_speed(cells: list[Figures], speed: list[Figures], task: str, length: int, x_name: str) -> list[Series]:
     """The cost in a task against a time measured at a prompt length, where both are known."""
     costs = {(c["method"], c.get("checkpoint"), c["ratio"]): c.get("cost") for c in cells if c["task"] == task}
     rows = [r for r in speed if r["length"] == length]
-    return _series([(way_of(r), r[x_name], costs.get((r["method"], r.get("checkpoint"), r["ratio"]))) for r in rows])
+    return _series(
+        [(variant_of(r), r[x_name], costs.get((r["method"], r.get("checkpoint"), r["ratio"]))) for r in rows]
+    )
 
 
 def gain_against_memory(cells: list[Figures]) -> tuple[list[Series], list[str], list[str]]:
     """Mean gain kept over the answer tasks against mean share of KV bytes; the references have all of it or none.
 
     Returns:
-        The series; titles of the tasks meant over; titles of the ways left out, which lack some of them.
+        The series; titles of the tasks meant over; titles of the variants left out, which lack some of them.
     """
     names = [t for t in tasks_of(cells) if context_helps([c for c in cells if c["task"] == t])]
-    answers = [c for c in cells if not c["is_perplexity"] and not way_of(c).is_reference]
+    answers = [c for c in cells if not c["is_perplexity"] and not variant_of(c).is_reference]
     chosen = [c for c in answers if c["task"] in names]
-    found: dict[tuple[Way, float | None], list[Point]] = {}
+    found: dict[tuple[Variant, float | None], list[Point]] = {}
     for cell in chosen:
         share, gain = finite(cell.get("kv_share")), finite(cell.get("gain_kept"))
         if share is not None and gain is not None:
-            found.setdefault((way_of(cell), cell["ratio"]), []).append((share, gain))
+            found.setdefault((variant_of(cell), cell["ratio"]), []).append((share, gain))
     complete = {key: points for key, points in found.items() if len(points) == len(names)}
     means = [
-        (way, statistics.fmean(share for share, _ in p), statistics.fmean(gain for _, gain in p))
-        for (way, _), p in complete.items()
+        (variant, statistics.fmean(share for share, _ in p), statistics.fmean(gain for _, gain in p))
+        for (variant, _), p in complete.items()
     ]
-    shown = {way for way, _ in complete}
+    shown = {variant for variant, _ in complete}
     titles = list(dict.fromkeys(c["task_title"] for c in chosen))
-    return _series(means), titles, [w.title for w in ways_of(answers) if w not in shown]
+    return _series(means), titles, [w.title for w in variants_of(answers) if w not in shown]
 
 
 def context_helps(cells: list[Figures]) -> bool:
@@ -166,10 +168,10 @@ def pareto_front(points: list[Point], higher_is_better: bool = False) -> list[Po
     return front
 
 
-def _series(rows: list[tuple[Way, Any, Any]]) -> list[Series]:
-    points: dict[Way, list[Point]] = {}
-    for way, x, y in rows:
+def _series(rows: list[tuple[Variant, Any, Any]]) -> list[Series]:
+    points: dict[Variant, list[Point]] = {}
+    for variant, x, y in rows:
         if finite(x) is not None and finite(y) is not None:
-            points.setdefault(way, []).append((x, y))
-    ways = ways_of({"method": w.method, "checkpoint": w.checkpoint, "title": w.title} for w in points)
-    return [Series(way, sorted(points[way])) for way in ways]
+            points.setdefault(variant, []).append((x, y))
+    variants = variants_of({"method": w.method, "checkpoint": w.checkpoint, "title": w.title} for w in points)
+    return [Series(variant, sorted(points[variant])) for variant in variants]

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from .blocks import Plot
-from .figures import Way
+from .figures import Variant
 
 # Stands for the page's text colour; on files it is what it says.
 INK = "#23282e"
@@ -51,22 +51,22 @@ MARKERS = "osD^vP*X<>"
 DASHES = ("-", "--", "-.", ":")
 
 
-def looks(ways: list[Way]) -> dict[Way, dict[str, Any]]:
+def looks(variants: list[Variant]) -> dict[Variant, dict[str, Any]]:
     """Colour by family (by method for the cheap baselines), marker and dashes by place in it; SemToken stands out."""
     places: dict[str, int] = {}
     found = {}
-    for way in ways:
-        place = places.setdefault(way.family, 0)
-        places[way.family] += 1
-        main = way.method == "semtoken" and way.checkpoint is None
-        found[way] = {
-            "color": COLOURS.get(way.method) or COLOURS[way.family],
+    for variant in variants:
+        place = places.setdefault(variant.family, 0)
+        places[variant.family] += 1
+        main = variant.method == "semtoken" and variant.checkpoint is None
+        found[variant] = {
+            "color": COLOURS.get(variant.method) or COLOURS[variant.family],
             "marker": MARKERS[place % len(MARKERS)],
             "linestyle": "-" if main else DASHES[place % len(DASHES)],
             "linewidth": 2.6 if main else 1.2,
             "markersize": 7 if main else 5,
             "zorder": 5 if main else 3,
-            "label": way.title,
+            "label": variant.title,
         }
     return found
 

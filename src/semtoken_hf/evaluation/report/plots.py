@@ -98,7 +98,7 @@ def _cost_by_time(cells: list[Figures], speed: list[Figures], task: str, config:
     limits = (None, _cost_limit(cells, task))
     figure, axes = _subplots(len(panels))
     for one, (series, label) in zip(axes, panels, strict=True):
-        _draw(one, series, limits, [s.way for s in reading])
+        _draw(one, series, limits, [s.variant for s in reading])
         _label(one, label, "rise in perplexity, %" if one is axes[0] else "")
     _legend(figure, axes)
     title = f"{title_of_task(cells, task)}: rise in perplexity against time"
@@ -106,7 +106,7 @@ def _cost_by_time(cells: list[Figures], speed: list[Figures], task: str, config:
 
 
 def _can_compare(series: list[Series]) -> bool:
-    return any(not s.way.is_reference for s in series)
+    return any(not s.variant.is_reference for s in series)
 
 
 def _cost_limit(cells: list[Figures], task: str) -> float | None:
@@ -125,12 +125,12 @@ def _draw(
     axes: Any,
     series: list[Series],
     limits: tuple[float | None, float | None],
-    ways: list[Any] | None = None,
+    variants: list[Any] | None = None,
     higher_is_better: bool = False,
 ) -> None:
     """Every series and the Pareto front of all points, in percent; what is outside the limits is not drawn."""
-    look = looks(list(dict.fromkeys([*(ways or []), *(s.way for s in series)])))
-    inside = [Series(s.way, [p for p in s.points if _is_inside(p, limits)]) for s in series]
+    look = looks(list(dict.fromkeys([*(variants or []), *(s.variant for s in series)])))
+    inside = [Series(s.variant, [p for p in s.points if _is_inside(p, limits)]) for s in series]
     front = pareto_front([p for s in inside for p in s.points], higher_is_better)
     x, y = ([p[i] for p in front] for i in (0, 1))
     axes.plot(
@@ -144,7 +144,7 @@ def _draw(
     )
     for s in inside:
         if s.points:
-            axes.plot([p[0] for p in s.points], [100 * p[1] for p in s.points], **look[s.way])
+            axes.plot([p[0] for p in s.points], [100 * p[1] for p in s.points], **look[s.variant])
     if not higher_is_better:
         axes.axhline(0, color="#7d868f", linewidth=0.9, zorder=2)
     axes.set_xscale("log")
@@ -189,6 +189,6 @@ def _legend(figure: Any, axes: Sequence[Any]) -> None:
 def _outside(series: list[Series], limits: tuple[float | None, float | None], where: str) -> str:
     """A sentence on what is not drawn."""
     better = f"Better is further to the {where} left."
-    counts = {s.way.title: sum(not _is_inside(p, limits) for p in s.points) for s in series}
+    counts = {s.variant.title: sum(not _is_inside(p, limits) for p in s.points) for s in series}
     missing = [f"{title} ({count})" for title, count in counts.items() if count]
     return better if not missing else f"{better} Points beyond the plot: {', '.join(missing)}."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .blocks import MISSING, Cell, Row, Table
-from .figures import Figures, Way, finite, methods_only, tasks_of, way_of, ways_of
+from .figures import Figures, Variant, finite, methods_only, tasks_of, variant_of, variants_of
 
 
 def shown(value: Any, form: str, scale: float = 1.0, unit: str = "") -> str:
@@ -107,11 +107,11 @@ ASPECTS = (
 
 @dataclass(frozen=True)
 class Column:
-    """A column of figures, one per way."""
+    """A column of figures, one per variant."""
 
     title: str
     text: str
-    figures: dict[Way, Figures]
+    figures: dict[Variant, Figures]
 
 
 def task_columns(cells: list[Figures]) -> list[Column]:
@@ -119,7 +119,7 @@ def task_columns(cells: list[Figures]) -> list[Column]:
     for task in tasks_of(cells):
         own = [c for c in cells if c["task"] == task]
         columns.append(
-            Column(own[0]["task_title"], f"{own[0]['metric']}, {_examples(own)}", {way_of(c): c for c in own})
+            Column(own[0]["task_title"], f"{own[0]['metric']}, {_examples(own)}", {variant_of(c): c for c in own})
         )
     return columns
 
@@ -132,7 +132,7 @@ def group_columns(cells: list[Figures], task: str) -> list[Column]:
         Column(
             name,
             _examples(c["groups"][name] for c in own if name in c["groups"]),
-            {way_of(c): c["groups"][name] for c in own if name in c["groups"]},
+            {variant_of(c): c["groups"][name] for c in own if name in c["groups"]},
         )
         for name in names
     ]
@@ -142,24 +142,24 @@ def ratio_columns(cells: list[Figures], task: str) -> list[Column]:
     """A column for every ratio that a task was measured at; what has no ratio stands in all."""
     own = [c for c in cells if c["task"] == task]
     return [
-        Column(f"{ratio:g}", "tokens per slot", {way_of(c): c for c in own if c["ratio"] in (None, ratio)})
+        Column(f"{ratio:g}", "tokens per slot", {variant_of(c): c for c in own if c["ratio"] in (None, ratio)})
         for ratio in sorted({c["ratio"] for c in own} - {None})
     ]
 
 
 def aspect_table(aspect: Aspect, columns: list[Column], title: str | None = None) -> Table | None:
-    """One aspect of every way in every column, the best of those at the same number of slots marked.
+    """One aspect of every variant in every column, the best of those at the same number of slots marked.
 
     Returns:
         None where nothing of the kind was measured.
     """
-    ways = ways_of(_as_cell(way) for column in columns for way in column.figures)
+    variants = variants_of(_as_cell(variant) for column in columns for variant in column.figures)
     filled = []
     for column in columns:
         best = _best(aspect, column)
         entries = {
-            way: Cell(cell.text, cell.note, way in best)
-            for way, figures in column.figures.items()
+            variant: Cell(cell.text, cell.note, variant in best)
+            for variant, figures in column.figures.items()
             for cell in [aspect.cell(figures)]
         }
         if not all(cell.text == MISSING for cell in entries.values()):
@@ -167,10 +167,10 @@ def aspect_table(aspect: Aspect, columns: list[Column], title: str | None = None
     if not filled:
         return None
     rows = []
-    for way in ways:
-        cells = [entries.get(way, Cell(MISSING)) for _, entries in filled]
+    for variant in variants:
+        cells = [entries.get(variant, Cell(MISSING)) for _, entries in filled]
         if not all(cell.is_empty for cell in cells):
-            rows.append(Row(way.title, cells, way.family))
+            rows.append(Row(variant.title, cells, variant.family))
     names = [("method", ""), *((column.title, column.text) for column, _ in filled)]
     return Table(aspect.title if title is None else title, aspect.text, names, rows)
 
@@ -188,8 +188,8 @@ def split_questions(metrics: Figures) -> list[str]:
     ]
 
 
-def _best(aspect: Aspect, column: Column) -> set[Way]:
-    """The best ways of a column; none where they are all the same."""
+def _best(aspect: Aspect, column: Column) -> set[Variant]:
+    """The best variants of a column; none where they are all the same."""
     if aspect.value is None:
         return set()
     values = {w: finite(aspect.value(f)) for w, f in column.figures.items() if not w.is_reference}
@@ -209,5 +209,5 @@ def _as_read(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(w), "") if w.isdigit() else (1, 0, w) for w in name.split()]
 
 
-def _as_cell(way: Way) -> Figures:
-    return {"method": way.method, "checkpoint": way.checkpoint, "title": way.title}
+def _as_cell(variant: Variant) -> Figures:
+    return {"method": variant.method, "checkpoint": variant.checkpoint, "title": variant.title}

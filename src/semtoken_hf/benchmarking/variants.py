@@ -1,4 +1,4 @@
-"""Ways to read a prompt and go on: plain Llama over n tokens and over m, and SemToken."""
+"""Variants to read a prompt and go on: plain Llama over n tokens and over m, and SemToken."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TITLES = {
 
 
 @dataclass
-class Way:
+class Variant:
     """One way to read a batch.
 
     Attributes:
@@ -86,26 +86,36 @@ def kv_bytes(cache: Any) -> int:
     return cache_bytes(cache) if own is None else own()
 
 
-def list_ways(
+def list_variants(
     model: Any, plain: Any, batch: Batch, ratio: float, attn_implementation: str, chunk_size: int | None = None
-) -> list[Way]:
+) -> list[Variant]:
     """Every way to read a batch at a ratio; for plain Llama over m tokens, each row is cut to its slots."""
     with torch.no_grad():
         counts = model.compress(batch.input_ids, batch.attention_mask, target_ratio=ratio).kept_lengths.tolist()
     always = {} if chunk_size is None else {"prefill_chunk_size": chunk_size}
     ours = {"target_ratio": ratio, **always}
-    ways = [
-        Way(PLAIN_N, plain, batch, attn_implementation, always),
-        Way(PLAIN_M, plain, batch.first_tokens(counts), attn_implementation, always),
-        Way(PADDED, model, batch, attn_implementation, ours),
+    variants = [
+        Variant(PLAIN_N, plain, batch, attn_implementation, always),
+        Variant(PLAIN_M, plain, batch.first_tokens(counts), attn_implementation, always),
+        Variant(PADDED, model, batch, attn_implementation, ours),
     ]
     if len(batch.lengths) > 1 and has_ragged_attention():
-        ways.append(Way(RAGGED, model, batch, RAGGED, ours))
-    return ways
+        variants.append(Variant(RAGGED, model, batch, RAGGED, ours))
+    return variants
 
 
 def has_ragged_attention() -> bool:
     return RAGGED in AttentionInterface()
 
 
-__all__ = ["PADDED", "PLAIN_M", "PLAIN_N", "RAGGED", "TITLES", "Way", "has_ragged_attention", "kv_bytes", "list_ways"]
+__all__ = [
+    "PADDED",
+    "PLAIN_M",
+    "PLAIN_N",
+    "RAGGED",
+    "TITLES",
+    "Variant",
+    "has_ragged_attention",
+    "kv_bytes",
+    "list_variants",
+]
