@@ -1,7 +1,8 @@
 """Time and memory of reading a prompt and going on, beside plain Llama over n tokens and over m.
 
 One process measures every variant in turn; each measurement is a file in --output-dir, and what is there is not
-measured again. Whatever is in the folder, also of kvpress (scripts/kvpress_benchmark.py), goes into one JSON, table and plot.
+measured again. Whatever is in the folder, also of kvpress (scripts/kvpress_benchmark.py), goes into one JSON, table and
+plot.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def write_report(found: Found, folder: Path) -> None:
 
 def explanation() -> list[str]:
     return [
-        "Random weights of the named shapes, real text. Every variant in turn in one process, the first round left out; "
+        "Random weights of the named shapes, real text. Every variant in turn in one process, without the first round; "
         "medians, interquartile range in brackets, ratios as medians of the ratios of each round. n: tokens of the "
         "prompt; m: its slots. Plain at m: plain Llama on the same weights, given a prompt that is already m tokens "
         "long (in a batch, each row as long as its own slots), which is the limit. Prefill: to the first token of "

@@ -25,8 +25,8 @@ def measure_variant(variant: Variant, encoder: nn.Module, deadline: float) -> di
         deadline: `time.time()` from which on no layer begins.
 
     Returns:
-        variant, tokens, slots; `prefill ms`, `encoder ms` (within it), `decode ms` per token, `generate+64 ms`; `KV bytes`
-        after the prefill and its `peak bytes` beyond the model.
+        variant, tokens, slots; `prefill ms`, `encoder ms` (within it), `decode ms` per token, `generate+64 ms`; `KV
+        bytes` after the prefill and its `peak bytes` beyond the model.
 
     Raises:
         TimeUp: the deadline has passed.
