@@ -20,7 +20,7 @@ from .cached_turn import apply_past_mask, check_chunk_size
 from .compression import CompressedPrompt
 from .generation_semtoken import SemTokenGenerationMixin
 from .logging_semtoken import log_prefill
-from .pretrained_semtoken import PlainTuple, SemTokenPreTrainedMixin, slot_step_of
+from .pretrained_semtoken import PlainTuple, SemTokenHeadMixin, slot_step_of
 from .read_positions import KeptPositions, LabelledPositions, align_to_step, read_mask_of
 
 
@@ -38,17 +38,10 @@ class SemTokenCausalLMOutputWithPast(PlainTuple, CausalLMOutputWithPast):
     compressed_lengths: Tensor | None = None
 
 
-class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPreTrainedMixin):
-    """The language-modelling head. A family names the base model to use instead of its own in `base_class`."""
+class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenHeadMixin):
+    """The language-modelling head."""
 
-    base_class: Any
-    base_model_prefix: str
-    add_module: Any
-
-    def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        self.add_module(self.base_model_prefix, self.base_class(config))
-        self.post_init()
+    auto_class = "AutoModelForCausalLM"
 
     def _get_name(self) -> str:
         # `Trainer` shifts the labels of its label smoothing for the language models that it knows by name.

@@ -44,7 +44,15 @@ class SemTokenModelOutputWithPast(PlainTuple, BaseModelOutputWithPast):
 
 
 class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
-    """The base model: the compression stage, then the family's layers."""
+    """The base model: the compression stage, then the family's layers.
+
+    Attributes:
+        heads: classes of the family's heads.
+        reads_every_token: set by a head for which nothing may merge.
+    """
+
+    heads: tuple[Any, ...] = ()
+    reads_every_token = False
 
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]
@@ -103,8 +111,12 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             return outputs
         check_chunk_size(prefill_chunk_size)
         apply_past_mask(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
-        prompt = None
-        if self._wants_compression(compression, target_ratio, query_weight) and self._is_compressible(call):
+        prompt, wanted = None, self._wants_compression(compression, target_ratio, query_weight)
+        if wanted and self.reads_every_token:
+            wanted = False
+            if compression or target_ratio is not None or span_ids is not None:
+                self._warn_uncompressed("its head reads every token; leave `compression` and `target_ratio` out")
+        if wanted and self._is_compressible(call):
             prompt = self._compress_call(
                 call,
                 span_ids=span_ids,

@@ -115,14 +115,13 @@ class SemTokenPreTrainedMixin:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any):
-        """As in Transformers; the folder then serves AutoModel as well as AutoModelForCausalLM.
+        """As in Transformers; the folder then serves the Auto classes of all heads of the family.
 
         A checkpoint with an adapter for compressed rows keeps it in a subfolder, beside the unchanged base weights.
         """
         if self._auto_class is not None:
-            base = type(self.base_model)
             known = getattr(self.config, "auto_map", None) or {}
-            self.config.auto_map = {**known, "AutoModel": f"{base.__module__.split('.')[-1]}.{base.__name__}"}
+            self.config.auto_map = {**known, **auto_map_of(type(self.base_model))}
         if not saves_adapter(self):
             return super().save_pretrained(save_directory, *args, **kwargs)
         state = kwargs.pop("state_dict", None)
@@ -262,6 +261,39 @@ class SemTokenPreTrainedMixin:
         logger.warning_once(f"SemToken does not compress this call and runs the plain model exactly: {reason}")
 
 
+class SemTokenHeadMixin(SemTokenPreTrainedMixin):
+    """A head over a SemToken base model. A family names that model in `base_class`, which also says the configuration.
+
+    Attributes:
+        auto_class: name of the Auto class that finds the head.
+    """
+
+    auto_class: str
+    base_class: Any
+    base_model_prefix: str
+    add_module: Any
+
+    def __init_subclass__(cls, **kwargs: Any):
+        if "base_class" in cls.__dict__:
+            cls.config_class = cls.base_class.config_class
+            # Some heads of Transformers call it otherwise, and could not read the folder of a language model.
+            cls.base_model_prefix = cls.base_class.base_model_prefix
+            cls.base_class.heads = (*cls.base_class.heads, cls)
+        super().__init_subclass__(**kwargs)
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        if not isinstance(self.base_model, self.base_class):
+            self.add_module(self.base_model_prefix, self.base_class(config))
+            self.post_init()
+
+
+def auto_map_of(base: Any) -> dict[str, str]:
+    """`auto_map` of a family's base model and its heads: `module.class` by the name of the Auto class."""
+    served = {"AutoModel": base} | {head.auto_class: head for head in base.heads}
+    return {name: f"{cls.__module__.split('.')[-1]}.{cls.__name__}" for name, cls in served.items()}
+
+
 def slot_step_of(kwargs: dict[str, Any]) -> Any:
     """The `SlotStep` that a manager of continuous batching left in the paged cache: what this forward reads in place of
     its ids. None elsewhere."""
@@ -286,4 +318,4 @@ def _unsupported_reason(call: dict[str, Any]) -> str | None:
     return None
 
 
-__all__ = ["PAGED", "PlainTuple", "SemTokenPreTrainedMixin", "slot_step_of"]
+__all__ = ["PAGED", "PlainTuple", "SemTokenHeadMixin", "SemTokenPreTrainedMixin", "auto_map_of", "slot_step_of"]

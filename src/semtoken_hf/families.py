@@ -5,11 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoConfig, AutoTokenizer
 
 from .tokenization_semtoken_fast import SemTokenFastTokenizer
 
-# The family's model type in Transformers and the name of our classes, `SemToken{name}ForCausalLM` and so on.
+# The family's model type in Transformers and the name of our classes, `SemToken{name}Model` and so on.
 FAMILIES = {
     "llama": "Llama",
     "mistral": "Mistral",
@@ -26,27 +27,23 @@ FAMILIES = {
 }
 
 
-def classes_of(model_type: str, name: str, package: str = "semtoken_hf") -> tuple[Any, Any, Any]:
-    """Configuration, base model and language model of a family, from its two files in `package`."""
+def classes_of(model_type: str, name: str, package: str = "semtoken_hf") -> tuple[Any, ...]:
+    """Configuration, base model and heads of a family, from its two files in `package`."""
     configuration = import_module(f".configuration_semtoken_{model_type}", package)
     modeling = import_module(f".modeling_semtoken_{model_type}", package)
-    return (
-        getattr(configuration, f"SemToken{name}Config"),
-        getattr(modeling, f"SemToken{name}Model"),
-        getattr(modeling, f"SemToken{name}ForCausalLM"),
-    )
+    base = getattr(modeling, f"SemToken{name}Model")
+    return getattr(configuration, f"SemToken{name}Config"), base, *base.heads
 
 
-def register(config: Any, model: Any, causal_lm: Any) -> None:
+def register(config: Any, model: Any, *heads: Any) -> None:
     """Make a family known to the Auto classes, and let what is saved carry its own code, so that it loads where this
     package is not installed."""
     AutoConfig.register(config.model_type, config)
-    AutoModel.register(config, model)
-    AutoModelForCausalLM.register(config, causal_lm)
     AutoTokenizer.register(config, SemTokenFastTokenizer)
     config.register_for_auto_class()
-    model.register_for_auto_class("AutoModel")
-    causal_lm.register_for_auto_class("AutoModelForCausalLM")
+    for auto_class, cls in (("AutoModel", model), *((head.auto_class, head) for head in heads)):
+        getattr(transformers, auto_class).register(config, cls)
+        cls.register_for_auto_class(auto_class)
 
 
 def register_all() -> dict[str, Any]:

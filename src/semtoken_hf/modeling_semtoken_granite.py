@@ -16,7 +16,6 @@ class SemTokenGraniteModel(SemTokenModelMixin, GraniteModel):
 class SemTokenGraniteForCausalLM(SemTokenForCausalLMMixin, GraniteForCausalLM, GenerationMixin):
     """`GraniteForCausalLM` that reads long prompts in fewer positions."""
 
-    config_class = SemTokenGraniteConfig
     base_class = SemTokenGraniteModel
 
 

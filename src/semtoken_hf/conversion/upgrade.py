@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
-from transformers import AutoConfig
+from transformers import MODEL_MAPPING, AutoConfig
+from transformers.utils import CONFIG_NAME
 
 from ..evaluation.files import write_text
+from ..pretrained_semtoken import auto_map_of
 from ..publishing.module_hashes import PACKAGE, module_hashes, named_modules, needed_modules, with_modules
 from .checkpoint import load_tokenizer
 from .source import check_semtoken
@@ -56,8 +59,13 @@ def _link(file: Path, target: Path) -> None:
 def renew_modules(folder: Path) -> None:
     """Give a checkpoint the modules of this package that it needs and no others, and its card their hashes.
 
-    Files are replaced, never written into: another folder may share them.
+    Its `auto_map` names every head that the family has today. Files are replaced, never written into: another folder
+    may share them.
     """
+    config = AutoConfig.from_pretrained(folder)
+    content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    content["auto_map"] = dict(sorted({**content["auto_map"], **auto_map_of(MODEL_MAPPING[type(config)])}.items()))
+    write_text(folder / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
     for file in folder.glob("*.py"):
         file.unlink()
     for name in needed_modules(PACKAGE, named_modules(folder)):
