@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .logging_semtoken import get_logger
 
@@ -42,6 +42,10 @@ class SemTokenStaticEncoderConfig(PreTrainedConfig):
         for name, value in (("vocab_size", self.vocab_size), ("hidden_size", self.hidden_size)):
             if type(value) is not int or not 1 <= value < 2**31:
                 raise ValueError(f"`{name}` must be an integer >= 1 and < 2**31, got {value!r}")
+
+
+# As any other encoder's; each copy of this module has a class of its own.
+AutoConfig.register(SemTokenStaticEncoderConfig.model_type, SemTokenStaticEncoderConfig, exist_ok=True)
 
 
 def build_encoder_config(value: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
@@ -121,6 +125,7 @@ class SemTokenConfigMixin:
 
     # Not predictions: `Trainer` must not gather them.
     keys_to_ignore_at_inference = ["past_key_values", "span_ids", "compressed_lengths"]
+    sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig}
     # A family that learns a vector for each position knows "compact" alone.
     position_modes: ClassVar[tuple[str, ...]] = POSITION_MODES
     attribute_map: ClassVar[dict[str, str]]

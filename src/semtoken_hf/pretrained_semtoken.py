@@ -70,8 +70,8 @@ class SemTokenPreTrainedMixin:
 
     # While loading, so that no other dtype rounds it; `SemanticEncoder.freeze` gives it back its own.
     _keep_in_fp32_modules_strict = ["semantic_encoder"]
-    # What quantisers leave alone.
-    _keep_in_fp32_modules = ["semantic_encoder"]
+    # What quantisers leave alone: they match it from the start of a module's name.
+    _keep_in_fp32_modules = [".*semantic_encoder"]
 
     def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
@@ -122,6 +122,8 @@ class SemTokenPreTrainedMixin:
         if self._auto_class is not None:
             known = getattr(self.config, "auto_map", None) or {}
             self.config.auto_map = {**known, **auto_map_of(type(self.base_model))}
+        # Loading has set it to the model's.
+        self.config.encoder_config.dtype = self.base_model.semantic_encoder.dtype
         if not saves_adapter(self):
             return super().save_pretrained(save_directory, *args, **kwargs)
         state = kwargs.pop("state_dict", None)
@@ -147,13 +149,19 @@ class SemTokenPreTrainedMixin:
 
         super()._set_gradient_checkpointing(enable, run, **kwargs)
 
-    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """As in Transformers; the encoder keeps its own attention: others may need another dtype, or a paged cache."""
-        config = getattr(self.base_model.semantic_encoder.encoder, "config", None)
-        own = None if config is None else config._attn_implementation
-        super().set_attn_implementation(*args, **kwargs)
-        if config is not None:
-            config._attn_implementation_internal = own
+        recorded, used = self.config.encoder_config, getattr(self.base_model.semantic_encoder.encoder, "config", None)
+        own = None if used is None else used._attn_implementation
+        chosen: str | dict = attn_implementation
+        if isinstance(attn_implementation, str):
+            # The encoder has a copy of what is recorded: Transformers would look for its model, and warn.
+            chosen = {"": attn_implementation, "encoder_config": recorded._attn_implementation}
+        super().set_attn_implementation(chosen, *args, **kwargs)
+        if isinstance(attn_implementation, str):
+            recorded._attn_implementation = self.config._attn_implementation
+        if used is not None:
+            used._attn_implementation_internal = own
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any):
         """As in Transformers; new tokens get the encoder's mean state."""
@@ -282,8 +290,11 @@ class SemTokenHeadMixin(SemTokenPreTrainedMixin):
         super().__init_subclass__(**kwargs)
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        checkpoints = getattr(config, "gradient_checkpointing", None)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if not isinstance(self.base_model, self.base_class):
+            if checkpoints is not None:  # the family's base model has taken it out
+                config.gradient_checkpointing = checkpoints
             self.add_module(self.base_model_prefix, self.base_class(config))
             self.post_init()
 

@@ -14,6 +14,7 @@ from semtoken_hf.conversion.vocabulary import digit_token_ids, rare_token_ids, s
 from .checkpoints import TOKENIZERS, VOCAB_SIZE, edit_json
 
 INDEX = "model.safetensors.index.json"
+FURTHER = {f"AutoModelFor{kind}" for kind in ("QuestionAnswering", "SequenceClassification", "TokenClassification")}
 
 
 def tensors_in(folder: Path) -> dict[str, tuple[str, torch.Tensor]]:
@@ -141,7 +142,7 @@ def test_overrides_reach_the_configuration(make_llama, encoder_folder, tmp_path)
     assert (config.rope_parameters["rope_theta"], config.num_key_value_heads) == (5e5, 1)
     written = json.loads((out / "config.json").read_text())
     assert "temperature" not in written
-    assert written["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert written["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM", *FURTHER}
 
 
 def test_written_configuration(make_llama, encoder_folder, tmp_path):

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration_semtoken import ENCODER_DTYPES, RENAMED, SemTokenConfigMixin, SemTokenStaticEncoderConfig
+from ..pretrained_semtoken import auto_map_of
 from ..standalone_planner import SpanPlannerConfig
 from ..tokenization_semtoken_fast import SemTokenFastTokenizer
 from .encoder import build_encoder, in_dtype
@@ -213,8 +214,8 @@ def save_code_and_config(config: PreTrainedConfig, folder: Path) -> PreTrainedMo
     """Write config.json and the modules that its auto_map names; returns the model without storage."""
     with torch.device("meta"):
         model = causal_lm_class(config)(config)
-    for part in (model.base_model, model):
-        custom_object_save(part, folder, config=config)  # type: ignore[arg-type]
+    custom_object_save(model, folder, config=config)  # type: ignore[arg-type]
+    config.auto_map = {**config.auto_map, **auto_map_of(type(model.base_model))}
     config.save_pretrained(folder)
     return model
 
