@@ -190,13 +190,29 @@ def test_the_planner_of_a_sharded_checkpoint(checkpoint, model, tokenizer, tmp_p
     assert torch.equal(planner.plan(ids).span_ids, model.compress(ids).span_ids)
 
 
-def test_a_tokenizer_of_another_model(checkpoint) -> None:
+def test_a_tokenizer_of_another_model(checkpoint, tmp_path) -> None:
     """Its ids are not the encoder's."""
+    tiny_model(vocab_size=280).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    tokenizer.add_tokens([*(f"<{i}>" for i in range(LLAMA["vocab_size"])), "the cat"])
+    tokenizer.name_or_path = str(tmp_path)
     with pytest.raises(ValueError, match=r"`input_ids` must be in .*tokenizer may belong to another model"):
         tokenizer(LONG, return_span_ids=True)
-    assert "span_ids" in tokenizer("a dog", return_span_ids=True)
+    assert "span_ids" in tokenizer("a", return_span_ids=True)
+
+
+def test_the_planner_follows_added_tokens(tokenizer, model) -> None:
+    """The tokenizer's own as the model; one of the model needs the model to be resized."""
+    tokenizer.add_tokens([*(f"<{i}>" for i in range(LLAMA["vocab_size"] - len(tokenizer))), "<doc>"])
+    tokenizer.planner = SpanPlanner.from_model(model)
+    with pytest.raises(ValueError, match=r"call `model.resize_token_embeddings\(len\(tokenizer\)\)`"):
+        tokenizer("<doc>" + LONG, return_span_ids=True)
+    model.resize_token_embeddings(len(tokenizer))
+    encoding = tokenizer("<doc>" + LONG, return_span_ids=True, return_tensors="pt")
+    assert encoding["input_ids"].max() == LLAMA["vocab_size"]
+    expected = model.compress(encoding["input_ids"]).span_ids
+    assert torch.equal(encoding["span_ids"], expected)
+    tokenizer.planner = None
+    assert torch.equal(tokenizer("<doc>" + LONG, return_span_ids=True, return_tensors="pt")["span_ids"], expected)
 
 
 def test_a_chat_that_is_no_list(tokenizer) -> None:

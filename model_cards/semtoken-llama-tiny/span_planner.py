@@ -164,7 +164,8 @@ def plan_spans(
     if not counts.ids_known:
         raise ValueError(
             f"`input_ids` must be in [0, {config.vocab_size}), the vocabulary, got {int(input_ids.min())} to "
-            f"{int(input_ids.max())}: the tokenizer may belong to another model"
+            f"{int(input_ids.max())}: the tokenizer may belong to another model, or have added tokens. Then call "
+            "`model.resize_token_embeddings(len(tokenizer))`; a planner from `SpanPlanner.from_model(model)` follows"
         )
     if not counts.is_valid:
         raise ValueError("`span_ids` must be -1 exactly at padding and count 0, 1, 2, ... without gaps along each row")

@@ -100,6 +100,15 @@ class SpanPlanner:
         """Ids that never merge."""
         return always_protected(self.config)
 
+    def resize(self, vocab_size: int) -> None:
+        """Follow added tokens as `model.resize_token_embeddings` does: they get the encoder's mean state.
+
+        A planner from `from_model` shares the model's encoder: resize the model.
+        """
+        self.config.vocab_size = vocab_size
+        if self.encoder is not None:
+            self.encoder.resize(vocab_size)
+
     def plan(self, input_ids: Tensor, attention_mask: Tensor | None = None, **planning: Any) -> SpanPlan:
         """As `plan_spans`: input_ids int64 [B, T], attention_mask [B, T]."""
         return plan_spans(self.config, self.encoder, input_ids, attention_mask, **planning)

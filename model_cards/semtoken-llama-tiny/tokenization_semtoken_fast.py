@@ -25,11 +25,12 @@ class SemTokenFastTokenizer(PreTrainedTokenizerFast):
     model of the same checkpoint would plan; `target_ratio` sets the ratio. With `return_protected_mask=True` it adds
     `protected_mask`, 1 for the tokens that never merge. Both go straight into `model.generate(**encoding)`.
 
-    The planner is read from the folder or Hub id that the tokenizer was loaded from, at the first use; or set
-    `tokenizer.planner = SpanPlanner.from_model(model)`.
+    The planner is read from the folder or Hub id that the tokenizer was loaded from, at the first use, and follows
+    tokens that are added; or set `tokenizer.planner = SpanPlanner.from_model(model)`.
     """
 
     _planner: SpanPlanner | None = None
+    _is_own_planner = False
     _hub_arguments: dict[str, Any] = {}
 
     @classmethod
@@ -53,11 +54,15 @@ class SemTokenFastTokenizer(PreTrainedTokenizerFast):
                     "`tokenizer.planner = SpanPlanner.from_model(model)`"
                 )
             self._planner = SpanPlanner.from_pretrained(self.name_or_path, **self._hub_arguments)
+            self._is_own_planner = True
+        # Where more than added tokens is unknown, the tokenizer is of another model.
+        if self._is_own_planner and self.vocab_size <= self._planner.config.vocab_size < len(self):
+            self._planner.resize(len(self))
         return self._planner
 
     @planner.setter
     def planner(self, value: SpanPlanner | None) -> None:
-        self._planner = value
+        self._planner, self._is_own_planner = value, False
 
     def apply_chat_template(
         self,

@@ -43,8 +43,9 @@ class SemTokenCache(DynamicCache):
         self.plain_tail = self.whole_tail = 0
         # Where each row lies in layers that hold no padding.
         self.ragged_rows: RaggedRows | None = None
-        # Set by `generate`, for `recompress_every`.
+        # Set by `generate`, for `recompress_every`, and for its output.
         self.generated: Any = None
+        self.prompt_span_ids: Tensor | None = None
 
     def record(self, slot_lengths: Tensor, tokens: int, compressed: bool, padded: bool) -> None:
         """Note what the next `update` of the layers appends.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, QuantizedCache
+from transformers import DynamicCache, GenerationMixin, QuantizedCache
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from .cache_bytes import is_quantized
@@ -58,6 +58,15 @@ class SemTokenGenerationMixin:
     _warn_uncompressed: Any
     _is_short: Any
     __call__: Any
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any):
+        # Its hidden states and attentions of the prompt are over slots.
+        outputs = super().generate(*args, **kwargs)
+        span_ids = getattr(getattr(outputs, "past_key_values", None), "prompt_span_ids", None)
+        if span_ids is not None:
+            outputs["span_ids"] = span_ids
+        return outputs
 
     def adjust_generation_fn(self, *args: Any, trust_remote_code: Any = None, **kwargs: Any) -> None:
         """As in Transformers, but a checkpoint's `custom_generate/generate.py` never replaces `generate` unasked."""
@@ -199,6 +208,7 @@ class SemTokenGenerationMixin:
             for name, value in list(outputs.items()):
                 if name != "past_key_values":
                     outputs[name] = _repeat_rows(value, copies)
+        cache.prompt_span_ids = outputs.get("span_ids")
         if self.config.recompress_every is not None:
             filler = getattr(generation_config, "_pad_token_tensor", None)
             cache.generated = GeneratedText(cache.get_seq_length(), None if filler is None else int(filler))

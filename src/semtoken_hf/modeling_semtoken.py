@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,6 +196,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 f"`sliding_window` ({window}) counts slots, so that rotary distances grow beyond those of the plain "
                 "model: use position_mode='compact' if the model was not trained on them."
             )
+        _warn_of_length(self.config, prompt, past_key_values)
         turn = Turn("inputs_embeds", prompt.inputs_embeds, prompt.position_ids, past_key_values, prompt.attention_mask)
         turn.has_gaps = True
         is_ragged = past_key_values is not None and self._makes_ragged(past_key_values, len(prompt.span_ids))
@@ -258,6 +260,22 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         if len(states) > 1:
             outputs.last_hidden_state = torch.cat(states, dim=1)
         return outputs
+
+
+def _warn_of_length(config: Any, prompt: CompressedPrompt, cache: Any) -> None:
+    """Warn once where slots stand at positions that the model was not trained for, padding included."""
+    limit = getattr(config, "max_position_embeddings", None)
+    held, tokens = (0 if cache is None else cache.get_seq_length()), prompt.span_ids.shape[1]
+    slots = max(prompt.slot_counts) + (0 if cache is None else cache.physical_length())
+    compact = config.position_mode == "compact"
+    if limit is None or (slots if compact else held + tokens) <= limit:
+        return
+    ratio = math.ceil(10 * (held + tokens) / limit) / 10
+    found = f"{slots} slots" if compact else f"{held + tokens} tokens in original positions"
+    logger.warning_once(
+        f"{found} are more than the model's {limit} positions (`max_position_embeddings`): expect worse text. Of the "
+        f"prompt, position_mode='compact' with target_ratio={ratio:g} fits; more leaves room to generate."
+    )
 
 
 __all__ = ["SemTokenModelMixin", "SemTokenModelOutputWithPast"]

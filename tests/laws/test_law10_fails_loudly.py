@@ -204,6 +204,22 @@ def test_plain_checkpoint_and_an_encoder_that_nothing_reads(twins, tmp_path):
     assert not any(p.any() for p in parameters)
 
 
+@pytest.mark.parametrize(
+    ("mode", "ratio", "said"),
+    [
+        ("original", 2.4, "96 tokens in original positions are more than the model's 64"),
+        ("compact", 1.2, "80 slots are more than the model's 64"),
+        ("compact", 1.5, None),
+    ],
+)
+def test_more_positions_than_trained(caplog, mode, ratio, said):
+    model = tiny_model(position_mode=mode, max_position_embeddings=64)
+    model(random_ids(1, 96), logits_to_keep=1, target_ratio=ratio)
+    messages = warnings_of(caplog)
+    assert [said in message for message in messages] == ([] if said is None else [True])
+    assert all("position_mode='compact' with target_ratio=1.5 fits" in message for message in messages)
+
+
 def test_sliding_windows_count_slots(caplog):
     """A prompt that is longer than the window says so; compact positions keep the distances of the plain model."""
     ids = random_ids(1, TOKENS)

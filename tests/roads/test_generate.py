@@ -144,6 +144,23 @@ def test_copies_carry_states_and_attentions():
     assert torch.equal(outputs.hidden_states[0][-1][0], outputs.hidden_states[0][-1][1])
 
 
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
+def test_span_ids_say_whose_state_each_is(model, arguments):
+    """Row by row of the states of the prompt; none where nothing merged."""
+    ids, mask = ragged_prompts(LENGTHS)
+    outputs = generate(model, ids, mask, output_hidden_states=True, **arguments)
+    rows = len(ids) * (2 if arguments else 1)
+    states, spans = outputs.hidden_states[0][0], outputs["span_ids"]
+    assert (len(states), tuple(spans.shape)) == (rows, (rows, ids.shape[1]))
+    prompt = model.compress(ids, mask)
+    assert torch.equal(spans, prompt.span_ids.repeat_interleave(rows // len(ids), 0))
+    # The last token is whole: its column is its embedding.
+    columns = states.shape[1] - spans.amax(1, keepdim=True) - 1 + spans
+    embeddings = model.get_input_embeddings()(ids).repeat_interleave(rows // len(ids), 0)
+    torch.testing.assert_close(states[torch.arange(rows), columns[:, -1]], embeddings[:, -1])
+    assert "span_ids" not in generate(model, ids, mask, compression=False, **arguments)
+
+
 @pytest.mark.parametrize("negative", [(70, 33), (9, 5), None], ids=["long", "short", "none"])
 def test_guidance(model, compressions, negative):
     """Classifier-free guidance: the negative prompt is compressed like the prompt, or read whole if it is short."""
