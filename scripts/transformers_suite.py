@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
 def download_source(folder: Path) -> Path:
     """The released source of the installed Transformers, unpacked in `folder`."""
     name = f"transformers-{transformers.__version__}"
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command = [*pip, "--no-binary", ":all:", "--dest", str(folder), name.replace("-", "==")]
     subprocess.run(command, check=True)
     with tarfile.open(folder / f"{name}.tar.gz") as archive:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import unittest
+import unittest.mock
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from semtoken_hf import (
-    SemTokenLlamaConfig,
+from semtoken_hf.configuration_semtoken_llama import SemTokenLlamaConfig
+from semtoken_hf.modeling_semtoken_llama import (
     SemTokenLlamaForCausalLM,
     SemTokenLlamaForQuestionAnswering,
     SemTokenLlamaForSequenceClassification,
@@ -124,3 +125,15 @@ class SemTokenLlamaTest(Suite, unittest.TestCase):
         # "uniform", since a checkpoint without an encoder is refused on purpose where one is needed.
         off = {"compression": False, "segmentation_mode": "uniform"}
         self.set_up(Tester(SemTokenLlamaConfig, SemTokenLlamaModel, HEADS, **off))
+
+    def test_left_padding_compatibility(self) -> None:
+        if not hasattr(GenerationTesterMixin, "test_left_padding_compatibility"):
+            self.skipTest("the source has no tests of generate")
+        # It takes fields that begin with "encoder" for those of an encoder-decoder model, and would be skipped.
+        whole = SemTokenLlamaConfig.to_dict
+
+        def shown(config: Any) -> dict[str, Any]:
+            return {name: value for name, value in whole(config).items() if not name.startswith("encoder")}
+
+        with unittest.mock.patch.object(SemTokenLlamaConfig, "to_dict", shown):
+            super().test_left_padding_compatibility()

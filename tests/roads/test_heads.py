@@ -22,7 +22,8 @@ def head(auto_class, family="llama", **fields):
     torch.manual_seed(0)
     auto = getattr(transformers, auto_class)
     model = auto.from_config(tiny_config(family, num_labels=3, **fields)).eval()
-    plain = auto.from_config(plain_config(model.config, num_labels=3)).eval()
+    attention = model.config._attn_implementation
+    plain = auto.from_config(plain_config(model.config, num_labels=3, attn_implementation=attention)).eval()
     rest = {k: v for k, v in model.state_dict().items() if not k.startswith(f"{model.base_model_prefix}.")}
     plain.load_state_dict(rest, strict=False)
     base = {k: v for k, v in model.base_model.state_dict().items() if "semantic_encoder" not in k}
