@@ -278,6 +278,7 @@ def test_upgrade_rewrites_an_old_folder_in_place(tmp_path):
         "max_slots": "max_kept_tokens",
     }.items():
         fields[old] = fields.pop(new)
+    del fields["auto_map"]["AutoModelForSequenceClassification"]
     (folder / "config.json").write_text(json.dumps({**fields, "keep_last": 7, "text_markers": None}))
     (folder / "slot_counts.py").write_text("# of an earlier version\n")
     (folder / "gone.py").write_text("# of an earlier version\n")
@@ -289,6 +290,7 @@ def test_upgrade_rewrites_an_old_folder_in_place(tmp_path):
     assert fields["recent_window"] == 7
     assert "keep_last" not in fields
     assert fields["text_markers"]["sentence_ends"]
+    assert "AutoModelForSequenceClassification" in fields["auto_map"]
     assert (folder / "model.safetensors").read_bytes() == weights
     assert not (folder / "gone.py").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
