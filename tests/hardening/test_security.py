@@ -54,7 +54,6 @@ DEVELOPMENT = {
     "gpu_suite/gpu_tests.py": {"import subprocess"},
     "gpu_suite/machine.py": {"import subprocess"},
     "gpu_suite/suite.py": {"import subprocess"},
-    "serving/continuous_batching.py": {"setattr"},  # what records forwards is off while slots are read
     "serving/prompt_embeds.py": {"import pickle", "torch.load of weights only", "torch.save"},  # vLLM's format
     "training/corpus.py": {"np.load"},  # of arrays, pickle being off by default
     "training/reference.py": {"compile"},  # the name of an option

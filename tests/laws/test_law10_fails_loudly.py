@@ -47,7 +47,7 @@ FORWARD = {
     "paged cache": (
         # As from a paged cache that no manager of ours fills; eager attention looks at none of it.
         lambda model, ids: {"input_ids": ids, "cache": object(), "block_table": None, "logits_to_keep": 1},
-        "paged",
+        "continuous batching",
     ),
     "shifted labels": (
         lambda model, ids: {"input_ids": ids, "labels": ids, "shift_labels": ids.where(ids > 200, -100)},
