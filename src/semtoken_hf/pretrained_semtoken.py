@@ -30,7 +30,7 @@ PAGED = (
     "use `generate_batch` or the manager of `init_continuous_batching`"
 )
 FILLED_PLAIN = (
-    "the cache is filled by a call that asks for all logits, or by calls of less than `min_prompt_length` tokens; write "
+    "the cache is filled by a call that asks for all logits, or by calls below `min_prompt_length` tokens; write "
     "`cache = model(input_ids, logits_to_keep=1).past_key_values` over the whole text, without a cache of your own, or "
     "`model.compress_prefix(input_ids)`"
 )
