@@ -21,10 +21,10 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 
 from .cache_bytes import is_quantized
 from .cache_semtoken import SemTokenCache, is_semtoken_cache
-from .cached_turn import check_chunk_size
+from .cached_turn import begin_behind_prefix, check_chunk_size
 from .configuration_semtoken import validate_compression_fields
 from .logging_semtoken import get_logger
-from .prefix_semtoken import begin_behind_prefix, is_prefix
+from .prefix_semtoken import is_prefix
 from .pretrained_semtoken import PAGED
 
 logger = get_logger(__name__)

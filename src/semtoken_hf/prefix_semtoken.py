@@ -207,33 +207,6 @@ def read_slots(model: Any, input_ids: Tensor, prompt: CompressedPrompt) -> list[
     return [(k[:count].transpose(0, 1)[None], v[:count].transpose(0, 1)[None]) for k, v in held]
 
 
-def begin_behind_prefix(input_ids: Tensor, cache: Any) -> None:
-    """Make a cache that begins with a prefix fit whole sequences int64 [B, n], or refuse them.
-
-    Where a text meets the prefix, its tokenizer may have joined the last tokens of the prefix with the first of what
-    follows: the cache is cropped to what they share. It is, too, if nothing follows, so that there is a token to read.
-
-    Raises:
-        ValueError: they part from the prefix in or before merged slots.
-    """
-    prefix, held = cache.prefix_ids, cache.get_seq_length()
-    if prefix is None:
-        return
-    width = min(prefix.shape[1], input_ids.shape[1] - 1)
-    same = (input_ids[:, :width] == prefix[:, :width].to(input_ids.device)).all(0)
-    shared = int(same.long().cumprod(0).sum())
-    if shared == prefix.shape[1]:
-        return
-    try:
-        cache.crop(shared - held)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"`input_ids` share {shared} tokens with the prefix of {prefix.shape[1]} in the cache: `generate` takes "
-            "the whole sequence, the prefix's ids first. Write `model.generate(**prefix.inputs(question, tokenizer))`, "
-            "or begin the text, or the chat, with exactly what was compressed"
-        ) from error
-
-
 class SemTokenPrefixMixin:
     """What a language model does with prefixes."""
 
@@ -313,4 +286,4 @@ class SemTokenPrefixMixin:
         return CompressedPrefix.load(path, self)
 
 
-__all__ = ["CompressedPrefix", "SemTokenPrefixMixin", "begin_behind_prefix", "is_prefix"]
+__all__ = ["CompressedPrefix", "SemTokenPrefixMixin", "is_prefix"]
