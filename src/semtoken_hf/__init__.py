@@ -3,6 +3,7 @@
 from .cache_semtoken import SemTokenCache
 from .compression import CompressedPrompt
 from .families import register_all
+from .prefix_semtoken import CompressedPrefix
 from .standalone_planner import SpanPlanner
 from .tokenization_semtoken_fast import SemTokenFastTokenizer
 
@@ -18,6 +19,7 @@ def convert_checkpoint(*args, **kwargs):
 
 
 __all__ = [
+    "CompressedPrefix",
     "CompressedPrompt",
     "SemTokenCache",
     "SemTokenFastTokenizer",

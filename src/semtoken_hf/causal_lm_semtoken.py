@@ -20,6 +20,7 @@ from .cached_turn import apply_past_mask, check_chunk_size
 from .compression import CompressedPrompt
 from .generation_semtoken import SemTokenGenerationMixin
 from .logging_semtoken import log_prefill
+from .prefix_semtoken import SemTokenPrefixMixin, is_prefix
 from .pretrained_semtoken import PlainTuple, SemTokenHeadMixin, slot_step_of
 from .read_positions import KeptPositions, LabelledPositions, align_to_step, read_mask_of
 
@@ -38,7 +39,7 @@ class SemTokenCausalLMOutputWithPast(PlainTuple, CausalLMOutputWithPast):
     compressed_lengths: Tensor | None = None
 
 
-class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenHeadMixin):
+class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPrefixMixin, SemTokenHeadMixin):
     """The language-modelling head."""
 
     auto_class = "AutoModelForCausalLM"
@@ -88,6 +89,8 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenHeadMixin):
         Raises:
             ValueError: a mask or `span_ids` has the wrong shape or values, or the ratio is below 1.
         """
+        if is_prefix(past_key_values):
+            past_key_values = past_key_values.cache()
         call: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -105,6 +108,8 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenHeadMixin):
         wanted = self._wants_compression(compression, target_ratio, query_weight)
         keeps_all, prompt = isinstance(logits_to_keep, int) and logits_to_keep == 0, None
         reads_all = keeps_all and labels is None
+        if wanted and reads_all:
+            self._warn_if_filled_plain(call)
         if wanted and not reads_all and slot_step_of(kwargs) is None and self._is_compressible(call):
             options = {"target_ratio": target_ratio, "query_weight": query_weight}
             given = {"span_ids": span_ids, "protected_mask": protected_mask, "query_mask": query_mask}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
 from .adapter_semtoken import load_adapter, remembering_rows, save_adapter, saves_adapter, without_adapter
@@ -27,6 +28,11 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_do
 PAGED = (
     "continuous batching of slots needs the package, which a checkpoint does not carry: pip install semtoken-hf, and "
     "use `generate_batch` or the manager of `init_continuous_batching`"
+)
+FILLED_PLAIN = (
+    "the cache is filled by a call that asks for all logits, or by calls below `min_prompt_length` tokens; write "
+    "`cache = model(input_ids, logits_to_keep=1).past_key_values` over the whole text, without a cache of your own, or "
+    "`model.compress_prefix(input_ids)`"
 )
 # Of a forward, beyond the plain model's.
 OWN_OUTPUTS = ("span_ids", "compressed_lengths")
@@ -255,6 +261,8 @@ class SemTokenPreTrainedMixin:
         """Whether the compression stage can read a call of `forward`; warns where only its form forbids it."""
         columns = call["inputs_embeds"] if call["input_ids"] is None else call["input_ids"]
         if getattr(columns, "ndim", 0) >= 2 and self._is_short(columns.shape[1]):
+            if columns.shape[1] > 1 and self._is_filled_plain(call["past_key_values"], columns.shape[1]):
+                self._warn_uncompressed(FILLED_PLAIN)
             return False
         if (reason := _unsupported_reason(call)) is not None:
             self._warn_uncompressed(reason)
@@ -264,6 +272,21 @@ class SemTokenPreTrainedMixin:
 
     def _is_short(self, length: int | None) -> bool:
         return length is not None and length < max(2, self.config.min_prompt_length)
+
+    def _is_filled_plain(self, cache: Any, tokens: int) -> bool:
+        """Whether `tokens` come behind text that is long enough to merge, and that was read plain."""
+        if is_semtoken_cache(cache):
+            return cache.plain_pieces > 0 and not self._is_short(cache.plain_pieces + tokens)
+        return isinstance(cache, DynamicCache) and not self._is_short(cache.get_seq_length())
+
+    def _warn_if_filled_plain(self, call: dict[str, Any]) -> None:
+        """Warn of a call that fills a cache and asks for the logits of all its tokens."""
+        ids, cache = call["input_ids"], call["past_key_values"]
+        is_new = cache is None if call["use_cache"] else isinstance(cache, DynamicCache)
+        if not is_new or getattr(ids, "ndim", 0) != 2 or self._is_short(ids.shape[1]):
+            return
+        if cache is None or not cache.get_seq_length():
+            self._warn_uncompressed(FILLED_PLAIN)
 
     def _warn_uncompressed(self, reason: str) -> None:
         logger.warning_once(f"SemToken does not compress this call and runs the plain model exactly: {reason}")
@@ -321,7 +344,10 @@ def _unsupported_reason(call: dict[str, Any]) -> str | None:
     if mask is not None and getattr(mask, "ndim", 0) != 2:
         return "a prepared attention mask cannot be shortened; pass a 2D mask"
     if cache is not None and not is_semtoken_cache(cache):
-        return f"{type(cache).__name__} cannot hold merged slots; pass a SemTokenCache or leave `past_key_values` out"
+        return (
+            f"{type(cache).__name__} cannot hold merged slots; leave `past_key_values` out, or fill a SemTokenCache: "
+            "`cache = model(input_ids, logits_to_keep=1).past_key_values`"
+        )
     if call.get("shift_labels") is not None:
         return "`shift_labels` is not supported; pass `labels`"
     if isinstance(positions, Tensor) and mask is None and bool((positions.diff(dim=-1) <= 0).any()):

@@ -42,6 +42,8 @@ SHIPPED = {
         "import_module(semtoken_hf.serving.continuous_batching)",
         "setattr",
     },
+    # What was not written whole is removed.
+    "prefix_file_semtoken.py": {".unlink"},
     # A type of paths.
     "standalone_planner.py": {"import os"},
 }
