@@ -42,6 +42,8 @@ SHIPPED = {
         "import_module(semtoken_hf.serving.continuous_batching)",
         "setattr",
     },
+    # Whether a forward of others takes any argument.
+    "replaced_forward.py": {"import inspect"},
     # A type of paths.
     "standalone_planner.py": {"import os"},
 }
