@@ -31,8 +31,8 @@ PAGED = (
 )
 ALL_SCORED = "all positions are scored: nothing can merge; give the prompt the label -100"
 NO_LABELS = (
-    "all positions are scored: nothing can merge; this training call has neither `labels` nor `logits_to_keep`, which a "
-    "`Trainer` keeps back for label smoothing and for a loss of its own"
+    "all positions are scored: nothing can merge; this training call has neither `labels` nor `logits_to_keep`: "
+    "`Trainer` keeps the labels back for label smoothing and for a loss of its own"
 )
 CALLED_ALONE = (
     "the base model of a language model was called by itself, and whoever does so expects a state for each token; pass "

@@ -117,7 +117,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             return outputs
         check_chunk_size(prefill_chunk_size)
         apply_past_mask(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
-        planning = {"target_ratio": target_ratio, "query_weight": query_weight}
+        planning: dict[str, Any] = {"target_ratio": target_ratio, "query_weight": query_weight}
         planning |= {"span_ids": span_ids, "protected_mask": protected_mask, "query_mask": query_mask}
         if head_reads is None and self.has_head and compression is None and read_mask is None:
             head_reads = reads_of(kwargs)
@@ -129,7 +129,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                 prompt = self._compress_call(call, read_mask=read_mask, **planning)
         if prompt is not None and prompt.is_merged:
             outputs = self._forward_slots(prompt, past_key_values, 0, **layers)
-            if head_reads is not None:
+            if head_reads is not None and read_mask is not None:
                 outputs.last_hidden_state = token_states(outputs.last_hidden_state, prompt, read_mask)
             return outputs
         outputs = self._forward_tokens(
@@ -165,9 +165,9 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             raise ValueError(f"`{name}` must be a tensor [batch, tokens, ...], got {type(columns).__name__}")
         turn = Turn(name, columns, position_ids, past_key_values, attention_mask, adapted)
         if is_semtoken_cache(past_key_values):
-            if past_key_values.is_compressed and (name := packing_argument(kwargs)) is not None:
+            if past_key_values.is_compressed and (packing := packing_argument(kwargs)) is not None:
                 raise ValueError(
-                    f"`{name}` does not fit a cache with merged slots, which it does not count; pass one sequence a row"
+                    f"`{packing}` does not fit a cache with merged slots, which it does not count; pass one sequence a row"
                 )
             self._append(turn, columns[..., 0] if input_ids is None else columns)
         return SemTokenModelOutputWithPast.of(self._run(turn, 0, use_cache, chunk_size, **kwargs))
