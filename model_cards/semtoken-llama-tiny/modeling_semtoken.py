@@ -130,6 +130,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         if prompt is not None and prompt.is_merged:
             outputs = self._forward_slots(prompt, past_key_values, 0, **layers)
             if head_reads is not None and read_mask is not None:
+                assert outputs.last_hidden_state is not None
                 outputs.last_hidden_state = token_states(outputs.last_hidden_state, prompt, read_mask)
             return outputs
         outputs = self._forward_tokens(
@@ -167,7 +168,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         if is_semtoken_cache(past_key_values):
             if past_key_values.is_compressed and (packing := packing_argument(kwargs)) is not None:
                 raise ValueError(
-                    f"`{packing}` does not fit a cache with merged slots, which it does not count; pass one sequence a row"
+                    f"`{packing}` counts no merged slots, but the cache holds some; pass one sequence a row"
                 )
             self._append(turn, columns[..., 0] if input_ids is None else columns)
         return SemTokenModelOutputWithPast.of(self._run(turn, 0, use_cache, chunk_size, **kwargs))

@@ -100,7 +100,7 @@ def test_packed_sequences_do_not_fit_behind_slots(attention):
     ends = torch.tensor([0, 20, TOKENS])
     with torch.no_grad():
         model(ids, past_key_values=cache, logits_to_keep=1)
-        with pytest.raises(ValueError, match="`cu_seq_lens_q` does not fit a cache with merged slots"):
+        with pytest.raises(ValueError, match="`cu_seq_lens_q` counts no merged slots"):
             model(ids[:, :TOKENS], past_key_values=cache, logits_to_keep=1, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
 
 
