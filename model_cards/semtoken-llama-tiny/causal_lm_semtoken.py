@@ -22,7 +22,7 @@ from .generation_semtoken import SemTokenGenerationMixin
 from .logging_semtoken import log_prefill
 from .pretrained_semtoken import PlainTuple, SemTokenPreTrainedMixin, slot_step_of
 from .read_positions import KeptPositions, LabelledPositions, align_to_step
-from .replaced_forward import READING, telling_base
+from .replaced_forward import reads_of, telling_base
 
 
 @dataclass
@@ -148,7 +148,7 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPreTrainedMixin)
             options: the ratio and the weight of the question.
             given: masks and plan of the prompt, which `generate` passes to every call.
         """
-        read = self._read_mask(call, {name: call.get(name) for name in READING})
+        read = self._read_mask(call, reads_of(call))
         if read is None:
             return None
         ids, cache, kept = call["input_ids"], call["past_key_values"], call["logits_to_keep"]

@@ -264,8 +264,8 @@ class SemTokenPreTrainedMixin:
             call: arguments of `forward`.
             reads: of `labels`, `shift_labels` and `logits_to_keep`, those of the head; empty: nobody knows.
         """
-        labels, kept = reads.get("labels"), reads.get("logits_to_keep")
-        keeps_all = kept is None or (isinstance(kept, int) and kept == 0)
+        labels, kept = reads.get("labels"), reads.get("logits_to_keep", 0)
+        keeps_all = isinstance(kept, int) and kept == 0
         is_silent = keeps_all and labels is None
         if is_silent and reads and not self.training:
             return None
@@ -273,7 +273,7 @@ class SemTokenPreTrainedMixin:
             return None
         read = None
         if not is_silent:
-            read = read_mask_of(call["input_ids"], labels, 0 if kept is None else kept, call["attention_mask"])
+            read = read_mask_of(call["input_ids"], labels, kept, call["attention_mask"])
         if read is None and keeps_all:
             self._warn_uncompressed(CALLED_ALONE if not reads else ALL_SCORED if labels is not None else NO_LABELS)
         return read
