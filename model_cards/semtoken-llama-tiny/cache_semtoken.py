@@ -46,6 +46,10 @@ class SemTokenCache(DynamicCache):
         # Set by `generate`, for `recompress_every`, and for its output.
         self.generated: Any = None
         self.prompt_span_ids: Tensor | None = None
+        # Tokens read plain in the latest calls of several tokens each.
+        self.plain_pieces = 0
+        # int64 [1, T]: what a `CompressedPrefix` put in front.
+        self.prefix_ids: Tensor | None = None
 
     def record(self, slot_lengths: Tensor, tokens: int, compressed: bool, padded: bool) -> None:
         """Note what the next `update` of the layers appends.
@@ -62,6 +66,7 @@ class SemTokenCache(DynamicCache):
         self.is_compressed |= compressed
         self.is_padded |= padded
         self.plain_tail = 0 if compressed else self.plain_tail + tokens
+        self.plain_pieces = 0 if compressed or tokens == 1 else self.plain_pieces + tokens
         self.whole_tail = 0 if padded else self.whole_tail + slot_lengths.shape[1]
 
     def drop_masked(self, attention_mask: Tensor) -> None:
@@ -148,6 +153,7 @@ class SemTokenCache(DynamicCache):
         # Before 5.23, assisted decoding passes a tensor, which would make a tensor of the length.
         tokens_to_remove = int(tokens_to_remove)
         count = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen_tokens - tokens_to_remove, 0)
+        self.plain_pieces = 0  # they were drafts
         if self.slot_lengths is None:
             return
         if count == 0:  # layers with a sliding window let go of what they recorded
@@ -167,6 +173,7 @@ class SemTokenCache(DynamicCache):
             )
         self.slot_lengths = self.slot_lengths[:, :-count]
         self.seen_tokens -= count
+        self.prefix_ids = None if self.prefix_ids is None else self.prefix_ids[:, : self.seen_tokens]
         self.plain_tail, self.whole_tail = max(self.plain_tail - count, 0), max(self.whole_tail - count, 0)
 
     def reorder_cache(self, beam_idx: Any) -> None:

@@ -70,6 +70,33 @@ def apply_past_mask(mask: Tensor | None, columns: Tensor | None, cache: Any) -> 
         cache.drop_masked(mask[:, :held])
 
 
+def begin_behind_prefix(input_ids: Tensor, cache: Any) -> None:
+    """Make a cache that begins with a prefix fit whole sequences int64 [B, n], or refuse them.
+
+    Where a text meets the prefix, its tokenizer may have joined the last tokens of the prefix with the first of what
+    follows: the cache is cropped to what they share. It is, too, if nothing follows, so that there is a token to read.
+
+    Raises:
+        ValueError: they part from the prefix in or before merged slots.
+    """
+    prefix, held = cache.prefix_ids, cache.get_seq_length()
+    if prefix is None:
+        return
+    width = min(prefix.shape[1], input_ids.shape[1] - 1)
+    same = (input_ids[:, :width] == prefix[:, :width].to(input_ids.device)).all(0)
+    shared = int(same.long().cumprod(0).sum())
+    if shared == prefix.shape[1]:
+        return
+    try:
+        cache.crop(shared - held)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"`input_ids` share {shared} tokens with the prefix of {prefix.shape[1]} in the cache: `generate` takes "
+            "the whole sequence, the prefix's ids first. Write `model.generate(**prefix.inputs(question, tokenizer))`, "
+            "or begin the text, or the chat, with exactly what was compressed"
+        ) from error
+
+
 def counts_of_turn(cache: Any, tokens: Tensor, is_masked: bool) -> tuple[list[int], Tensor | None]:
     """Columns of each row that are no padding, and where they lie; waits for the device if a turn has a mask."""
     rows, width = tokens.shape
@@ -109,4 +136,12 @@ def append_plain(
     return (cache.attention_mask if cache.is_compressed else attention_mask), position_ids
 
 
-__all__ = ["Turn", "append_plain", "apply_past_mask", "check_chunk_size", "counts_of_turn", "mask_of_turn"]
+__all__ = [
+    "Turn",
+    "append_plain",
+    "apply_past_mask",
+    "begin_behind_prefix",
+    "check_chunk_size",
+    "counts_of_turn",
+    "mask_of_turn",
+]

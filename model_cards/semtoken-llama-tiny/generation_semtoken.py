@@ -21,9 +21,10 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 
 from .cache_bytes import is_quantized
 from .cache_semtoken import SemTokenCache, is_semtoken_cache
-from .cached_turn import check_chunk_size
+from .cached_turn import begin_behind_prefix, check_chunk_size
 from .configuration_semtoken import validate_compression_fields
 from .logging_semtoken import get_logger
+from .prefix_semtoken import is_prefix
 from .pretrained_semtoken import PAGED
 
 logger = get_logger(__name__)
@@ -80,6 +81,11 @@ class SemTokenGenerationMixin:
             value = getattr(generation_config, name, None)
             if value is not None and model_kwargs.get(name) is None:
                 model_kwargs[name] = value
+        prefix = model_kwargs.get("past_key_values")
+        if is_prefix(prefix):
+            if prefix.model is not self:
+                raise ValueError("the prefix is of another model: `save` it, and `load_prefix` it with this one")
+            model_kwargs["past_key_values"] = prefix.cache()
         return generation_config, model_kwargs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any):
@@ -165,9 +171,16 @@ class SemTokenGenerationMixin:
         return super().generate_batch(inputs, config, *args, **kwargs)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any):
-        model_kwargs = kwargs["model_kwargs"]
-        if is_semtoken_cache(model_kwargs.get("past_key_values")):
-            model_kwargs["past_key_values"].generated = GeneratedText(kwargs["input_ids"].shape[1])
+        model_kwargs, input_ids = kwargs["model_kwargs"], kwargs["input_ids"]
+        cache = model_kwargs.get("past_key_values")
+        if is_semtoken_cache(cache):
+            if _holds_new_tokens_alone(input_ids, model_kwargs, kwargs["generation_config"]):
+                raise ValueError(
+                    f"drafts need the whole sequence: `input_ids` hold {input_ids.shape[1]} tokens behind "
+                    f"{cache.get_seq_length()} in the cache; pass those, too"
+                )
+            begin_behind_prefix(input_ids, cache)
+            cache.generated = GeneratedText(input_ids.shape[1])
         # Transformers hands our arguments on to the assistant, which refuses them if it is a plain model.
         assistant = kwargs.get("assistant_model")
         if assistant is not None and not hasattr(assistant, "compress"):
@@ -188,6 +201,11 @@ class SemTokenGenerationMixin:
         cache = model_kwargs.get("past_key_values")
         if not is_semtoken_cache(cache):
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        if not _holds_new_tokens_alone(input_ids, model_kwargs, generation_config):
+            begin_behind_prefix(input_ids, cache)
+        if cache.slot_lengths is not None and len(input_ids) > len(cache.slot_lengths) == 1:
+            # Several questions, beams or returns behind one text.
+            cache.batch_repeat_interleave(len(input_ids))
         model_kwargs = dict(model_kwargs)
         if generation_config.prefill_chunk_size is not None:
             # Chunks of tokens would be planned one by one and cut at places that depend on padding: plan the whole
@@ -231,6 +249,8 @@ class SemTokenGenerationMixin:
         **kwargs: Any,
     ):
         """As in Transformers; with `recompress_every`, now and then the call reads generated tokens again."""
+        if next_sequence_length is None and kwargs.get("is_first_iteration"):
+            next_sequence_length = _unread_with_drafts(input_ids, past_key_values)
         again, drafted = 0, (next_sequence_length or 1) - 1
         if next_sequence_length is not None and not kwargs.get("is_first_iteration"):
             again = self._count_to_read_again(past_key_values, kwargs)
@@ -270,6 +290,22 @@ class SemTokenGenerationMixin:
             logger.warning_once("`recompress_every` has no effect with a quantised cache, which cannot be cropped")
             return 0
         return count
+
+
+def _holds_new_tokens_alone(input_ids: Tensor, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+    """Whether a caller passed the ids of a new turn alone, with a mask over all tokens."""
+    mask = model_kwargs.get("attention_mask")
+    # A mask of ones is gone by now.
+    length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[-1]
+    return length is not None and length > input_ids.shape[1]
+
+
+def _unread_with_drafts(input_ids: Tensor, cache: Any) -> int | None:
+    """How many of the ids a cache that came from outside does not hold yet, in the first step with drafts, where
+    Transformers would read all of them again. None elsewhere."""
+    generated = getattr(cache, "generated", None)
+    held = 0 if generated is None else cache.get_seq_length()
+    return input_ids.shape[1] - held if generated is not None and 0 < held < generated.start else None
 
 
 def _repeat_rows(value: Any, copies: int) -> Any:

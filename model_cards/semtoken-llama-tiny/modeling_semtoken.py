@@ -22,9 +22,11 @@ from .cached_turn import Turn, append_plain, apply_past_mask, check_chunk_size, 
 from .compression import CompressedPrompt
 from .learned_merger import LearnedMerger
 from .logging_semtoken import get_logger, log_prefill
-from .pretrained_semtoken import PlainTuple, SemTokenPreTrainedMixin, slot_step_of
+from .pretrained_semtoken import PlainTuple, SemTokenPreTrainedMixin, packing_argument, slot_step_of
 from .ragged_cache_semtoken import ranges
 from .ragged_modeling_semtoken import SemTokenRaggedMixin
+from .read_positions import token_states
+from .replaced_forward import READING, reads_of
 from .semantic_encoder import SemanticEncoder
 
 logger = get_logger(__name__)
@@ -49,10 +51,12 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
 
     Attributes:
         heads: classes of the family's heads.
+        has_head: whether it is part of a language model, whose users expect states of tokens.
         reads_every_token: set by a head for which nothing may merge.
     """
 
     heads: tuple[Any, ...] = ()
+    has_head = False
     reads_every_token = False
 
     def __init__(self, config: Any):
@@ -79,19 +83,24 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         read_mask: Tensor | None = None,
         prefill_chunk_size: int | None = None,
         slot_reading: Any = None,
+        head_reads: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> SemTokenModelOutputWithPast:
         """The family's forward, over the slots of `compress` where tokens may merge.
+
+        Where the forward of a language model was replaced, or its base model is called by itself, the states stay those
+        of tokens: what `labels` or `logits_to_keep` read is whole, and the rest is zero.
 
         Args:
             compression: False is exactly the plain model; None takes the configuration's.
             target_ratio, span_ids, protected_mask, query_mask, query_weight, read_mask: as in `compress`.
             prefill_chunk_size: run the layers over this many columns at a time, to bound the working memory.
             slot_reading: what the head reads of a prompt that it has compressed (see `read_positions.py`).
+            head_reads: what another head reads (see `replaced_forward.py`).
 
         Returns:
-            `last_hidden_state` [B, T, H] and no `span_ids` where nothing merged; else [B, M, H] over the slots, or what
-            `slot_reading` makes of them.
+            `last_hidden_state` [B, T, H] and no `span_ids` where nothing merged; else [B, M, H] over the slots, what
+            `slot_reading` makes of them, or [B, T, H] for `head_reads`.
 
         Raises:
             ValueError: an argument has the wrong shape or values.
@@ -105,30 +114,34 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             **kwargs,
         }
         layers: dict[str, Any] = {**kwargs, "use_cache": use_cache, "chunk_size": prefill_chunk_size}
-        layers.pop("shift_labels", None)  # of the head's loss
+        for name in READING:  # of the head
+            layers.pop(name, None)
         if slot_reading is not None:
             outputs = self._forward_slots(slot_reading.prompt, past_key_values, slot_reading.last_columns, **layers)
             outputs.last_hidden_state = slot_reading.states(outputs.last_hidden_state)
             return outputs
         check_chunk_size(prefill_chunk_size)
         apply_past_mask(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
+        planning: dict[str, Any] = {"target_ratio": target_ratio, "query_weight": query_weight}
+        planning |= {"span_ids": span_ids, "protected_mask": protected_mask, "query_mask": query_mask}
+        if head_reads is None and self.has_head and compression is None and read_mask is None:
+            head_reads = reads_of(kwargs)
         prompt, wanted = None, self._wants_compression(compression, target_ratio, query_weight)
         if wanted and self.reads_every_token:
             wanted = False
             if compression or target_ratio is not None or span_ids is not None:
                 self._warn_uncompressed("its head reads every token; leave `compression` and `target_ratio` out")
-        if wanted and self._is_compressible(call):
-            prompt = self._compress_call(
-                call,
-                span_ids=span_ids,
-                target_ratio=target_ratio,
-                protected_mask=protected_mask,
-                read_mask=read_mask,
-                query_mask=query_mask,
-                query_weight=query_weight,
-            )
-            if prompt.is_merged:
-                return self._forward_slots(prompt, past_key_values, 0, **layers)
+        if wanted:
+            if head_reads is not None:
+                read_mask = self._read_mask(call, head_reads)
+            if self._is_compressible(call) if head_reads is None else read_mask is not None:
+                prompt = self._compress_call(call, read_mask=read_mask, **planning)
+        if prompt is not None and prompt.is_merged:
+            outputs = self._forward_slots(prompt, past_key_values, 0, **layers)
+            if head_reads is not None and read_mask is not None:
+                assert outputs.last_hidden_state is not None
+                outputs.last_hidden_state = token_states(outputs.last_hidden_state, prompt, read_mask)
+            return outputs
         outputs = self._forward_tokens(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **layers
         )
@@ -162,6 +175,10 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             raise ValueError(f"`{name}` must be a tensor [batch, tokens, ...], got {type(columns).__name__}")
         turn = Turn(name, columns, position_ids, past_key_values, attention_mask, adapted)
         if is_semtoken_cache(past_key_values):
+            if past_key_values.is_compressed and (packing := packing_argument(kwargs)) is not None:
+                raise ValueError(
+                    f"`{packing}` counts no merged slots, but the cache holds some; pass one sequence a row"
+                )
             self._append(turn, columns[..., 0] if input_ids is None else columns)
         return SemTokenModelOutputWithPast.of(self._run(turn, 0, use_cache, chunk_size, **kwargs))
 

@@ -11,13 +11,16 @@ from torch import Tensor
 IGNORED_LABEL = -100
 
 
-def read_mask_of(input_ids: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor) -> Tensor | None:
+def read_mask_of(
+    input_ids: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor, attention_mask: Tensor | None = None
+) -> Tensor | None:
     """bool [B, T]: positions whose logits are asked for; None where that is all of them.
 
     Args:
         input_ids: int64 [B, T].
         labels: int64 [B, T]; a label at t + 1 reads position t. With `logits_to_keep`, what is kept is read instead.
         logits_to_keep: the last k positions, an index tensor [n] or [B, n], or a bool mask [B, T]; 0 asks for all.
+        attention_mask: [B, T], or longer by what the cache holds; 0 for padding, which labels need not score.
 
     Raises:
         ValueError: labels of another shape than `input_ids`, or `logits_to_keep` is none of that.
@@ -40,7 +43,17 @@ def read_mask_of(input_ids: Tensor, labels: Tensor | None, logits_to_keep: int |
         shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"`labels` must have the shape {tuple(input_ids.shape)} of input_ids, got {shape}")
     read[:, :-1] = labels[:, 1:] != IGNORED_LABEL
-    return None if bool(read[:, :-1].all()) else read
+    return read if _leaves_neighbours(read, attention_mask) else None
+
+
+def _leaves_neighbours(read: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether two neighbours that predict a token are not read, without which nothing merges. One alone is the EOS that
+    a collator takes for padding, or the BOS."""
+    unread, tokens = ~read[:, :-1], read.shape[1]
+    if attention_mask is not None and attention_mask.shape[1] >= tokens:
+        real = (attention_mask[:, -tokens:] != 0).to(read.device)
+        unread = unread & real[:, :-1] & real[:, 1:]
+    return bool((unread[:, 1:] & unread[:, :-1]).any())
 
 
 def _check_logits_to_keep(value: Any, shape: tuple[int, ...]) -> None:
@@ -58,18 +71,6 @@ def _check_logits_to_keep(value: Any, shape: tuple[int, ...]) -> None:
         )
 
 
-def kept_positions(values: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Of `values` [B, T, ...] what `logits_to_keep` asks for, as Transformers picks states."""
-    if isinstance(logits_to_keep, int):
-        return values[:, -logits_to_keep:] if logits_to_keep else values
-    logits_to_keep = logits_to_keep.to(values.device)
-    if logits_to_keep.dtype == torch.bool:
-        return values[logits_to_keep]
-    if logits_to_keep.ndim == 2:
-        return values.gather(1, logits_to_keep)
-    return values[:, logits_to_keep]
-
-
 def slot_columns(span_ids: Tensor, compressed_lengths: Tensor, width: int) -> Tensor:
     """Column of each token's slot among the last `width` columns of left-padded rows, -1 for padding: int64 [B, T].
 
@@ -79,6 +80,22 @@ def slot_columns(span_ids: Tensor, compressed_lengths: Tensor, width: int) -> Te
         width: columns of the batch.
     """
     return (span_ids + (width - compressed_lengths)[:, None]).where(span_ids >= 0, -1)
+
+
+def token_states(states: Tensor, prompt: Any, read: Tensor) -> Tensor:
+    """Slot states [B, M, H] of a CompressedPrompt as states of its tokens [B, T, H], zero where `read` [B, T] is False.
+
+    A state that nobody reads is zero, not NaN, which would poison the gradient of whoever multiplies it by zero.
+    """
+    columns = slot_columns(prompt.span_ids, prompt.kept_lengths, states.shape[1])
+    return _take_columns(states, columns.where(read.to(columns.device), -1))
+
+
+def _take_columns(states: Tensor, columns: Tensor) -> Tensor:
+    """Of [B, M, H] the columns [B, n]: [B, n, H], zero where a column is negative."""
+    columns = columns.to(states.device)
+    taken = torch.take_along_dim(states, columns.clamp(min=0)[..., None], dim=1)
+    return taken.masked_fill((columns < 0)[..., None], 0)
 
 
 @dataclass
@@ -103,17 +120,10 @@ class KeptPositions:
         """Slot states [B, M, H], or the last columns of them, as states of tokens for the head.
 
         Returns:
-            [B, last_columns, H] or [B, T, H]; zero at padding.
+            [B, last_columns, H] or [B, T, H]; zero at padding, whose logits were asked for and stay finite.
         """
-        columns = slot_columns(self.prompt.span_ids, self.prompt.kept_lengths, states.shape[1]).to(states.device)
-        columns = columns[:, -self.last_columns :] if self.last_columns else columns
-        taken = torch.take_along_dim(states, columns.clamp(min=0)[..., None], dim=1)
-        return taken.masked_fill((columns < 0)[..., None], 0)
-
-    def lay_out(self, logits: Tensor) -> Tensor:
-        """The head's logits, NaN at padding."""
-        is_padding = kept_positions(self.prompt.span_ids < 0, self.logits_to_keep)
-        return logits.masked_fill(is_padding[..., None].to(logits.device), torch.nan)
+        columns = slot_columns(self.prompt.span_ids, self.prompt.kept_lengths, states.shape[1])
+        return _take_columns(states, columns[:, -self.last_columns :] if self.last_columns else columns)
 
 
 class LabelledPositions:
@@ -198,4 +208,5 @@ __all__ = [
     "align_to_step",
     "read_mask_of",
     "slot_columns",
+    "token_states",
 ]

@@ -22,7 +22,8 @@ from .generation_semtoken import SemTokenGenerationMixin
 from .logging_semtoken import log_prefill
 from .prefix_semtoken import SemTokenPrefixMixin, is_prefix
 from .pretrained_semtoken import PlainTuple, SemTokenHeadMixin, slot_step_of
-from .read_positions import KeptPositions, LabelledPositions, align_to_step, read_mask_of
+from .read_positions import KeptPositions, LabelledPositions, align_to_step
+from .replaced_forward import reads_of, telling_base
 
 
 @dataclass
@@ -43,6 +44,14 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPrefixMixin, Sem
     """The language-modelling head."""
 
     auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self.base_model.has_head = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `model.forward = ...` is how trainers bring a head of their own, and PEFT calls nothing else.
+        super().__setattr__(name, telling_base(self, value) if name == "forward" else value)
 
     def _get_name(self) -> str:
         # `Trainer` shifts the labels of its label smoothing for the language models that it knows by name.
@@ -72,7 +81,8 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPrefixMixin, Sem
 
         Args:
             labels: int64 [B, T]; -100 is not scored. Logits that no label scores come back as NaN if anything merged.
-            logits_to_keep: as in Transformers: the last k positions, or an index tensor; 0 asks for all.
+            logits_to_keep: as in Transformers: the last k positions, or an index tensor; 0 asks for all. Padding among
+                them has finite logits without a meaning.
             compression: False is exactly the plain model; None takes the configuration's.
             target_ratio: tokens per slot, >= 1, for this call.
             span_ids: int [B, T], a plan made beforehand, -1 for padding.
@@ -89,6 +99,7 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPrefixMixin, Sem
         Raises:
             ValueError: a mask or `span_ids` has the wrong shape or values, or the ratio is below 1.
         """
+        kwargs.pop("head_reads", None)  # somebody has only wrapped this forward
         if is_prefix(past_key_values):
             past_key_values = past_key_values.cache()
         call: dict[str, Any] = {
@@ -105,12 +116,11 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPrefixMixin, Sem
         }
         if prefill_chunk_size is not None:
             call["prefill_chunk_size"] = prefill_chunk_size
-        wanted = self._wants_compression(compression, target_ratio, query_weight)
         keeps_all, prompt = isinstance(logits_to_keep, int) and logits_to_keep == 0, None
-        reads_all = keeps_all and labels is None
-        if wanted and reads_all:
+        wanted = self._wants_compression(compression, target_ratio, query_weight)
+        if wanted and keeps_all and labels is None:
             self._warn_if_filled_plain(call)
-        if wanted and not reads_all and slot_step_of(kwargs) is None and self._is_compressible(call):
+        if wanted and slot_step_of(kwargs) is None:
             options = {"target_ratio": target_ratio, "query_weight": query_weight}
             given = {"span_ids": span_ids, "protected_mask": protected_mask, "query_mask": query_mask}
             prompt = self._compress_unread(call, options, given)
@@ -119,13 +129,14 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPrefixMixin, Sem
             if prompt is not None:
                 log_prefill(prompt, outputs.past_key_values)
             return outputs
-        reading: KeptPositions | LabelledPositions = KeptPositions(prompt, logits_to_keep)
-        if labels is not None and keeps_all:
-            reading = LabelledPositions(prompt, labels)
-            call["shift_labels"] = reading.targets
-        outputs = SemTokenCausalLMOutputWithPast.of(super().forward(**call, slot_reading=reading), prompt)
+        if labels is None or not keeps_all:
+            kept = KeptPositions(prompt, logits_to_keep)
+            return SemTokenCausalLMOutputWithPast.of(super().forward(**call, slot_reading=kept), prompt)
+        scored = LabelledPositions(prompt, labels)
+        call["shift_labels"] = scored.targets
+        outputs = SemTokenCausalLMOutputWithPast.of(super().forward(**call, slot_reading=scored), prompt)
         assert outputs.logits is not None
-        outputs.logits = reading.lay_out(outputs.logits)
+        outputs.logits = scored.lay_out(outputs.logits)
         return outputs
 
     def _compress_unread(
@@ -138,10 +149,10 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPrefixMixin, Sem
             options: the ratio and the weight of the question.
             given: masks and plan of the prompt, which `generate` passes to every call.
         """
-        ids, cache, kept = call["input_ids"], call["past_key_values"], call["logits_to_keep"]
-        read = read_mask_of(ids, call["labels"], kept)
+        read = self._read_mask(call, reads_of(call))
         if read is None:
             return None
+        ids, cache, kept = call["input_ids"], call["past_key_values"], call["logits_to_keep"]
         check_chunk_size(call.get("prefill_chunk_size"))
         apply_past_mask(call["attention_mask"], ids, cache)
         start = cache.get_seq_length() if cache is not None else 0

@@ -18,6 +18,7 @@ from .compression import CompressedPrompt, compress_prompt
 from .configuration_semtoken import check_fields_together, check_query_weight, check_ratio
 from .learned_merger import LearnedMerger
 from .logging_semtoken import get_logger
+from .read_positions import read_mask_of
 from .semantic_encoder import SemanticEncoder
 from .span_planner import check_ids
 
@@ -34,6 +35,17 @@ FILLED_PLAIN = (
     "`cache = model(input_ids, logits_to_keep=1).past_key_values` over the whole text, without a cache of your own, or "
     "`model.compress_prefix(input_ids)`"
 )
+ALL_SCORED = "all positions are scored: nothing can merge; give the prompt the label -100"
+NO_LABELS = (
+    "all positions are scored: nothing can merge; this training call has neither `labels` nor `logits_to_keep`: "
+    "`Trainer` keeps the labels back for label smoothing and for a loss of its own"
+)
+CALLED_ALONE = (
+    "the base model of a language model was called by itself, and whoever does so expects a state for each token; pass "
+    "`labels` or `logits_to_keep`, or `compression=True` for the states of slots"
+)
+# How a collator marks several sequences in a row, beside positions that restart.
+PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 # Of a forward, beyond the plain model's.
 OWN_OUTPUTS = ("span_ids", "compressed_lengths")
 
@@ -257,6 +269,28 @@ class SemTokenPreTrainedMixin:
         ratio = self.config.target_ratio if target_ratio is None else target_ratio
         return bool(wanted) and not (ratio == 1 and self.config.max_slots is None)
 
+    def _read_mask(self, call: dict[str, Any], reads: dict[str, Any]) -> Tensor | None:
+        """bool [B, T]: the positions that a call reads; None where nothing can be compressed, with a warning that says
+        why unless the call plainly asks for all logits.
+
+        Args:
+            call: arguments of `forward`.
+            reads: of `labels`, `shift_labels` and `logits_to_keep`, those of the head; empty: nobody knows.
+        """
+        labels, kept = reads.get("labels"), reads.get("logits_to_keep", 0)
+        keeps_all = isinstance(kept, int) and kept == 0
+        is_silent = keeps_all and labels is None
+        if is_silent and reads and not self.training:
+            return None
+        if not self._is_compressible({**call, "shift_labels": reads.get("shift_labels")}):
+            return None
+        read = None
+        if not is_silent:
+            read = read_mask_of(call["input_ids"], labels, kept, call["attention_mask"])
+        if read is None and keeps_all:
+            self._warn_uncompressed(CALLED_ALONE if not reads else ALL_SCORED if labels is not None else NO_LABELS)
+        return read
+
     def _is_compressible(self, call: dict[str, Any]) -> bool:
         """Whether the compression stage can read a call of `forward`; warns where only its form forbids it."""
         columns = call["inputs_embeds"] if call["input_ids"] is None else call["input_ids"]
@@ -352,7 +386,22 @@ def _unsupported_reason(call: dict[str, Any]) -> str | None:
         return "`shift_labels` is not supported; pass `labels`"
     if isinstance(positions, Tensor) and mask is None and bool((positions.diff(dim=-1) <= 0).any()):
         return "`position_ids` that restart mean packed sequences; pass one sequence a row"
+    if (name := packing_argument(call)) is not None:
+        return f"`{name}` means packed sequences; pass one sequence a row"
     return None
 
 
-__all__ = ["PAGED", "PlainTuple", "SemTokenHeadMixin", "SemTokenPreTrainedMixin", "auto_map_of", "slot_step_of"]
+def packing_argument(call: dict[str, Any]) -> str | None:
+    """Which argument of a call of `forward` marks several sequences in a row, or None."""
+    return next((name for name in PACKING_ARGUMENTS if call.get(name) is not None), None)
+
+
+__all__ = [
+    "PAGED",
+    "PlainTuple",
+    "SemTokenHeadMixin",
+    "SemTokenPreTrainedMixin",
+    "auto_map_of",
+    "packing_argument",
+    "slot_step_of",
+]

@@ -16,11 +16,12 @@ from tests.docs.blocks import PROJECT, Block, commands, documents, help_of, opti
 from tests.fixtures.children import ROOT
 
 BLOCKS = {document: read_blocks(document) for document in documents()}
-# Blocks for a server, or that are modules, each with the test that runs them.
+# Blocks for a server, for an environment of their own, or that are modules, each with the test that runs them.
 SERVERS = {
     "openai.OpenAI(": "roads/test_serve.py",
     "LLM(": "serving/test_prompt_embeds.py",
     "from .configuration_semtoken": "test_families.py",
+    "from trl import": "training/test_trl.py",
 }
 # Whose options are not this package's.
 FOREIGN = ("vllm", "transformers", "curl")

@@ -99,7 +99,7 @@ def check_slots(call: Call, arguments: Arguments, model: Any, outputs: Any) -> N
     )
     column = (prompt.inputs_embeds.shape[1] - prompt.kept_lengths)[:, None] + prompt.span_ids
     logits = slots.logits.gather(1, column.clamp(min=0)[..., None].expand(-1, -1, slots.logits.shape[-1]))
-    logits = logits.masked_fill(~arguments.valid[..., None], torch.nan)
+    logits = logits.masked_fill(~arguments.valid[..., None], 0)
     keep, labels, tolerance = given.get("logits_to_keep", 0), given.get("labels"), TOLERANCES[call.dtype]
     if isinstance(keep, Tensor) and keep.ndim == 2 and keep.dtype != torch.bool:
         expected = logits.gather(1, keep[..., None].expand(-1, -1, logits.shape[-1]))

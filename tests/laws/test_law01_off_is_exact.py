@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from tests.fixtures.logs import warnings_of
-from tests.fixtures.tiny import LLAMA, ragged_prompts, tiny_model
+from tests.fixtures.tiny import LLAMA, ragged_prompts, tiny_config, tiny_model
 
 from .cases import (
     NEEDS_2D_INDEX,
@@ -179,8 +180,8 @@ def test_the_output_is_of_one_kind():
         assert len(off) == len(on) == 2
 
 
-def test_the_base_model_obeys_the_configuration():
+def test_a_base_model_alone_obeys_the_configuration():
     ids = ragged_prompts((60,))[0]
-    assert tiny_model().base_model(ids).last_hidden_state.shape[1] == 25
-    assert tiny_model(compression=False).base_model(ids).last_hidden_state.shape[1] == 60
-    assert tiny_model().base_model(ids[:, :12]).compressed_lengths is None
+    assert AutoModel.from_config(tiny_config())(ids).last_hidden_state.shape[1] == 25
+    assert AutoModel.from_config(tiny_config(compression=False))(ids).last_hidden_state.shape[1] == 60
+    assert AutoModel.from_config(tiny_config())(ids[:, :12]).compressed_lengths is None

@@ -122,7 +122,8 @@ def test_logits_to_keep(kept, fields):
     real = mask.bool()
     assert own_slot(outputs.span_ids)[read & real].all()
 
-    every = reference_logits(model, ids, mask, read).masked_fill(~real[..., None], torch.nan)
+    # Padding that was asked for has the logits of no state.
+    every = reference_logits(model, ids, mask, read).masked_fill(~real[..., None], 0)
     if isinstance(kept, int):
         expected = every[:, -kept:]
     elif kept.ndim == 2 and kept.dtype == torch.long:
@@ -130,17 +131,26 @@ def test_logits_to_keep(kept, fields):
     else:
         expected = every[kept] if kept.ndim == 2 else every[:, kept]
     assert outputs.logits.shape == expected.shape
-    torch.testing.assert_close(outputs.logits, expected, atol=2e-5, rtol=1e-5, equal_nan=True)
+    torch.testing.assert_close(outputs.logits, expected, atol=2e-5, rtol=1e-5)
 
 
-def test_padding_is_never_a_number():
-    model = tiny_model()
-    ids, mask = ragged_prompts((120, 77))
-    logits = model(ids, attention_mask=mask, logits_to_keep=90).logits
-    is_padding = mask[:, -90:] == 0
-    assert is_padding.sum() == 13
-    assert logits[is_padding].isnan().all()
-    assert logits[~is_padding].isfinite().all()
+def test_what_multiplies_padding_by_zero_gets_a_number():
+    """Prompts are padded on the left and completions on the right, as trainers of policies do."""
+    model = tiny_model().train()
+    rows = [(random_ids(1, n, seed=n)[0], random_ids(1, c, seed=c)[0]) for n, c in ((90, 12), (61, 5))]
+    ids, mask = torch.zeros(2, 102, dtype=torch.long), torch.zeros(2, 102, dtype=torch.long)
+    for row, (prompt, completion) in enumerate(rows):
+        part = slice(90 - len(prompt), 90 + len(completion))
+        ids[row, part], mask[row, part] = torch.cat([prompt, completion]), 1
+    outputs = model(ids, attention_mask=mask, logits_to_keep=13)
+    assert (outputs.compressed_lengths < torch.tensor([60, 45])).all()
+    logp = outputs.logits[:, :-1].log_softmax(-1).gather(2, ids[:, -12:, None])[..., 0]
+    (logp * mask[:, -12:]).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    for row, (prompt, completion) in enumerate(rows):
+        alone = model(torch.cat([prompt, completion])[None], logits_to_keep=len(completion) + 1).logits[0, :-1]
+        expected = alone.log_softmax(-1).gather(1, completion[:, None])[:, 0]
+        torch.testing.assert_close(logp[row, : len(completion)], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("recent_window", [0, 4])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from semtoken_hf import SemTokenLlamaForCausalLM
+from semtoken_hf import SemTokenCache, SemTokenLlamaForCausalLM
 from tests.fixtures.logs import warnings_of
 from tests.fixtures.tiny import BERT, plain_twin, ragged_prompts, random_ids, tiny_config, tiny_model
 
@@ -57,6 +57,16 @@ FORWARD = {
         lambda model, ids: {"input_ids": ids, "position_ids": torch.arange(24).repeat(2, 2), "logits_to_keep": 1},
         "packed",
     ),
+    **{
+        f"packed sequences by {name}": (
+            lambda model, ids, marks=marks: {"input_ids": ids, "logits_to_keep": 1, **marks},
+            f"`{name}` means packed",
+        )
+        for name, marks in {
+            "cu_seq_lens_q": dict.fromkeys(["cu_seq_lens_q", "cu_seq_lens_k"], torch.tensor([0, 20, TOKENS])),
+            "seq_idx": {"seq_idx": (torch.arange(TOKENS) > 20).int()[None]},
+        }.items()
+    },
 }
 GENERATE = {
     "without cache": ({"use_cache": False}, "use_cache=False"),
@@ -82,6 +92,16 @@ def test_forward_falls_back(twins, caplog, case):
     (message,) = warnings_of(caplog)
     assert reason in message
     assert "does not compress" in message
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "semtoken_varlen"])
+def test_packed_sequences_do_not_fit_behind_slots(attention):
+    model, ids, cache = tiny_model(attn_implementation=attention), random_ids(1, 60), SemTokenCache()
+    ends = torch.tensor([0, 20, TOKENS])
+    with torch.no_grad():
+        model(ids, past_key_values=cache, logits_to_keep=1)
+        with pytest.raises(ValueError, match="`cu_seq_lens_q` counts no merged slots"):
+            model(ids[:, :TOKENS], past_key_values=cache, logits_to_keep=1, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
 
 
 @pytest.mark.parametrize("case", GENERATE)

@@ -14,6 +14,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 
 from semtoken_hf import SemTokenLlamaForCausalLM
 from tests.fixtures.children import ROOT
+from tests.fixtures.logs import warnings_of
 from tests.fixtures.tiny import BERT, left_padded, plain_twin, random_ids, tiny_model, tiny_tokenizer
 
 TRANSFORMER = {"encoder_config": dict(BERT), "encoder_window": 48}
@@ -101,7 +102,7 @@ def test_padding_on_either_side_trains_alike():
     assert_same_gradients(results[0][1], results[1][1], atol=1e-5, rtol=1e-4)
 
 
-def test_a_collator_that_labels_everything_trains_llama_itself():
+def test_a_collator_that_labels_everything_trains_llama_itself(caplog):
     model, tokenizer = tiny_model(attn_implementation="eager").train(), tiny_tokenizer()
     texts = ["the cat sat on the mat and the dog ran to the man " * n for n in (4, 3)]
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
@@ -111,6 +112,8 @@ def test_a_collator_that_labels_everything_trains_llama_itself():
     assert model(**inputs).get("compressed_lengths") is None
     assert torch.equal(ours, theirs)
     assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+    (message,) = warnings_of(caplog)
+    assert "all positions are scored: nothing can merge" in message
 
 
 def trainer_of(model, folder, dataset, **arguments):
@@ -164,8 +167,8 @@ def test_columns_for_our_arguments_reach_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [{"label_smoothing_factor": 0.1}, {}], ids=["smoothing", "own loss"])
-def test_a_loss_outside_the_model_reads_every_logit(tmp_path, arguments):
-    """`Trainer` keeps the labels back, so nothing merges: exactly Llama, and no NaN gets into the loss."""
+def test_a_loss_outside_the_model_reads_every_logit(tmp_path, arguments, caplog):
+    """`Trainer` keeps the labels back, so nothing merges: exactly Llama, with one warning, and no NaN in the loss."""
     own = {} if arguments else {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.square().mean()}
     model = tiny_model(attn_implementation="eager")
     losses = []
@@ -175,6 +178,8 @@ def test_a_loss_outside_the_model_reads_every_logit(tmp_path, arguments):
         losses.append(trainer.train().training_loss)
     assert losses[0] == losses[1]
     assert math.isfinite(losses[0])
+    (message,) = warnings_of(caplog)
+    assert "neither `labels` nor `logits_to_keep`" in message
 
 
 def test_a_run_that_is_resumed_and_saved(tmp_path):
