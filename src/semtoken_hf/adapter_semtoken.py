@@ -43,8 +43,8 @@ _GATE = _Gate()
 @contextmanager
 def adapter_acts_on(rows: Tensor | bool | None) -> Iterator[None]:
     """Within this block the adapter acts on `rows`: bool [B], or [B, T] by column, or True or False for all."""
-    before = _GATE.rows
-    _GATE.rows = rows.reshape(len(rows), -1, 1) if isinstance(rows, Tensor) else (None if rows is None or rows else False)
+    gate = rows.reshape(len(rows), -1, 1) if isinstance(rows, Tensor) else (None if rows is None or rows else False)
+    before, _GATE.rows = _GATE.rows, gate
     try:
         yield
     finally:

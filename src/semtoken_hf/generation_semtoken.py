@@ -77,20 +77,22 @@ class SemTokenGenerationMixin:
         return generation_config, model_kwargs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any):
-        longest = getattr(self, "_previous_max_cache_length", -1)
-        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
-        if is_static_cache(cache) and generation_config.max_length - 1 > cache.max_tokens:
-            raise ValueError(
-                f"the static cache has room for {cache.max_tokens} tokens in all, and this call may need "
-                f"{generation_config.max_length - 1}: set `max_cache_len` where it is made, or start without it"
-            )
-        if not self._wants_compression(model_kwargs.get("compression"), model_kwargs.get("target_ratio")):
-            return result
-        mask = model_kwargs.get("attention_mask")
+        mask, longest = model_kwargs.get("attention_mask"), getattr(self, "_previous_max_cache_length", -1)
         # A mask of ones is gone by now.
         length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[-1]
         is_short = self._is_short(length)
+        wanted = self._wants_compression(model_kwargs.get("compression"), model_kwargs.get("target_ratio"))
+        given = generation_config
+        if wanted and not is_short and generation_config.prefill_chunk_size is not None:
+            # Else a static cache as long as the prompt would take its memory at once.
+            given = copy.copy(generation_config)
+            given.prefill_chunk_size = None
+        result = super()._prepare_cache_for_generation(given, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if is_static_cache(cache):
+            cache.check_room(generation_config.max_length - 1)
+        if not wanted:
+            return result
         if mask is not None and mask.ndim == 2 and bool((mask[:, -1] == 0).any()):
             if not is_short:
                 self._warn_uncompressed("the prompts are padded on the right; use `padding_side='left'` to generate")
@@ -100,7 +102,7 @@ class SemTokenGenerationMixin:
             if type(cache) in (DynamicCache, QuantizedCache):
                 cache = model_kwargs["past_key_values"] = SemTokenCache.from_cache(cache)
             elif self._fills_static_cache(cache, model_kwargs) and not is_short:
-                # It stands in until `_prefill` knows how many slots there are; its length is none that was in use.
+                # It holds no memory and stands in for the one that `_prefill` makes, whose length is that of the slots.
                 self._previous_max_cache_length = longest
             else:
                 kind = "generate(use_cache=False)" if cache is None else f"a {type(cache).__name__}"
@@ -234,16 +236,18 @@ class SemTokenGenerationMixin:
         if self.config.recompress_every is not None:
             logger.warning_once("`recompress_every` has no effect with a static cache, which cannot be cropped")
         room = max(generation_config.max_length - 1 - cache.get_seq_length(), 0)
-        wanted = (getattr(generation_config, "max_cache_len", None) or 0, getattr(self, "_previous_max_cache_length", 0))
-        self._previous_max_cache_length = max(cache.physical_length() + room, *wanted)
+        wanted, longest = generation_config.max_cache_len or 0, getattr(self, "_previous_max_cache_length", 0)
+        self._previous_max_cache_length = max(cache.physical_length() + room, wanted, longest)
         return SemTokenStaticCache(self.config, cache, self._previous_max_cache_length)
 
-    def create_masks_for_generate(self, *, attention_mask: Any, past_key_values: Any, **kwargs: Any):
+    def create_masks_for_generate(
+        self, *, inputs_embeds: Tensor, attention_mask: Any, past_key_values: Any, **kwargs: Any
+    ):
         """As in Transformers, which makes the masks of a static cache before a compiled step; over columns."""
         if is_static_cache(past_key_values):
-            attention_mask = past_key_values.mask_of_columns(attention_mask)
-        make = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
-        return make(attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
+            attention_mask = past_key_values.mask_of_columns(attention_mask, inputs_embeds.shape[1])
+        call = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "past_key_values": past_key_values}
+        return getattr(super(), "create_masks_for_generate", create_masks_for_generate)(**call, **kwargs)
 
     def _reads_copies_once(self, input_ids: Tensor, cache: Any, copies: int, model_kwargs: dict[str, Any]) -> bool:
         wanted = self._wants_compression(model_kwargs.get("compression"), model_kwargs.get("target_ratio"))

@@ -152,8 +152,8 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         if is_semtoken_cache(past_key_values):
             self._append(turn, columns[..., 0] if input_ids is None else columns)
         elif is_static_cache(past_key_values):
-            turn.attention_mask = past_key_values.mask_of_columns(attention_mask)
-            turn.position_ids = past_key_values.positions_of(columns.shape[1], position_ids)
+            turn.attention_mask = past_key_values.mask_of_columns(attention_mask, columns.shape[1])
+            turn.position_ids = past_key_values.positions_of(position_ids, columns.shape[1])
             turn.adapted = self._rows_of_adapter(past_key_values) if past_key_values.is_compressed else False
         return SemTokenModelOutputWithPast.of(self._run(turn, 0, use_cache, chunk_size, **kwargs))
 

@@ -39,10 +39,13 @@ class SemTokenStaticCache(StaticCache):
         assert slots is not None
         assert rows is not None
         self.prompt_slots, self.prompt_tokens, self.compressed_rows = slots, prompt.get_seq_length(), rows
-        self.is_compressed, self.is_padded = prompt.is_compressed, prompt.is_padded
+        self.is_compressed, self.is_padded, self.max_cache_len = prompt.is_compressed, prompt.is_padded, max_cache_len
         self.is_compact = config.position_mode == "compact"
-        # Tokens behind the prompt: a tensor, so that it is no constant of a compiled step.
+        # Tokens behind the prompt: a tensor, which is no constant of a compiled step, where CUDA graphs expect it.
         self.appended = torch.zeros((), dtype=torch.long, device=slots.device)
+        torch._dynamo.mark_static_address(self.appended)
+        # int64 [B, 1], position of the first of them.
+        self.start = (self.compressed_lengths if self.is_compact else self.original_lengths)[:, None]
         for layer, source in zip(self.layers, prompt.layers, strict=True):
             _fill(layer, source, slots.shape[1])
 
@@ -61,10 +64,14 @@ class SemTokenStaticCache(StaticCache):
         """int64 [B]: columns that each row holds, the prompt's padding left out."""
         return (self.prompt_slots > 0).sum(1) + self.appended
 
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of the original sequence, padding included, that the layers have room for."""
-        return self.prompt_tokens + self.get_max_length() - self.prompt_slots.shape[1]
+    def check_room(self, tokens: int) -> None:
+        """Raise ValueError unless the layers have room for `tokens` of the original sequence, padding included."""
+        room = self.prompt_tokens + self.max_cache_len - self.prompt_slots.shape[1]
+        if tokens > room:
+            raise ValueError(
+                f"this static cache has room for {room} tokens in all, and {tokens} may be needed: give a larger "
+                "`max_cache_len` to the `generate` that makes it, or use the default cache, which grows"
+            )
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Length of the original sequence, padding included: an int64 tensor [], as of static layers."""
@@ -80,42 +87,45 @@ class SemTokenStaticCache(StaticCache):
             self.appended.add_(key_states.shape[-2])
         return states
 
-    def mask_of_columns(self, attention_mask: Any) -> Any:
+    def mask_of_columns(self, attention_mask: Any, columns: int) -> Any:
         """The mask over columns: the prompt's own, then that of the caller; a prepared one is left as it is.
 
         Args:
-            attention_mask: [B, T] over the original sequence up to the new tokens, or None where no token behind the
-                prompt is hidden.
+            attention_mask: [B, T] over the original sequence up to the new tokens; None hides the prompt's padding.
+            columns: number of new tokens.
 
         Returns:
             bool [B, P + T - prompt_tokens], or [B, max_cache_len] for None; None where no column is hidden.
 
         Raises:
-            ValueError: the mask does not reach beyond the prompt.
+            ValueError: the mask does not reach beyond the prompt, or that of several tokens hides one behind it.
         """
         if not self.is_compressed or getattr(attention_mask, "ndim", 2) != 2 or isinstance(attention_mask, dict):
             return attention_mask
         held = self.prompt_slots > 0
         if attention_mask is None:
-            return pad(held, (0, self.get_max_length() - held.shape[1]), value=True) if self.is_padded else None
+            return pad(held, (0, self.max_cache_len - held.shape[1]), value=True) if self.is_padded else None
         if attention_mask.shape[1] <= self.prompt_tokens:
             raise ValueError(
                 f"`attention_mask` must cover the {self.prompt_tokens} tokens of the prompt and those behind it, got "
                 f"the shape {tuple(attention_mask.shape)}"
             )
-        return torch.cat([held, attention_mask[:, self.prompt_tokens :].to(held.device) != 0], dim=1)
+        behind = attention_mask[:, self.prompt_tokens :].to(held.device) != 0
+        if columns > 1 and not bool(behind.all()):
+            raise ValueError("a static cache cannot hide tokens behind its prompt: continue with the default cache")
+        return torch.cat([held, behind], dim=1)
 
-    def positions_of(self, columns: int, position_ids: Tensor | None) -> Tensor | None:
+    def positions_of(self, position_ids: Tensor | None, columns: int) -> Tensor | None:
         """int64 [B, columns], positions of the next columns; `position_ids` where these are right already."""
         if not self.is_compressed or (position_ids is not None and not self.is_compact):
             return position_ids
-        start = self.compressed_lengths if self.is_compact else self.original_lengths
-        return start[:, None] + torch.arange(columns, device=start.device)
+        return self.start + self.appended + torch.arange(columns, device=self.start.device)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         rows = beam_idx.to(self.prompt_slots.device)
-        self.prompt_slots, self.compressed_rows = self.prompt_slots[rows], self.compressed_rows[rows]
+        self.prompt_slots, self.start = self.prompt_slots[rows], self.start[rows]
+        self.compressed_rows = self.compressed_rows[rows]
 
     def memory_bytes(self) -> int:
         """Bytes of the keys and values, room to grow into included."""
@@ -138,7 +148,7 @@ def _fill(layer: Any, source: Any, length: int) -> None:
 
 def is_static_cache(cache: Any) -> bool:
     """Whether `cache` is a SemTokenStaticCache; by its interface, since remote code may define it a second time."""
-    return hasattr(cache, "prompt_slots")
+    return hasattr(cache, "mask_of_columns")
 
 
 __all__ = ["SemTokenStaticCache", "is_static_cache"]
