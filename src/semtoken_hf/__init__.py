@@ -4,6 +4,7 @@ from .cache_semtoken import SemTokenCache
 from .compression import CompressedPrompt
 from .families import register_all
 from .standalone_planner import SpanPlanner
+from .static_cache_semtoken import SemTokenStaticCache
 from .tokenization_semtoken_fast import SemTokenFastTokenizer
 
 _CLASSES = register_all()
@@ -21,6 +22,7 @@ __all__ = [
     "CompressedPrompt",
     "SemTokenCache",
     "SemTokenFastTokenizer",
+    "SemTokenStaticCache",
     "SpanPlanner",
     "convert_checkpoint",
     *_CLASSES,

@@ -104,8 +104,10 @@ class SemTokenGenerationMixin:
             elif self._fills_static_cache(cache, model_kwargs) and not is_short:
                 # It holds no memory and stands in for the one that `_prefill` makes, whose length is that of the slots.
                 self._previous_max_cache_length = longest
-            else:
+            elif type(cache) is not StaticCache or model_kwargs.get("inputs_embeds") is None:
                 kind = "generate(use_cache=False)" if cache is None else f"a {type(cache).__name__}"
+                if type(cache) is StaticCache:
+                    kind += f" that is offloaded or read by `{self.config._attn_implementation}` attention"
                 if not is_short:
                     self._warn_uncompressed(f"{kind} cannot hold merged slots; use the default cache")
                 model_kwargs["compression"] = False
