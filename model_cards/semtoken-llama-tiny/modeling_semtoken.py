@@ -25,6 +25,7 @@ from .pretrained_semtoken import PlainTuple, SemTokenPreTrainedMixin, slot_step_
 from .ragged_cache_semtoken import ranges
 from .ragged_modeling_semtoken import SemTokenRaggedMixin
 from .semantic_encoder import SemanticEncoder
+from .static_cache_semtoken import is_static_cache
 
 logger = get_logger(__name__)
 
@@ -150,6 +151,10 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         turn = Turn(name, columns, position_ids, past_key_values, attention_mask, adapted)
         if is_semtoken_cache(past_key_values):
             self._append(turn, columns[..., 0] if input_ids is None else columns)
+        elif is_static_cache(past_key_values):
+            turn.attention_mask = past_key_values.mask_of_columns(attention_mask, columns.shape[1])
+            turn.position_ids = past_key_values.positions_of(position_ids, columns.shape[1])
+            turn.adapted = self._rows_of_adapter(past_key_values) if past_key_values.is_compressed else False
         return SemTokenModelOutputWithPast.of(self._run(turn, 0, use_cache, chunk_size, **kwargs))
 
     def _append(self, turn: Turn, tokens: Tensor) -> None:

@@ -127,6 +127,12 @@ class SemTokenStaticCache(StaticCache):
         self.prompt_slots, self.start = self.prompt_slots[rows], self.start[rows]
         self.compressed_rows = self.compressed_rows[rows]
 
+    def reset(self) -> None:
+        """Forget the prompt, too: from here on it is a plain static cache."""
+        super().reset()
+        self.prompt_slots, self.prompt_tokens, self.is_compressed = self.prompt_slots[:, :0], 0, False
+        self.appended.zero_()
+
     def memory_bytes(self) -> int:
         """Bytes of the keys and values, room to grow into included."""
         return cache_bytes(self)
