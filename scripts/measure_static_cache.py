@@ -34,7 +34,7 @@ def cache_arguments(cache: str) -> dict[str, Any]:
         return {}
     if cache == "static":
         return {"cache_implementation": "static", "disable_compile": True}
-    config = CompileConfig(fullgraph=True)
+    config: Any = CompileConfig(fullgraph=True)
     config._compile_all_devices = True  # Transformers leaves a CPU eager
     return {"cache_implementation": "static", "compile_config": config}
 

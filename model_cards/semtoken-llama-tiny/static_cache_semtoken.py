@@ -121,7 +121,7 @@ class SemTokenStaticCache(StaticCache):
             return position_ids
         return self.start + self.appended + torch.arange(columns, device=self.start.device)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         rows = beam_idx.to(self.prompt_slots.device)
         self.prompt_slots, self.start = self.prompt_slots[rows], self.start[rows]
