@@ -29,6 +29,7 @@ class SemTokenStaticCache(StaticCache):
     Attributes:
         prompt_slots: int64 [B, P], tokens of each of the prompt's columns, 0 for padding.
         prompt_tokens: length of the prompt in the original sequence, padding included.
+        max_columns: columns of each layer that has no window.
         is_compressed: whether these columns are other than those of the original sequence.
         compressed_rows: bool [B], rows with a merged slot.
     """
@@ -39,7 +40,7 @@ class SemTokenStaticCache(StaticCache):
         assert slots is not None
         assert rows is not None
         self.prompt_slots, self.prompt_tokens, self.compressed_rows = slots, prompt.get_seq_length(), rows
-        self.is_compressed, self.is_padded, self.max_cache_len = prompt.is_compressed, prompt.is_padded, max_cache_len
+        self.is_compressed, self.is_padded, self.max_columns = prompt.is_compressed, prompt.is_padded, max_cache_len
         self.is_compact = config.position_mode == "compact"
         # Tokens behind the prompt: a tensor, which is no constant of a compiled step, where CUDA graphs expect it.
         self.appended = torch.zeros((), dtype=torch.long, device=slots.device)
@@ -66,7 +67,7 @@ class SemTokenStaticCache(StaticCache):
 
     def check_room(self, tokens: int) -> None:
         """Raise ValueError unless the layers have room for `tokens` of the original sequence, padding included."""
-        room = self.prompt_tokens + self.max_cache_len - self.prompt_slots.shape[1]
+        room = self.prompt_tokens + self.max_columns - self.prompt_slots.shape[1]
         if tokens > room:
             raise ValueError(
                 f"this static cache has room for {room} tokens in all, and {tokens} may be needed: give a larger "
@@ -104,7 +105,7 @@ class SemTokenStaticCache(StaticCache):
             return attention_mask
         held = self.prompt_slots > 0
         if attention_mask is None:
-            return pad(held, (0, self.max_cache_len - held.shape[1]), value=True) if self.is_padded else None
+            return pad(held, (0, self.max_columns - held.shape[1]), value=True) if self.is_padded else None
         if attention_mask.shape[1] <= self.prompt_tokens:
             raise ValueError(
                 f"`attention_mask` must cover the {self.prompt_tokens} tokens of the prompt and those behind it, got "

@@ -95,10 +95,10 @@ def test_searches(arguments):
 def test_size():
     """`max_cache_len` leaves room; a plain prompt keeps what slots needed, never the length of a compressed one."""
     model = tiny_model()
-    assert generate(model, **STATIC).past_key_values.max_cache_len == SLOTS + NEW - 1
+    assert generate(model, **STATIC).past_key_values.max_columns == SLOTS + NEW - 1
     short = generate(model, (12,), **STATIC).past_key_values
     assert short.get_max_length() == SLOTS + NEW - 1
-    assert generate(model, **STATIC, max_cache_len=200).past_key_values.max_cache_len == 200
+    assert generate(model, **STATIC, max_cache_len=200).past_key_values.max_columns == 200
 
 
 def test_reset():
