@@ -203,7 +203,7 @@ class SemTokenCache(DynamicCache):
 
 def is_semtoken_cache(cache: Any) -> bool:
     """Whether `cache` is a SemTokenCache; by its interface, since remote code may define the class a second time."""
-    return hasattr(cache, "slot_lengths") and hasattr(cache, "record")
+    return hasattr(cache, "record") and hasattr(cache, "slot_lengths")
 
 
 __all__ = ["SemTokenCache", "is_semtoken_cache"]

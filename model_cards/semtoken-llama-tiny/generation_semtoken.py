@@ -2,6 +2,7 @@
 
 - The cache that `generate` made becomes one that tracks slots; where that is impossible, the plain model runs.
 - A prompt that is expanded for beams or several returns is planned and read once; its slots are then repeated.
+- With `cache_implementation="static"` the prompt is read over a dynamic cache; its slots then move into static layers.
 - With `recompress_every`, generated text is read again, as a turn of its own, into merged slots.
 """
 
@@ -16,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, QuantizedCache
+from transformers import DynamicCache, GenerationMixin, QuantizedCache, StaticCache
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.masking_utils import create_masks_for_generate
 
 from .cache_bytes import is_quantized
 from .cache_semtoken import SemTokenCache, is_semtoken_cache
@@ -26,6 +28,7 @@ from .configuration_semtoken import validate_compression_fields
 from .logging_semtoken import get_logger
 from .prefix_semtoken import is_prefix
 from .pretrained_semtoken import PAGED
+from .static_cache_semtoken import SemTokenStaticCache, is_static_cache
 
 logger = get_logger(__name__)
 
@@ -89,24 +92,37 @@ class SemTokenGenerationMixin:
         return generation_config, model_kwargs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any):
-        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if not self._wants_compression(model_kwargs.get("compression"), model_kwargs.get("target_ratio")):
-            return result
-        mask = model_kwargs.get("attention_mask")
+        mask, longest = model_kwargs.get("attention_mask"), getattr(self, "_previous_max_cache_length", -1)
         # A mask of ones is gone by now.
         length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[-1]
         is_short = self._is_short(length)
+        wanted = self._wants_compression(model_kwargs.get("compression"), model_kwargs.get("target_ratio"))
+        given = generation_config
+        if wanted and not is_short and generation_config.prefill_chunk_size is not None:
+            # Else a static cache as long as the prompt would take its memory at once.
+            given = copy.copy(generation_config)
+            given.prefill_chunk_size = None
+        result = super()._prepare_cache_for_generation(given, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if is_static_cache(cache):
+            cache.check_room(generation_config.max_length - 1)
+        if not wanted:
+            return result
         if mask is not None and mask.ndim == 2 and bool((mask[:, -1] == 0).any()):
             if not is_short:
                 self._warn_uncompressed("the prompts are padded on the right; use `padding_side='left'` to generate")
             model_kwargs["compression"] = False
             return result
-        cache = model_kwargs.get("past_key_values")
         if not is_semtoken_cache(cache) and not getattr(cache, "_is_user_defined", False):
             if type(cache) in (DynamicCache, QuantizedCache):
                 cache = model_kwargs["past_key_values"] = SemTokenCache.from_cache(cache)
-            else:
+            elif self._fills_static_cache(cache, model_kwargs) and not is_short:
+                # It holds no memory and stands in for the one that `_prefill` makes, whose length is that of the slots.
+                self._previous_max_cache_length = longest
+            elif type(cache) is not StaticCache or model_kwargs.get("inputs_embeds") is None:
                 kind = "generate(use_cache=False)" if cache is None else f"a {type(cache).__name__}"
+                if type(cache) is StaticCache:
+                    kind += f" that is offloaded or read by `{self.config._attn_implementation}` attention"
                 if not is_short:
                     self._warn_uncompressed(f"{kind} cannot hold merged slots; use the default cache")
                 model_kwargs["compression"] = False
@@ -199,6 +215,9 @@ class SemTokenGenerationMixin:
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args: Any, **kwargs: Any):
         cache = model_kwargs.get("past_key_values")
+        model_kwargs, is_static = dict(model_kwargs), self._fills_static_cache(cache, model_kwargs)
+        if is_static:
+            cache = model_kwargs["past_key_values"] = SemTokenCache(config=self.config)
         if not is_semtoken_cache(cache):
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         if not _holds_new_tokens_alone(input_ids, model_kwargs, generation_config):
@@ -206,7 +225,6 @@ class SemTokenGenerationMixin:
         if cache.slot_lengths is not None and len(input_ids) > len(cache.slot_lengths) == 1:
             # Several questions, beams or returns behind one text.
             cache.batch_repeat_interleave(len(input_ids))
-        model_kwargs = dict(model_kwargs)
         if generation_config.prefill_chunk_size is not None:
             # Chunks of tokens would be planned one by one and cut at places that depend on padding: plan the whole
             # prompt, then run the layers over chunks of slots.
@@ -226,11 +244,40 @@ class SemTokenGenerationMixin:
             for name, value in list(outputs.items()):
                 if name != "past_key_values":
                     outputs[name] = _repeat_rows(value, copies)
+        if is_static:
+            cache = outputs["past_key_values"] = self._make_static(cache, generation_config)
         cache.prompt_span_ids = outputs.get("span_ids")
-        if self.config.recompress_every is not None:
+        if not is_static and self.config.recompress_every is not None:
             filler = getattr(generation_config, "_pad_token_tensor", None)
             cache.generated = GeneratedText(cache.get_seq_length(), None if filler is None else int(filler))
         return outputs
+
+    def _fills_static_cache(self, cache: Any, model_kwargs: dict[str, Any]) -> bool:
+        """Whether `cache` is an empty static one of `generate` that gives way to one of slots."""
+        if type(cache) is not StaticCache or getattr(cache, "_is_user_defined", False) or cache.offloading:
+            return False
+        # Others read fixed columns in ways of their own, or pack rows.
+        if self.config._attn_implementation not in ("eager", "sdpa") or model_kwargs.get("inputs_embeds") is not None:
+            return False
+        return self._wants_compression(model_kwargs.get("compression"), model_kwargs.get("target_ratio"))
+
+    def _make_static(self, cache: SemTokenCache, generation_config: Any) -> SemTokenStaticCache:
+        """The slots of a prompt in static layers, no shorter than those before, so that compiled steps fit again."""
+        if self.config.recompress_every is not None:
+            logger.warning_once("`recompress_every` has no effect with a static cache, which cannot be cropped")
+        room = max(generation_config.max_length - 1 - cache.get_seq_length(), 0)
+        wanted, longest = generation_config.max_cache_len or 0, getattr(self, "_previous_max_cache_length", 0)
+        self._previous_max_cache_length = max(cache.physical_length() + room, wanted, longest)
+        return SemTokenStaticCache(self.config, cache, self._previous_max_cache_length)
+
+    def create_masks_for_generate(
+        self, *, inputs_embeds: Tensor, attention_mask: Any, past_key_values: Any, **kwargs: Any
+    ):
+        """As in Transformers, which makes the masks of a static cache before a compiled step; over columns."""
+        if is_static_cache(past_key_values):
+            attention_mask = past_key_values.mask_of_columns(attention_mask, inputs_embeds.shape[1])
+        call = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "past_key_values": past_key_values}
+        return getattr(super(), "create_masks_for_generate", create_masks_for_generate)(**call, **kwargs)
 
     def _reads_copies_once(self, input_ids: Tensor, cache: Any, copies: int, model_kwargs: dict[str, Any]) -> bool:
         wanted = self._wants_compression(model_kwargs.get("compression"), model_kwargs.get("target_ratio"))

@@ -28,6 +28,7 @@ from .ragged_modeling_semtoken import SemTokenRaggedMixin
 from .read_positions import token_states
 from .replaced_forward import READING, reads_of
 from .semantic_encoder import SemanticEncoder
+from .static_cache_semtoken import is_static_cache
 
 logger = get_logger(__name__)
 
@@ -180,6 +181,10 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
                     f"`{packing}` counts no merged slots, but the cache holds some; pass one sequence a row"
                 )
             self._append(turn, columns[..., 0] if input_ids is None else columns)
+        elif is_static_cache(past_key_values):
+            turn.attention_mask = past_key_values.mask_of_columns(attention_mask, columns.shape[1])
+            turn.position_ids = past_key_values.positions_of(position_ids, columns.shape[1])
+            turn.adapted = self._rows_of_adapter(past_key_values) if past_key_values.is_compressed else False
         return SemTokenModelOutputWithPast.of(self._run(turn, 0, use_cache, chunk_size, **kwargs))
 
     def _append(self, turn: Turn, tokens: Tensor) -> None:

@@ -5,6 +5,7 @@ from .compression import CompressedPrompt
 from .families import register_all
 from .prefix_semtoken import CompressedPrefix
 from .standalone_planner import SpanPlanner
+from .static_cache_semtoken import SemTokenStaticCache
 from .tokenization_semtoken_fast import SemTokenFastTokenizer
 
 _CLASSES = register_all()
@@ -23,6 +24,7 @@ __all__ = [
     "CompressedPrompt",
     "SemTokenCache",
     "SemTokenFastTokenizer",
+    "SemTokenStaticCache",
     "SpanPlanner",
     "convert_checkpoint",
     *_CLASSES,

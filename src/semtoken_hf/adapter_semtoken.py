@@ -1,7 +1,8 @@
 """A PEFT adapter that acts on compressed rows alone: where nothing is merged, the model is bit for bit the plain one.
 
 The base model says for each call which rows are compressed (`adapter_acts_on`); hooks on PEFT's own layers obey. The
-answer travels in a context variable, so that threads sharing one model do not disturb each other.
+answer is kept for each thread, so that threads sharing one model do not disturb each other, and in a form that
+`torch.compile` traces.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
+from threading import local
 from typing import Any
 
 import torch
@@ -27,38 +28,46 @@ ADAPTER_NAME = "semtoken"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Of the names in PEFT's files.
 PREFIX = "base_model.model."
-# Of the current call: False for no row, a tensor [B, 1 or T, 1] of zeros and ones, or None for all rows.
-_ACTS_ON: ContextVar[Tensor | bool | None] = ContextVar("semtoken_adapter_acts_on", default=None)
+
+
+class _Gate(local):
+    """The rows of the current call: False for none, a tensor [B, 1 or T, 1] of zeros and ones, or None for all."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | bool | None = None
+
+
+_GATE = _Gate()
 
 
 @contextmanager
 def adapter_acts_on(rows: Tensor | bool | None) -> Iterator[None]:
     """Within this block the adapter acts on `rows`: bool [B], or [B, T] by column, or True or False for all."""
     gate = rows.reshape(len(rows), -1, 1) if isinstance(rows, Tensor) else (None if rows is None or rows else False)
-    token = _ACTS_ON.set(gate)
+    before, _GATE.rows = _GATE.rows, gate
     try:
         yield
     finally:
-        _ACTS_ON.reset(token)
+        _GATE.rows = before
 
 
 def remembering_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` as the adapter acts now, whenever it is called: for layers recomputed in the backward pass."""
-    gate = _ACTS_ON.get()
+    rows = _GATE.rows
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        token = _ACTS_ON.set(gate)
+        before, _GATE.rows = _GATE.rows, rows
         try:
             return function(*args, **kwargs)
         finally:
-            _ACTS_ON.reset(token)
+            _GATE.rows = before
 
     return call
 
 
 def _skip_layer(layer: Any, inputs: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """PEFT's own way to run the base layer alone: name no adapter for any row."""
-    acts_on = _ACTS_ON.get()
+    acts_on = _GATE.rows
     if isinstance(acts_on, Tensor) and ADAPTER_NAME not in layer.active_adapters and not layer.disable_adapters:
         logger.warning_once(
             f"The checkpoint's adapter for compressed rows, '{ADAPTER_NAME}', is not active: expect worse text. "
@@ -70,7 +79,7 @@ def _skip_layer(layer: Any, inputs: tuple, kwargs: dict[str, Any]) -> tuple[tupl
 
 
 def _mask_rows(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-    gate = _ACTS_ON.get()
+    gate = _GATE.rows
     if gate is False:  # beside an adapter of the user's own
         return torch.zeros_like(output)
     return output * gate.to(output.device, output.dtype) if isinstance(gate, Tensor) else None

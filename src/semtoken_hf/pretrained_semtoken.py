@@ -21,6 +21,7 @@ from .logging_semtoken import get_logger
 from .read_positions import read_mask_of
 from .semantic_encoder import SemanticEncoder
 from .span_planner import check_ids
+from .static_cache_semtoken import is_static_cache
 
 logger = get_logger(__name__)
 
@@ -375,6 +376,8 @@ def _unsupported_reason(call: dict[str, Any]) -> str | None:
         return "`inputs_embeds` has no token ids to plan with; pass `input_ids`"
     if "cache" in call or "block_table" in call:
         return PAGED
+    if is_static_cache(cache):
+        return "a static cache holds the slots of the prompt that it was made for; use the default cache for chats"
     if mask is not None and getattr(mask, "ndim", 0) != 2:
         return "a prepared attention mask cannot be shortened; pass a 2D mask"
     if cache is not None and not is_semtoken_cache(cache):

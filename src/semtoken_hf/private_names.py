@@ -35,6 +35,10 @@ class PrivateName:
 PRIVATE_NAMES = (
     PrivateName("_prepare_generation_config", GENERATION, "own arguments may stand in a generation configuration"),
     PrivateName("_prepare_cache_for_generation", GENERATION, "the cache of `generate` tracks slots"),
+    PrivateName(
+        "_previous_max_cache_length", "transformers.generation.utils", "compiled steps fit the next static cache"
+    ),
+    PrivateName("_dynamo", "torch", "where a static cache counts, CUDA graphs expect one address"),
     PrivateName("_prefill", GENERATION, "a prompt is read once for all its beams and returns"),
     PrivateName("_get_candidate_generator", GENERATION, "a plain assistant refuses our arguments"),
     PrivateName("_get_logits_processor", GENERATION, "guidance reads the last logits of its prompt alone"),

@@ -5,7 +5,6 @@ import functools
 import pytest
 import torch
 from transformers import (
-    CompileConfig,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -323,22 +322,6 @@ def test_quantized_cache_cannot_be_cropped(caplog):
     assert outputs.past_key_values.compressed_lengths.tolist() == [40 + 39]
     (message,) = warnings_of(caplog)
     assert "cannot be cropped" in message
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_static_cache(model, caplog, compiled):
-    """Cannot hold merged slots: plain, with one warning."""
-    ids, mask = ragged_prompts(LENGTHS)
-    arguments = {"cache_implementation": "static"}
-    if compiled:
-        compile_config = CompileConfig(backend="eager", fullgraph=False)
-        compile_config._compile_all_devices = True
-        arguments["compile_config"] = compile_config
-    ours = generate(model, ids, mask, **arguments)
-    theirs = generate(plain_twin(model), ids, mask, **arguments)
-    assert torch.equal(ours.sequences, theirs.sequences)
-    (message,) = warnings_of(caplog)
-    assert "StaticCache" in message
 
 
 def test_compiled_forward():
