@@ -127,9 +127,10 @@ class RequestCompressor:
 
 
 def with_embeds(body: dict[str, Any], embeds: list[str]) -> bytes:
-    """The JSON of a body, which is not empty, with base64 embeddings; megabytes that need no escaping."""
+    """The JSON of a body with base64 embeddings, megabytes that are not searched for what needs escaping."""
+    fields = json.dumps(body)[1:]
     values = '", "'.join(embeds)
-    return f'{json.dumps(body)[:-1]}, "prompt_embeds": ["{values}"]}}'.encode()
+    return f'{{"prompt_embeds": ["{values}"]{", " if body else ""}{fields}'.encode()
 
 
 def check_for_engine(config: Any, checkpoint: str) -> None:

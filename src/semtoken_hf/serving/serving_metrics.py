@@ -20,10 +20,10 @@ class ServingMetrics:
 
     def count(self, request: RewrittenRequest) -> None:
         """Count a request that goes to the engine."""
-        is_compressed = request.original_tokens is not None
-        self.requests.labels("compressed" if is_compressed else "plain").inc()
-        if is_compressed:
-            self.tokens.inc(request.original_tokens)
+        tokens = request.original_tokens
+        self.requests.labels("plain" if tokens is None else "compressed").inc()
+        if tokens is not None:
+            self.tokens.inc(tokens)
             self.slots.inc(request.slots)
             self.seconds.observe(request.seconds)
 

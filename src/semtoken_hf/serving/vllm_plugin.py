@@ -57,7 +57,10 @@ class SemTokenEndpointPlugin:
         for name in CHAT_OPTIONS:
             if getattr(args, name, None):
                 option = name.replace("_", "-")
-                logger.warning(f"--{option} does not hold for compressed chats: the checkpoint's template does")
+                logger.warning(
+                    f"--{option} does not reach compressed chats: the checkpoint's chat template renders them, and "
+                    "their answers come back as they are"
+                )
 
 
 def check_served(config: Any, served: Any) -> None:
