@@ -4,18 +4,23 @@
     python scripts/vllm_benchmark.py http://127.0.0.1:8000 --model my-plain --clients 8 20 50
 
 The server compresses: vLLM with the plugin, or `semtoken serve`. Plain requests go to the same server, with
-`"compression": false`. Every client sends one prompt of its own, all at once, and reads the stream to its end; the
-prompts differ from their first words, so that no prefix cache helps.
+`"compression": false`. Every client sends one prompt of its own, all at once, and reads the stream to its end. The
+prompts are one chapter, begun at another place by each client, so that no prefix cache helps.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import datetime
 import json
+import os
+import platform
 import statistics
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +62,16 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     return Answer(first, time.perf_counter() - begin, usage)
 
 
-async def measure(
-    url: str, model: str, clients: int, max_tokens: int, round_name: str, **fields: Any
-) -> dict[str, Any]:
-    """The figures of so many clients at once."""
+def prompts(number: int, rounds: int, this_round: int) -> list[str]:
+    """The chapter as so many prompts, all begun at different places, also from those of the other rounds."""
     chapter = CHAPTER.read_text(encoding="utf-8")
-    bodies = [
-        {"model": model, "prompt": f"{round_name}, reader {number}.\n\n{chapter}", "max_tokens": max_tokens, **fields}
-        for number in range(clients)
-    ]
+    places = [len(chapter) * (this_round + rounds * i) // (rounds * number) for i in range(number)]
+    return [f"{chapter[place:]}\n\n{chapter[:place]}" for place in places]
+
+
+async def measure(url: str, texts: list[str], **fields: Any) -> dict[str, Any]:
+    """The figures of one client for each text, all at once; `fields` are those of every request."""
+    bodies = [{**fields, "prompt": text} for text in texts]
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=1800, limits=limits, trust_env=False) as client:
         begin = time.perf_counter()
@@ -73,13 +79,13 @@ async def measure(
         seconds = time.perf_counter() - begin
     first = sorted(answer.first for answer in answers)
     return {
-        "clients": clients,
-        "prompt_tokens": answers[0].usage["prompt_tokens"],
+        "clients": len(texts),
+        "prompt_tokens": statistics.median(answer.usage["prompt_tokens"] for answer in answers),
         "first_token_median_s": statistics.median(first),
         "first_token_last_s": first[-1],
         "seconds": seconds,
         "new_tokens_per_s": sum(answer.usage["completion_tokens"] for answer in answers) / seconds,
-        "requests_per_s": clients / seconds,
+        "requests_per_s": len(texts) / seconds,
     }
 
 
@@ -87,19 +93,35 @@ def benchmark(url: str, model: str, clients: list[int], max_tokens: int) -> list
     """The rows of the table, each printed as soon as it is known."""
     print("| clients | prompt | positions | first token, median | last | all done | new tokens/s | requests/s |")
     print("|---|---|---|---|---|---|---|---|")
-    rows = []
-    for number in clients:
+    rows, fields = [], {"model": model, "max_tokens": max_tokens}
+    for this_round, number in enumerate(clients):
+        texts = prompts(number, len(clients), this_round)
         for name, is_compressed in (("plain", False), ("SemToken", True)):
-            round_name = f"{name}, {number} clients"
-            row = asyncio.run(measure(url, model, number, max_tokens, round_name, compression=is_compressed))
+            row = asyncio.run(measure(url, texts, compression=is_compressed, **fields))
             rows.append({"prompt": name, **row})
             print(
-                f"| {number} | {name} | {row['prompt_tokens']:,} | {row['first_token_median_s']:.1f} s "
+                f"| {number} | {name} | {row['prompt_tokens']:,.0f} | {row['first_token_median_s']:.1f} s "
                 f"| {row['first_token_last_s']:.1f} s | {row['seconds']:.1f} s | {row['new_tokens_per_s']:.1f} "
                 f"| {row['requests_per_s']:.2f} |",
                 flush=True,
             )
+    print(f"\n{circumstances(url)}", flush=True)
     return rows
+
+
+def circumstances(url: str) -> str:
+    """Versions of the server and of what it stands on, if that is installed here, machine and date."""
+    engine = httpx.get(f"{url}/version", timeout=60).json().get("version")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "tokenizers"))
+    cpu = platform.processor()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return (
+        f"- versions: `vllm {engine}, python {platform.python_version()}, {versions}`\n"
+        f"- machine: `{cpu}, {os.cpu_count()} threads; load at the end {os.getloadavg()[0]:.0f}`\n"
+        f"- date: `{datetime.date.today()}`"
+    )
 
 
 def main() -> None:

