@@ -271,6 +271,8 @@ def slot_step_of(kwargs: dict[str, Any]) -> Any:
 def _unsupported_reason(call: dict[str, Any]) -> str | None:
     """Why a call of `forward` cannot be compressed, or None."""
     mask, positions, cache = call["attention_mask"], call["position_ids"], call["past_key_values"]
+    if "attention_instances" in call:
+        return "vLLM runs remote code as a plain model; serve what `semtoken export` writes, with the plugin"
     if call["input_ids"] is None:
         return "`inputs_embeds` has no token ids to plan with; pass `input_ids`"
     if "cache" in call or "block_table" in call:

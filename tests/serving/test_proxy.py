@@ -124,6 +124,22 @@ def test_an_answer_its_metrics_and_its_health(compressor, engine):
         assert httpx.post(f"{url}/v1/nowhere", json={}).status_code == 404
 
 
+def test_openais_own_client(compressor, engine):
+    openai = pytest.importorskip("openai")
+    with proxy(compressor, engine.url) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        chat = [{"role": "user", "content": PROSE}]
+        usages = [
+            client.chat.completions.create(model="m", messages=chat, extra_body=extra).usage
+            for extra in ({}, {"target_ratio": 4.0})
+        ]
+        with pytest.raises(openai.BadRequestError, match="`target_ratio` must be a finite number >= 1"):
+            client.completions.create(model="m", prompt=PROSE, extra_body={"target_ratio": 0})
+    tokens = {usage.prompt_tokens_details.original_tokens for usage in usages}
+    assert len(tokens) == 1
+    assert tokens.pop() > usages[0].prompt_tokens > usages[1].prompt_tokens
+
+
 def test_fifty_clients_at_once(compressor, engine):
     """Equal prompts are equal to the bit, which a prefix cache lives on."""
 
