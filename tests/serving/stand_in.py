@@ -111,6 +111,10 @@ async def stream(state: Any, head: dict[str, Any], answers: list[tuple[str, int]
         raise
 
 
+async def version(request: Request) -> Response:
+    return JSONResponse({"version": "of the stand-in"})
+
+
 async def state_of(request: Request) -> Response:
     return JSONResponse({"seen": request.app.state.seen, "left": request.app.state.left})
 
@@ -122,6 +126,7 @@ def stand_in() -> Starlette:
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/responses", chat, methods=["POST"]),
             Route("/health", state_of),
+            Route("/version", version),
         ]
     )
     app.state.seen, app.state.left = [], 0

@@ -183,3 +183,13 @@ def test_decoding_runs_no_code(tmp_path):
     with pytest.raises(ValueError, match="these bytes hold no tensor"):
         decode_prompt_embeds(base64.b64encode(buffer.getvalue()))
     assert not (tmp_path / "made").exists()
+
+
+def test_vllm_on_the_folder_itself_says_that_it_is_plain(caplog):
+    """Its Transformers backend calls the base model with `attention_instances`."""
+    model, ids = tiny_model(), random_ids(1, 96)
+    with torch.no_grad():
+        states = model.base_model(ids, use_cache=False, attention_instances={}).last_hidden_state
+        assert torch.equal(states, model.base_model(ids, compression=False).last_hidden_state)
+    (warning,) = [r.message for r in caplog.records if "vLLM runs remote code as a plain model" in r.message]
+    assert "`semtoken export`" in warning

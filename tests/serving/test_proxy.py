@@ -21,6 +21,7 @@ from semtoken_hf.serving.proxy import build_proxy
 from semtoken_hf.serving.request_compression import RequestCompressor
 from tests.fixtures.children import ROOT
 from tests.fixtures.command_line import end_of, start_command
+from tests.fixtures.scripts import main_of
 from tests.fixtures.text import PROSE
 
 PATH, BODY = "/v1/completions", {"prompt": PROSE}
@@ -189,6 +190,18 @@ def test_a_client_that_leaves_frees_the_engine(compressor, engine, stream):
                 post(url, SLOW, timeout=0.25)
         wait_for(lambda: engine.state()["left"] == before + 1, 5)
         wait_for(lambda: "semtoken_in_flight 0.0" in httpx.get(f"{url}/metrics").text, 5)
+
+
+def test_the_benchmark_asks_plain_and_compressed(compressor, engine, monkeypatch, capsys):
+    with proxy(compressor, engine.url) as url:
+        main_of("vllm_benchmark.py", monkeypatch)(url, "--model", "m", "--clients", 1, 3)
+    cells = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()]
+    rows = [row[1:4] for row in cells if len(row) > 4 and row[1].isdigit()]
+    assert [row[:2] for row in rows] == [["1", "plain"], ["1", "SemToken"], ["3", "plain"], ["3", "SemToken"]]
+    positions = [int(row[2].replace(",", "")) for row in rows]
+    assert positions[0] == positions[2]  # characters, in the stand-in
+    assert 700 < positions[1] < 1400
+    assert any("vllm of the stand-in" in row[0] for row in cells)
 
 
 def test_a_full_queue(compressor, engine):

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import logging
 
 from ..logging_semtoken import get_logger
 from .chat_requests import completion_of_chat, encode_chat, plain_chat_reason
@@ -66,7 +67,12 @@ class RequestCompressor:
     def __init__(self, checkpoint: str):
         self.config: Any = AutoConfig.from_pretrained(checkpoint)
         check_for_engine(self.config, checkpoint)
-        self.model: Any = AutoModel.from_pretrained(checkpoint, num_hidden_layers=0).eval()
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # the layers that stay unread are no news
+        try:
+            self.model: Any = AutoModel.from_pretrained(checkpoint, num_hidden_layers=0).eval()
+        finally:
+            logging.set_verbosity(verbosity)
         self._tokenizer, self._threads = AutoTokenizer.from_pretrained(checkpoint), threading.local()
 
     @property
