@@ -249,7 +249,7 @@ class SemTokenPreTrainedMixin:
         columns = call["inputs_embeds"] if call["input_ids"] is None else call["input_ids"]
         if getattr(columns, "ndim", 0) >= 2 and self._is_short(columns.shape[1]):
             return False
-        if (reason := _unsupported_reason(call)) is not None:
+        if (reason := _unsupported_reason(call, self.config._attn_implementation)) is not None:
             self._warn_uncompressed(reason)
             return False
         check_ids(call["input_ids"])
@@ -268,11 +268,11 @@ def slot_step_of(kwargs: dict[str, Any]) -> Any:
     return getattr(kwargs.get("cache"), "slot_step", None)
 
 
-def _unsupported_reason(call: dict[str, Any]) -> str | None:
+def _unsupported_reason(call: dict[str, Any], attn_implementation: str | None) -> str | None:
     """Why a call of `forward` cannot be compressed, or None."""
+    if attn_implementation == "vllm":  # of its backend for remote code
+        return "vLLM keeps its own cache of every token; serve what `semtoken export` writes, with the plugin"
     mask, positions, cache = call["attention_mask"], call["position_ids"], call["past_key_values"]
-    if "attention_instances" in call:
-        return "vLLM runs remote code as a plain model; serve what `semtoken export` writes, with the plugin"
     if call["input_ids"] is None:
         return "`inputs_embeds` has no token ids to plan with; pass `input_ids`"
     if "cache" in call or "block_table" in call:
