@@ -299,7 +299,7 @@ class SemTokenPreTrainedMixin:
             if columns.shape[1] > 1 and self._is_filled_plain(call["past_key_values"], columns.shape[1]):
                 self._warn_uncompressed(FILLED_PLAIN)
             return False
-        if (reason := _unsupported_reason(call)) is not None:
+        if (reason := _unsupported_reason(call, self.config._attn_implementation)) is not None:
             self._warn_uncompressed(reason)
             return False
         check_ids(call["input_ids"])
@@ -369,8 +369,10 @@ def slot_step_of(kwargs: dict[str, Any]) -> Any:
     return getattr(kwargs.get("cache"), "slot_step", None)
 
 
-def _unsupported_reason(call: dict[str, Any]) -> str | None:
+def _unsupported_reason(call: dict[str, Any], attn_implementation: str | None) -> str | None:
     """Why a call of `forward` cannot be compressed, or None."""
+    if attn_implementation == "vllm":  # of its backend for remote code
+        return "vLLM keeps its own cache of every token; serve what `semtoken export` writes, with the plugin"
     mask, positions, cache = call["attention_mask"], call["position_ids"], call["past_key_values"]
     if call["input_ids"] is None:
         return "`inputs_embeds` has no token ids to plan with; pass `input_ids`"

@@ -24,8 +24,12 @@ FOREIGN = {
     "--continuous-batching": "transformers serve",
     "--dtype": "transformers serve",
     "--trust-remote-code": "transformers serve",
+    "--api-server-count": "vllm serve",
+    "--chat-template": "vllm serve",
+    "--default-chat-template-kwargs": "vllm serve",
+    "--reasoning-parser": "vllm serve",
 }
-COMMANDS = ("convert", "adapt", "generate", "inspect", "doctor", "evaluate", "benchmark", "push")
+COMMANDS = ("convert", "adapt", "generate", "inspect", "doctor", "evaluate", "benchmark", "push", "export", "serve")
 SCRIPTS = ("export_prompt_embeds.py", "fuzz.py", "gpu_suite.py", "measure_million_tokens.py")
 
 

@@ -65,6 +65,7 @@ def test_python_blocks_run_and_print_what_stands_behind_them(document, folder, r
 def test_commands_of_shell_blocks_exist(document):
     training = {dashed(f"--{field.name}") for field in dataclasses.fields(TrainingArguments)}
     for command in (c for block in BLOCKS[document] if block.language == "bash" for c in commands(block)):
+        command = command[next(i for i, word in enumerate(command) if not re.match(r"[A-Z_]+=", word)) :]
         words = ["python", *command[2:]] if command[:2] == ["accelerate", "launch"] else command
         if words[0] == "pip":
             extras = re.findall(r"\[([\w,-]+)\]", " ".join(words))

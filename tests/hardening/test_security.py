@@ -58,6 +58,9 @@ DEVELOPMENT = {
     "gpu_suite/gpu_tests.py": {"import subprocess"},
     "gpu_suite/machine.py": {"import subprocess"},
     "gpu_suite/suite.py": {"import subprocess"},
+    "cli/serve.py": {"import socket"},  # it listens
+    "serving/middleware.py": {"import asyncio"},  # threads and tasks
+    "serving/upstreams.py": {"import asyncio", "import httpx", "import urllib.parse.urlsplit"},  # it asks engines
     "serving/prompt_embeds.py": {"import pickle", "torch.load of weights only", "torch.save"},  # vLLM's format
     "training/corpus.py": {"np.load"},  # of arrays, pickle being off by default
     "training/reference.py": {"compile"},  # the name of an option

@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 from transformers import AutoModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from semtoken_hf.serving.prompt_embeds import (
     decode_prompt_embeds,
@@ -183,3 +184,15 @@ def test_decoding_runs_no_code(tmp_path):
     with pytest.raises(ValueError, match="these bytes hold no tensor"):
         decode_prompt_embeds(base64.b64encode(buffer.getvalue()))
     assert not (tmp_path / "made").exists()
+
+
+def test_vllm_on_the_folder_itself_says_that_it_is_plain(caplog, monkeypatch):
+    """Its backend for remote code gives the model an attention of its own, `vllm`."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "vllm", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    model, ids = tiny_model().base_model, random_ids(1, 96)
+    with torch.no_grad():
+        expected = model(ids, compression=False).last_hidden_state
+        model.config._attn_implementation = "vllm"
+        assert torch.equal(model(ids, use_cache=False).last_hidden_state, expected)
+    (warning,) = [r.message for r in caplog.records if "vLLM keeps its own cache" in r.message]
+    assert "runs the plain model exactly" in warning

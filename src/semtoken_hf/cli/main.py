@@ -18,9 +18,11 @@ MAKE, USE, MEASURE, PUBLISH = "Make a checkpoint", "Use and see it", "Measure it
 COMMANDS = {
     "convert": ("convert", MAKE, "turn a plain checkpoint and an encoder into one SemToken folder"),
     "adapt": ("adapt", MAKE, "teach a converted checkpoint to read merged slots, by distillation"),
+    "export": ("export", MAKE, "write the plain model of a checkpoint, for inference engines"),
     "generate": ("generate", USE, "read a prompt and write on, as it comes"),
     "inspect": ("inspect", USE, "see what a checkpoint merges in a text: in the terminal and as a page"),
     "doctor": ("doctor", USE, "what is installed, which attention will run, whether a checkpoint is whole"),
+    "serve": ("serve", USE, "compress prompts on their way to vLLM: an OpenAI-compatible proxy"),
     "evaluate": ("evaluate", MEASURE, "quality, memory and time of a checkpoint beside its baselines, as a report"),
     "lm-eval": ("lm_eval", MEASURE, "any task of lm-eval, with compressed contexts (--model semtoken)"),
     "benchmark": ("benchmark", MEASURE, "time and memory of reading a prompt, beside plain Llama"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,6 +154,9 @@ def write_weights(
             bar.update(sum(t.nbytes for t in tensors.values()))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for file in set(weight_map.values()):
+        # safetensors writes for the owner alone; a server often runs as somebody else.
+        shutil.copymode(folder / INDEX, folder / file)
 
 
 def _read_tensors(stored: dict[str, StoredTensor], names: list[str]) -> dict[str, Tensor]:
