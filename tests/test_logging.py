@@ -114,7 +114,7 @@ for name in ("info", "error"):
     handler.stream = io.StringIO()
     torch.manual_seed(0)
     # A cache that holds no slots: a warning; then a prefill: a line.
-    model.generate(torch.arange(3, 99)[None], max_new_tokens=2, cache_implementation="static")
+    model.generate(torch.arange(3, 99)[None], max_new_tokens=2, use_cache=False)
     model(torch.arange(3, 99)[None], logits_to_keep=1)
     heard[name] = handler.stream.getvalue()
 print("FACTS" + json.dumps(heard))

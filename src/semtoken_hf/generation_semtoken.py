@@ -244,10 +244,10 @@ class SemTokenGenerationMixin:
             for name, value in list(outputs.items()):
                 if name != "past_key_values":
                     outputs[name] = _repeat_rows(value, copies)
-        if is_static:
-            cache = outputs["past_key_values"] = self._make_static(cache, generation_config)
         cache.prompt_span_ids = outputs.get("span_ids")
-        if not is_static and self.config.recompress_every is not None:
+        if is_static:
+            outputs["past_key_values"] = self._make_static(cache, generation_config)
+        elif self.config.recompress_every is not None:
             filler = getattr(generation_config, "_pad_token_tensor", None)
             cache.generated = GeneratedText(cache.get_seq_length(), None if filler is None else int(filler))
         return outputs

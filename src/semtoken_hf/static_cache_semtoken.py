@@ -41,6 +41,7 @@ class SemTokenStaticCache(StaticCache):
         assert rows is not None
         self.prompt_slots, self.prompt_tokens, self.compressed_rows = slots, prompt.get_seq_length(), rows
         self.is_compressed, self.is_padded, self.max_columns = prompt.is_compressed, prompt.is_padded, max_cache_len
+        self.prompt_span_ids = prompt.prompt_span_ids
         self.is_compact = config.position_mode == "compact"
         # Tokens behind the prompt: a tensor, which is no constant of a compiled step, where CUDA graphs expect it.
         self.appended = torch.zeros((), dtype=torch.long, device=slots.device)

@@ -251,7 +251,6 @@ ROADS: dict[str, Road] = {
     "recompressed": Road(recompressed),
     "pipeline": Road(text_pipeline),
     "without cache": Road(generating(use_cache=False), compresses=False),
-    "static cache": Road(generating(cache_implementation="static"), compresses=False),
 }
 
 

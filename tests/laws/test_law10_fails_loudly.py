@@ -70,7 +70,6 @@ FORWARD = {
 }
 GENERATE = {
     "without cache": ({"use_cache": False}, "use_cache=False"),
-    "static cache": ({"cache_implementation": "static"}, "StaticCache"),
     "dynamic cache": ({"past_key_values": DynamicCache}, "DynamicCache"),
     "padding on the right": (
         {"attention_mask": (torch.arange(TOKENS) < torch.tensor([[TOKENS], [30]])).long()},

@@ -110,9 +110,11 @@ def test_reset():
     assert torch.equal(model.generate(ids, past_key_values=cache, **call), model.generate(ids, **call))
 
 
-def test_short_prompts_are_plain(caplog):
+@pytest.mark.parametrize(("lengths", "call"), [((12,), {}), (LENGTHS, {"compression": False})], ids=["short", "off"])
+def test_plain_calls_are_exact(lengths, call, caplog):
     model = tiny_model()
-    ours, theirs = (generate(m, (12,), target_ratio=None, **STATIC) for m in (model, plain_twin(model)))
+    ours = generate(model, lengths, target_ratio=None, **STATIC, **call)
+    theirs = generate(plain_twin(model), lengths, target_ratio=None, **STATIC)
     assert all(torch.equal(a, b) for a, b in zip(ours.logits, theirs.logits, strict=True))
     assert warnings_of(caplog) == []
 
