@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Break it: random valid calls of `compress`, `forward`, `generate` and caches, each with an oracle; see `tests/fuzz`.
 
-    python scripts/fuzz.py --calls 100000 --workers 2 --output docs/fuzz.md
+    python scripts/fuzz.py --calls 100000 --workers 2 --output docs/reports/fuzz.md
 
 A call ends in a result that an oracle finds correct, or as plain Transformers does on the same input; everything else
 is a failure and makes the exit code 1. Children make the calls, so that a crash or a hang costs a batch. A stopped run

@@ -3,7 +3,7 @@
 
     python scripts/kill_tests.py                                         # twenty kills of each, two minutes
     python scripts/kill_tests.py --times 100 --seed 1 --programs convert
-    python scripts/kill_tests.py --output docs/kill_tests.md
+    python scripts/kill_tests.py --output docs/reports/kill_tests.md
 
 Each kill comes at a random change of the folder (a file opened for writing, a rename, a new or removed folder); in
 every fifth run the resumed run is killed, too. After each kill, what can be seen is checked: a checkpoint that loads is

@@ -1,4 +1,4 @@
-"""A family is two small files and a row: one is added here, from docs/families.md."""
+"""A family is two small files and a row: one is added here, from docs/compatibility.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import OlmoConfig, OlmoForCausalLM
 from semtoken_hf import families
 from tests.fixtures.tiny import COMPRESSION, LLAMA, random_ids
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "compatibility.md"
 
 
 def test_a_new_family_from_its_document(tmp_path, monkeypatch):

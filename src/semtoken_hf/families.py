@@ -1,4 +1,4 @@
-"""The registry of model families: a row here and two small files make one (see docs/families.md)."""
+"""The registry of model families: a row here and two small files make one (see docs/compatibility.md)."""
 
 from __future__ import annotations
 

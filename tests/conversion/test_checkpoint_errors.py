@@ -28,7 +28,7 @@ def refused(encoder_folder, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"model_type": "opt"}, r"model_type 'opt'; only \['gemma2', .*'smollm3'\] can be converted. docs/families.md"),
+        ({"model_type": "opt"}, r"model_type 'opt'; only \['gemma2', .*'smollm3'\] can be converted. docs/compat"),
         ({"model_type": "semtoken_llama"}, "is a SemToken checkpoint already"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised"),
         ({"num_hidden_layers": 3}, r"lacks tensors .*model\.layers\.2\.\S+, .* and 6 more"),

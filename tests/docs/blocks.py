@@ -18,7 +18,7 @@ import tomllib
 from tests.fixtures.children import ROOT
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^ *```$", re.DOTALL | re.MULTILINE)
-# Reports that scripts write (`docs/performance/*.md`) quote their command in a line, not in a block.
+# Reports that scripts write (`docs/reports/*.md`) quote their command in a line, not in a block.
 PATTERNS = ("README.md", "SECURITY.md", "docs/*.md", "model_cards/*/README.md")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 

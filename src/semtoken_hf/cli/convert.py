@@ -96,7 +96,7 @@ def convert(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Turn a plain checkpoint (Llama, or another family of docs/families.md) and an encoder into one SemToken folder.
+    """Turn a plain checkpoint (of a family in docs/compatibility.md) and an encoder into one SemToken folder.
 
     The weights are copied shard by shard and unchanged; a GGUF file is dequantised, an adapter merged first. The folder
     carries its own code and loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`. It

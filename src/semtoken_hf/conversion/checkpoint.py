@@ -172,8 +172,8 @@ def read_plain_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{folder} is a SemToken checkpoint already; convert the plain one that it was made from")
     if FAMILY_PREFIX + model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"{folder} has model_type {model_type!r}; only {convertible_types()} can be converted. docs/families.md of "
-            "semtoken_hf shows how a family is added"
+            f"{folder} has model_type {model_type!r}; only {convertible_types()} can be converted. "
+            "docs/compatibility.md of semtoken_hf shows how a family is added"
         )
     config = CONFIG_MAPPING[model_type].from_pretrained(folder)
     if getattr(config, "quantization_config", None) is not None:
