@@ -71,5 +71,5 @@ def test_a_table_is_float32(make_llama, encoder_folder, tmp_path):
         make_llama(), encoder_folder, tmp_path / "out", encoder_kind="static", static_dim=8, progress=False
     )
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
-    assert model.config.encoder_dtype == model.config.to_dict()["encoder_config"]["dtype"] == "float32"
+    assert model.config.encoder_dtype == "float32"
     assert {p.dtype for p in model.model.semantic_encoder.parameters()} == {torch.float32}

@@ -170,7 +170,7 @@ def read_plain_config(folder: Path) -> PreTrainedConfig:
     model_type = read_model_type(folder)
     if model_type.startswith(FAMILY_PREFIX):
         raise ValueError(f"{folder} is a SemToken checkpoint already; convert the plain one that it was made from")
-    if FAMILY_PREFIX + model_type not in CONFIG_MAPPING:
+    if model_type not in convertible_types():
         raise ValueError(
             f"{folder} has model_type {model_type!r}; only {convertible_types()} can be converted. "
             "docs/compatibility.md of semtoken_hf shows how a family is added"

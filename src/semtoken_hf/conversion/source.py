@@ -80,7 +80,8 @@ def plain_source(
 
 def convertible_types() -> list[str]:
     """The model types of the families that SemToken knows, sorted."""
-    return sorted(name.removeprefix(FAMILY_PREFIX) for name in CONFIG_MAPPING if name.startswith(FAMILY_PREFIX))
+    families = (name.removeprefix(FAMILY_PREFIX) for name in CONFIG_MAPPING if name.startswith(FAMILY_PREFIX))
+    return sorted(name for name in families if name in CONFIG_MAPPING)  # not the encoder of kind static
 
 
 def resolve_folder(name: str | os.PathLike, revision: str | None = None, allow_pickle: bool = False) -> Path:
