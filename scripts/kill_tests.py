@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Kill conversions, adaptations, evaluations and compressions of data sets, run each again, and compare with runs that nothing disturbed.
+"""Kill tiny runs of the commands that write much, run each again, and compare with runs that nothing disturbed.
 
     python scripts/kill_tests.py                                         # twenty kills of each, two minutes
     python scripts/kill_tests.py --times 100 --seed 1 --programs convert

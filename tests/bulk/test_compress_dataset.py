@@ -1,4 +1,4 @@
-"""`semtoken compress-dataset`: every document, once, as the model compresses it; a folder that is begun is gone on with."""
+"""`semtoken compress-dataset`: every document as the model compresses it; a run that was stopped goes on."""
 
 from __future__ import annotations
 

@@ -15,10 +15,12 @@ from tests.fixtures.evaluation_data import write_rows
 pytest.importorskip("ray.data", reason="Ray Data is not installed: bash scripts/ray_test.sh")
 
 
-@pytest.fixture(autouse=True)
-def _own_home(tmp_path, monkeypatch):
-    """Ray keeps the token of its clusters in the home folder."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+@pytest.fixture(scope="module", autouse=True)
+def _own_home(tmp_path_factory):
+    """Ray keeps the token of its clusters in the home folder, and reads it once a process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 def contents(folder):

@@ -59,7 +59,7 @@ def _without_bars() -> Iterator[None]:
 
 
 def run_with_ray(rows: Path, settings: WorkerSettings, workers: int, progress: bool) -> None:
-    """Ray Data with `workers` tasks at once, in the cluster that RAY_ADDRESS names; else one of this machine is started.
+    """Ray Data with `workers` tasks at once, in the cluster that RAY_ADDRESS names, or else one that is started here.
 
     Raises:
         ImportError: Ray is not installed.

@@ -86,7 +86,7 @@ def begin(options: BulkOptions, folder: Path, checkpoint: Path) -> dict[str, Any
         check_same(folder, begun, asked)
         return begun
     # Of the whole model, which the workers do not load.
-    asked["identity"] = identity_of(AutoModelForCausalLM.from_pretrained(checkpoint))
+    asked["identity"] = identity_of(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=options.dtype or "auto"))
     write_manifest(folder, asked)
     return asked
 
@@ -95,7 +95,8 @@ def worker_settings(options: BulkOptions, folder: Path, checkpoint: Path, identi
     """For workers of any machine: a local checkpoint by its path, one of the Hub by its commit."""
     is_local = Path(options.checkpoint).is_dir()
     name, revision = (str(checkpoint), None) if is_local else (options.checkpoint, checkpoint.name)
-    return WorkerSettings(name, revision, options.kind, options.target_ratio, str(folder), identity)
+    chosen = {"kind": options.kind, "target_ratio": options.target_ratio, "dtype": options.dtype}
+    return WorkerSettings(name, revision, folder=str(folder), identity=identity, **chosen)
 
 
 def write_rows(options: BulkOptions, manifest: dict[str, Any], missing: set[int], path: Path) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..conversion.source import DTYPES
+
 PREFIXES, PROMPT_EMBEDS = KINDS = ("prefixes", "prompt-embeds")
 
 
@@ -20,6 +22,7 @@ class BulkOptions:
         text_config: configuration of a data set on the Hub.
         text_split: its split.
         target_ratio: tokens per slot; None: the checkpoint's.
+        dtype: that the model will be loaded in: "float32" or "bfloat16"; None: the checkpoint's.
         shard_size: documents in a file.
 
     Raises:
@@ -33,11 +36,14 @@ class BulkOptions:
     text_config: str | None = None
     text_split: str = "train"
     target_ratio: float | None = None
+    dtype: str | None = None
     shard_size: int = 64
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind is '{self.kind}', and must be one of {list(KINDS)}")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype is '{self.dtype}', and must be one of {list(DTYPES)}")
         if self.shard_size < 1:
             raise ValueError(f"shard_size is {self.shard_size}, and must be at least 1 document")
         if self.target_ratio is not None and not self.target_ratio >= 1:
@@ -51,7 +57,7 @@ class WorkerSettings:
     Attributes:
         checkpoint: folder or Hub id.
         revision: commit of a Hub id.
-        kind, target_ratio: as in `BulkOptions`.
+        kind, target_ratio, dtype: as in `BulkOptions`.
         folder: of the shards.
         identity: of the model that will read them, as `prefix_file_semtoken.identity_of` has it.
     """
@@ -60,6 +66,7 @@ class WorkerSettings:
     revision: str | None
     kind: str
     target_ratio: float | None
+    dtype: str | None
     folder: str
     identity: dict[str, Any]
 

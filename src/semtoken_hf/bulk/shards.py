@@ -62,7 +62,7 @@ def write_shard(path: Path, ids: list[str], texts: Any, settings: WorkerSettings
 
 def compress_document(text: str, settings: WorkerSettings) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of one document, and its tokens and slots."""
-    model, tokenizer = load(settings.checkpoint, settings.revision, settings.kind)
+    model, tokenizer = load(settings.checkpoint, settings.revision, settings.kind, settings.dtype)
     ratio = settings.target_ratio
     if settings.kind == PREFIXES:
         prefix = model.compress_prefix(text, tokenizer, target_ratio=ratio)
@@ -78,13 +78,14 @@ def compress_document(text: str, settings: WorkerSettings) -> tuple[dict[str, Te
 
 
 @functools.lru_cache(1)
-def load(checkpoint: str, revision: str | None, kind: str) -> tuple[Any, Any]:
+def load(checkpoint: str, revision: str | None, kind: str, dtype: str | None) -> tuple[Any, Any]:
     """What compression needs of a checkpoint, once a process: embeddings, encoder, merger and tokenizer, no layers."""
     auto = AutoModelForCausalLM if kind == PREFIXES else AutoModel
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the layers that stay unread are no news
     try:
-        model = auto.from_pretrained(checkpoint, revision=revision, num_hidden_layers=0, adapter_subfolder=None).eval()
+        options: dict[str, Any] = {"num_hidden_layers": 0, "adapter_subfolder": None, "dtype": dtype or "auto"}
+        model = auto.from_pretrained(checkpoint, revision=revision, **options).eval()
     finally:
         logging.set_verbosity(verbosity)
     if torch.cuda.is_available():

@@ -12,6 +12,7 @@ from ..bulk import BulkOptions
 from ..bulk import compress_dataset as compress
 from ..bulk.engines import ENGINES
 from ..bulk.settings import KINDS
+from ..conversion.source import DTYPES
 from .main import CONTEXT
 from .options import Json, Quiet
 from .output import bars, console, ending_well, only_json
@@ -37,6 +38,10 @@ def compress_dataset(
     ] = "prefixes",
     target_ratio: Annotated[
         float | None, typer.Option("--target-ratio", help="tokens per slot; the checkpoint's if unset")
+    ] = None,
+    dtype: Annotated[
+        Literal[DTYPES] | None,  # type: ignore[valid-type]
+        typer.Option("--dtype", help="that the model will be loaded in; the checkpoint's if unset"),
     ] = None,
     text_field: Annotated[
         str, typer.Option("--text-field", rich_help_panel=TEXTS, help="field of the text in a row")
