@@ -95,7 +95,7 @@ def worker_settings(options: BulkOptions, folder: Path, checkpoint: Path, identi
     """For workers of any machine: a local checkpoint by its path, one of the Hub by its commit."""
     is_local = Path(options.checkpoint).is_dir()
     name, revision = (str(checkpoint), None) if is_local else (options.checkpoint, checkpoint.name)
-    chosen = {"kind": options.kind, "target_ratio": options.target_ratio, "dtype": options.dtype}
+    chosen: dict[str, Any] = {"kind": options.kind, "target_ratio": options.target_ratio, "dtype": options.dtype}
     return WorkerSettings(name, revision, folder=str(folder), identity=identity, **chosen)
 
 
