@@ -64,8 +64,8 @@ def compress_dataset(
     with only_run_in(folder, "compression of documents"):
         manifest = begin(options, folder, checkpoint)
         missing = missing_shards(folder, manifest)
+        remove_stale(folder / "rows")
         if missing:
-            remove_stale(folder / "rows")
             with scratch_folder(folder / "rows") as scratch:
                 rows = write_rows(options, manifest, set(missing), scratch / "rows.arrow")
                 settings = worker_settings(options, folder, checkpoint, manifest["identity"])
