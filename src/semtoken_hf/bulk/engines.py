@@ -63,6 +63,8 @@ def run_with_ray(rows: Path, settings: WorkerSettings, workers: int, progress: b
 
     Raises:
         ImportError: Ray is not installed.
+        RuntimeError: Ray's own failure.
+        ValueError: shards failed; the others are written.
     """
     try:
         import ray
@@ -82,9 +84,21 @@ def run_with_ray(rows: Path, settings: WorkerSettings, workers: int, progress: b
         options: dict[str, Any] = {"batch_size": 1, "batch_format": "numpy", "num_gpus": share}
         options |= {"fn_kwargs": {"settings": settings}, "compute": ray.data.TaskPoolStrategy(size=workers)}
         try:
-            data.map_batches(compress_rows, **options).materialize()
+            errors = [row["error"] for row in data.map_batches(compress_and_report, **options).iter_rows()]
         except RayError as error:
-            raise _cause_of(error) from error
+            raise RuntimeError(f"Ray could not go on: {error}") from error
+    if failed := list(filter(None, errors)):
+        raise ValueError(failed[0] + (f" ({len(failed)} shards failed)" if len(failed) > 1 else ""))
+
+
+def compress_and_report(rows: dict[str, Any], settings: WorkerSettings) -> dict[str, Any]:
+    """`compress_rows`, and what it raised, since Ray would hand on a traceback as text; other shards go on."""
+    error = ""
+    try:
+        compress_rows(rows, settings)
+    except (ValueError, RuntimeError, OSError) as caught:
+        error = str(caught)
+    return {"error": [error]}
 
 
 def table_of(batch: Any) -> Any:
@@ -106,14 +120,6 @@ def _cluster(ray: Any, workers: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _cause_of(error: Any) -> BaseException:
-    """What a worker raised; Ray's own error where it raised nothing."""
-    found: Any = error
-    while (inner := getattr(found, "cause", None) or found.__cause__) is not None:
-        found = inner
-    return found
 
 
 ENGINES = {"datasets": run_with_datasets, "ray": run_with_ray}
