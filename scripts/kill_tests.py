@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Kill conversions, adaptations and evaluations, run each again, and compare with runs that nothing disturbed.
+"""Kill tiny runs of the commands that write much, run each again, and compare with runs that nothing disturbed.
 
     python scripts/kill_tests.py                                         # twenty kills of each, two minutes
     python scripts/kill_tests.py --times 100 --seed 1 --programs convert
@@ -26,6 +26,7 @@ SAME = {
     "convert": "the folder, byte for byte",
     "adapt": "the adapted folder, byte for byte, and the curve",
     "evaluate": "the predictions and `metrics.json`, but for times",
+    "compress-dataset": "the folder, byte for byte",
 }
 HEADER = [
     "| program | variants | changes of its folder | runs | kills | wrong |",

@@ -30,6 +30,7 @@ FOREIGN = {
     "--reasoning-parser": "vllm serve",
 }
 COMMANDS = ("convert", "adapt", "generate", "inspect", "doctor", "evaluate", "benchmark", "push", "export", "serve")
+COMMANDS += ("compress-dataset",)
 SCRIPTS = ("export_prompt_embeds.py", "fuzz.py", "gpu_suite.py", "measure_million_tokens.py")
 
 

@@ -20,6 +20,7 @@ BLOCKS = {document: read_blocks(document) for document in documents()}
 SERVERS = {
     "openai.OpenAI(": "roads/test_serve.py",
     "LLM(": "serving/test_prompt_embeds.py",
+    "compress_dataset(": "bulk/test_compress_dataset.py",
     "from .configuration_semtoken": "test_families.py",
     "from trl import": "training/test_trl.py",
 }

@@ -1,4 +1,4 @@
-"""What the kill tests run and kill: tiny conversions, adaptations and evaluations, and what may be seen of each.
+"""What the kill tests run and kill: tiny conversions, adaptations, evaluations and data sets.
 
 Imported by the fork server, so that a child starts in milliseconds.
 """
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
 
 from semtoken_hf import SemTokenLlamaForCausalLM
+from semtoken_hf.bulk import BulkOptions, compress_dataset
 from semtoken_hf.conversion.checkpoint import convert_checkpoint
 from semtoken_hf.evaluation.configuration import EvaluationConfig
 from semtoken_hf.evaluation.evaluate import evaluate
@@ -218,4 +219,37 @@ def drop_seconds(record: dict[str, Any]) -> None:
                 drop_seconds(inner)
 
 
-JOBS: dict[str, Any] = {"convert": Convert(), "adapt": Adapt(), "evaluate": Evaluate()}
+class CompressDataset(Job):
+    """Six documents in three shards."""
+
+    variants = ("prefixes", "prompt-embeds")
+
+    def prepare(self, inputs: Path) -> None:
+        tiny_model().save_pretrained(inputs / "checkpoint")
+        tiny_tokenizer().save_pretrained(inputs / "checkpoint")
+        (inputs / "texts").mkdir()
+        for number in range(6):
+            (inputs / "texts" / f"{number}.txt").write_text(PROSE[60 * number : 60 * number + 150])
+
+    def run(self, inputs: Path, work: Path, variant: str) -> None:
+        options = BulkOptions(str(inputs / "checkpoint"), str(inputs / "texts"), kind=variant, shard_size=2)
+        compress_dataset(options, work / "out", progress=False)
+
+    def result(self, work: Path) -> Any:
+        return {name: digest for name, digest in contents(work / "out").items() if name != ".lock"}
+
+    def check(self, work: Path, whole: Any) -> None:
+        known = {name: digest for name, digest in self.result(work).items() if ".tmp-" not in name}
+        assert known.items() <= whole.items(), "half a file"
+        assert "manifest.json" in known or not known, "shards before the manifest"
+
+    def leftovers(self, work: Path) -> set[str]:
+        return set(self.result(work)) - {"manifest.json", *(f"shard-0000{n}.safetensors" for n in range(3))}
+
+
+JOBS: dict[str, Any] = {
+    "convert": Convert(),
+    "adapt": Adapt(),
+    "evaluate": Evaluate(),
+    "compress-dataset": CompressDataset(),
+}

@@ -14,7 +14,7 @@ from tests.hardening.kill_jobs import JOBS, contents
 from tests.hardening.kills import Killer, Moment
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs a fork server and SIGKILL")
-TIMES = {"convert": 6, "adapt": 4, "evaluate": 4}
+TIMES = {"convert": 6, "adapt": 4, "evaluate": 4, "compress-dataset": 4}
 
 
 @pytest.fixture(scope="module", params=JOBS)
@@ -72,6 +72,7 @@ def test_two_at_once(killer):
     """One of them may be refused; the result is whole."""
     refused = {"convert": "FileExistsError", "adapt": "ValueError: another adaptation is running"}
     refused["evaluate"] = "ValueError: another evaluation is running"
+    refused["compress-dataset"] = "ValueError: another compression of documents is running"
     variant = killer.job.variants[0]
     for _ in range(3 if killer.name == "convert" else 1):
         work = killer.fresh(variant)

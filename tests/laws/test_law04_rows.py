@@ -94,6 +94,8 @@ def assert_same_slots(case, together, row, alone):
 def test_rows_are_those_of_single_prompts(case, road):
     """A batch behind padding, one row of it too short to be compressed, against its rows alone without padding."""
     name, road, model = road, ROADS[road], model_of(case)
+    if case.family == "gpt2" and not road.compresses:
+        pytest.skip("plain GPT-2 learns the positions of columns, padding included")
 
     def run(ids, mask):
         if not road.samples:

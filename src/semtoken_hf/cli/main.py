@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect": ("inspect", USE, "see what a checkpoint merges in a text: in the terminal and as a page"),
     "doctor": ("doctor", USE, "what is installed, which attention will run, whether a checkpoint is whole"),
     "serve": ("serve", USE, "compress prompts on their way to vLLM: an OpenAI-compatible proxy"),
+    "compress-dataset": ("compress_dataset", USE, "turn a data set into prefixes or prompt embeddings, offline"),
     "evaluate": ("evaluate", MEASURE, "quality, memory and time of a checkpoint beside its baselines, as a report"),
     "lm-eval": ("lm_eval", MEASURE, "any task of lm-eval, with compressed contexts (--model semtoken)"),
     "benchmark": ("benchmark", MEASURE, "time and memory of reading a prompt, beside plain Llama"),

@@ -67,14 +67,19 @@ def as_line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def run_jobs(run: Callable[[T], None], jobs: list[T], workers: int, done: int = 0) -> None:
+def run_jobs(
+    run: Callable[[T], None], jobs: list[T], workers: int, done: int = 0, unit: str = "cell", progress: bool = True
+) -> None:
     """`run` every job, in `workers` processes that share the threads of this one.
 
     Args:
         run: can be pickled if there are several workers.
         done: jobs that were done before, for the progress bar.
+        unit: what a job is called in it.
+        progress: show the bar.
     """
-    bar = tqdm(total=done + len(jobs), initial=done, desc="cells", unit="cell", mininterval=1)
+    shown = {"desc": f"{unit}s", "unit": unit, "mininterval": 1, "disable": not progress}
+    bar = tqdm(total=done + len(jobs), initial=done, **shown)
     if workers == 1:
         for job in jobs:
             run(job)
