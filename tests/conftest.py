@@ -8,6 +8,7 @@ import torch
 from transformers import dynamic_module_utils
 from transformers.utils import logging
 
+from semtoken_hf.logging_semtoken import fallbacks
 from tests.fixtures.tiny import minilm_folder
 from tests.hub.client import use_hub
 from tests.hub.hub_server import OWNER, HubServer
@@ -23,6 +24,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def fresh_warnings():
     """`warning_once` remembers for the process, and scripts change the verbosity; each test sees its own warnings."""
     logging.get_logger("semtoken_hf").warning_once.cache_clear()
+    fallbacks.clear()
     logging.set_verbosity_warning()
     torch.manual_seed(0)
 

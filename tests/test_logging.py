@@ -40,6 +40,17 @@ def test_a_prefill_says_tokens_slots_and_bytes(lines):
     assert out.past_key_values.memory_bytes() == (slots + 2) * a_slot
 
 
+def test_calls_that_ran_plain_are_counted(lines):
+    """Each warns once, and the line after the next prefill says how many there were."""
+    model, ids = tiny_model(), random_ids(1, 96)
+    for _ in range(2):
+        model.generate(ids, max_new_tokens=1, use_cache=False)
+    lines()
+    model.generate(ids, max_new_tokens=1)
+    (line,) = lines()
+    assert line.endswith("; 2 calls before it ran plain, as their warnings say.")
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "semtoken_varlen"])
 def test_a_batch_is_one_line_and_padding_counts_in_bytes_alone(lines, attention):
     model = tiny_model(attn_implementation=attention)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 from transformers.utils.logging import get_logger as logger_of_transformers
@@ -16,6 +17,14 @@ def get_logger(name: str) -> Any:
 
 
 logger = get_logger(__name__)
+# Calls of this process that ran the plain model although compression was asked for, by their reason.
+fallbacks: Counter[str] = Counter()
+
+
+def warn_of_fallback(reason: str) -> None:
+    """Warn once of a reason for which calls run the plain model, and count every such call."""
+    fallbacks[reason] += 1
+    logger.warning_once(f"SemToken does not compress this call and runs the plain model exactly: {reason}")
 
 
 def log_prefill(prompt: Any, cache: Any = None) -> None:
@@ -29,7 +38,9 @@ def log_prefill(prompt: Any, cache: Any = None) -> None:
         return
     tokens, slots = int(prompt.original_lengths.sum()), sum(prompt.slot_counts)
     held = f"; the KV cache takes {cache_bytes(cache):,} bytes" if hasattr(cache, "layers") else ""
-    logger.info(f"SemToken read {tokens:,} tokens in {slots:,} slots ({tokens / max(slots, 1):.2f} per slot){held}.")
+    plain = f"; {fallbacks.total():,} calls before it ran plain, as their warnings say" if fallbacks else ""
+    ratio = f"{tokens / max(slots, 1):.2f} per slot"
+    logger.info(f"SemToken read {tokens:,} tokens in {slots:,} slots ({ratio}){held}{plain}.")
     for row, (kept, budget) in enumerate(zip(prompt.slot_counts, prompt.budgets.tolist(), strict=True)):
         if kept > budget:
             logger.info(
@@ -38,4 +49,4 @@ def log_prefill(prompt: Any, cache: Any = None) -> None:
             )
 
 
-__all__ = ["get_logger", "log_prefill"]
+__all__ = ["fallbacks", "get_logger", "log_prefill", "warn_of_fallback"]

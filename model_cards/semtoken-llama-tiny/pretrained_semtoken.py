@@ -17,13 +17,11 @@ from .cached_turn import mask_of_turn
 from .compression import CompressedPrompt, compress_prompt
 from .configuration_semtoken import check_fields_together, check_query_weight, check_ratio
 from .learned_merger import LearnedMerger
-from .logging_semtoken import get_logger
+from .logging_semtoken import warn_of_fallback
 from .read_positions import read_mask_of
 from .semantic_encoder import SemanticEncoder
 from .span_planner import check_ids
 from .static_cache_semtoken import is_static_cache
-
-logger = get_logger(__name__)
 
 # Of `from_pretrained`, for the files that are fetched beside the model's own.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
@@ -324,7 +322,7 @@ class SemTokenPreTrainedMixin:
             self._warn_uncompressed(FILLED_PLAIN)
 
     def _warn_uncompressed(self, reason: str) -> None:
-        logger.warning_once(f"SemToken does not compress this call and runs the plain model exactly: {reason}")
+        warn_of_fallback(reason)
 
 
 class SemTokenHeadMixin(SemTokenPreTrainedMixin):
