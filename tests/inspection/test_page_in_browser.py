@@ -259,6 +259,7 @@ def test_one_plan_has_no_slider(tab, plans, tokenizer, tmp_path):
 
 def test_without_an_encoder(tab, planner, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(planner.config, "segmentation_mode", "uniform")
+    monkeypatch.setattr(planner.config, "merge_mode", "mean")  # a learned merger would read fingerprints
     path = tmp_path / "uniform.html"
     uniform = plan_ratios(planner, tokenizer(TEXT, return_tensors="pt"), [2.0, 4.0])
     path.write_text(prompt_page(uniform, tokenizer), encoding="utf-8")
