@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import transformers
 from filelock import FileLock
 from huggingface_hub import cached_assets_path
 from transformers.utils import logging
@@ -63,7 +64,10 @@ def reference_model(encoder: str = "static", progress: bool = True) -> Path:
         ModuleNotFoundError: a package that carries the weights is not installed.
     """
     model, minilm = package_folder(MODEL_PACKAGE), package_folder(ENCODER_PACKAGE) / "model"
-    cache = cached_assets_path("semtoken_hf", namespace="reference")
+    # Releases of Transformers read the tokenizer in a GGUF file differently: 5.17 finds no padding token in it.
+    cache = cached_assets_path(
+        "semtoken_hf", namespace="reference", subfolder=f"transformers-{transformers.__version__}"
+    )
     options = {"encoder_kind": ENCODERS[encoder], "overwrite": True, "progress": progress}
     return made_once(
         cache / f"smollm2-135m-instruct-{encoder}", lambda folder: convert_checkpoint(model, minilm, folder, **options)
