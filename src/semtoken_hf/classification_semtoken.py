@@ -93,7 +93,7 @@ class SemTokenForSequenceClassificationMixin(SemTokenClassificationMixin):
         }
         prompt = None
         wanted = self._wants_compression(compression, target_ratio, query_weight) and self._is_compressible(call)
-        if wanted and (read := self._read_mask(call)) is not None:
+        if wanted and (read := self._classified_mask(call)) is not None:
             prompt = self._compress_call(
                 call,
                 read_mask=read,
@@ -111,7 +111,7 @@ class SemTokenForSequenceClassificationMixin(SemTokenClassificationMixin):
             log_prefill(prompt, outputs.past_key_values)
         return outputs
 
-    def _read_mask(self, call: dict[str, Any]) -> Tensor | None:
+    def _classified_mask(self, call: dict[str, Any]) -> Tensor | None:
         """bool [B, T], the token of each row that is classified, found as the family does; None where one is hidden."""
         ids, padding = call["input_ids"], self.config.pad_token_id
         column = torch.arange(ids.shape[1], device=ids.device)

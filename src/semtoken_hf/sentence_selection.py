@@ -107,9 +107,8 @@ def token_pairs(input_ids: Tensor, layout: TokenLayout) -> Tensor:
 
 def carried_over_cuts(relevance: Tensor, sentence: Tensor, layout: TokenLayout) -> Tensor:
     """Relevance, [N], in which what follows `LONGEST_SENTENCE` tokens of a sentence is at least as relevant as they."""
-    place, first = torch.arange(len(sentence), device=sentence.device), first_tokens(sentence)
-    start = place.where(first, 0).cummax(0).values
-    goes_on = first & (place - start.roll(1) == LONGEST_SENTENCE) & (place != layout.starts[layout.segment])
+    place, start = torch.arange(len(sentence), device=sentence.device), sentence_starts(sentence)
+    goes_on = (place == start) & (place - start.roll(1) == LONGEST_SENTENCE) & (place != layout.starts[layout.segment])
     return relevance.maximum(relevance.roll(1).where(goes_on, -torch.inf))[start]
 
 
@@ -118,6 +117,12 @@ def first_tokens(sentence: Tensor) -> Tensor:
     first = torch.ones_like(sentence, dtype=torch.bool)
     first[1:] = sentence[1:] != sentence[:-1]
     return first
+
+
+def sentence_starts(sentence: Tensor) -> Tensor:
+    """Place of the first token of every token's sentence, int64 [N]."""
+    place = torch.arange(len(sentence), device=sentence.device)
+    return place.where(first_tokens(sentence), 0).cummax(0).values
 
 
 def exact_match(input_ids: Tensor, sentence: Tensor, layout: TokenLayout, query: Tensor, counted: Tensor) -> Tensor:
@@ -179,8 +184,7 @@ def _sentence_norms(fingerprints: Tensor, sentence: Tensor) -> Tensor:
         sums = torch.segment_reduce(fingerprints[part], "sum", lengths=lengths, unsafe=True)
         own = torch.linalg.vector_norm(sums, dim=-1)[number[:TOKENS_PER_PART]]
         norms[start : start + TOKENS_PER_PART] = own
-    place = torch.arange(len(sentence), device=sentence.device)
-    return norms[place.where(first_tokens(sentence), 0).cummax(0).values]
+    return norms[sentence_starts(sentence)]
 
 
 def standardised(values: Tensor, counted: Tensor, layout: TokenLayout) -> Tensor:
