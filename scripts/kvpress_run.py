@@ -43,7 +43,7 @@ def load_helper(name: str) -> Any:
 
 
 continuation, jobs = load_helper("evaluation/continuation"), load_helper("evaluation/jobs")
-cache_bytes = load_helper("cache_bytes").cache_bytes
+cache_bytes = load_helper("cache_semtoken").cache_bytes
 
 
 @dataclass(frozen=True)

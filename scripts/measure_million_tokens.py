@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from semtoken_hf.attention_semtoken import VARLEN
 from semtoken_hf.benchmarking.shapes import SHAPES
 from semtoken_hf.evaluation.files import write_text
 from semtoken_hf.evaluation.option_names import DashedParser
@@ -28,6 +27,7 @@ from semtoken_hf.evaluation.provenance import provenance, publish_report
 from semtoken_hf.gpu_suite.models import build_model
 from semtoken_hf.gpu_suite.parts import TimeUp
 from semtoken_hf.gpu_suite.streaming import stream_prompt
+from semtoken_hf.varlen_semtoken import VARLEN
 
 LENGTHS = tuple(2**i for i in range(16, 21))
 COLUMNS = {

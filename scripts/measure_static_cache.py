@@ -20,7 +20,7 @@ from transformers import CompileConfig
 from semtoken_hf.benchmarking.clock import TokenStamps, median_ratio, summary
 from semtoken_hf.benchmarking.models import build_model, load_planner, plain_twin, text_ids
 from semtoken_hf.benchmarking.shapes import SHAPES, shape_of
-from semtoken_hf.cache_bytes import cache_bytes
+from semtoken_hf.cache_semtoken import cache_bytes
 from semtoken_hf.evaluation.option_names import DashedParser
 from semtoken_hf.evaluation.provenance import publish_report
 

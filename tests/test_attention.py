@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from semtoken_hf import SemTokenCache
-from semtoken_hf.attention_semtoken import flash_attention_kwargs
+from semtoken_hf.modeling_semtoken import flash_attention_kwargs
 from tests.fixtures.tiny import ragged_prompts, random_ids, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from semtoken_hf.learned_merger import EPSILON, PARTS, READ_TOKENS, LearnedMerger
 from semtoken_hf.span_clustering import Spans
-from semtoken_hf.span_merging import merge_spans
+from semtoken_hf.span_merging import EPSILON, PARTS, READ_TOKENS, LearnedMerger, merge_spans
 from tests.fixtures.tiny import ragged_prompts, tiny_config, tiny_model
 
 LENGTHS = torch.tensor([1, 4, 2, 1, 1, 7, 3, 1, 2])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from semtoken_hf import SemTokenCache, attention_semtoken
-from semtoken_hf.attention_semtoken import VARLEN
+from semtoken_hf import SemTokenCache, varlen_semtoken
 from semtoken_hf.generation_semtoken import GeneratedText
+from semtoken_hf.varlen_semtoken import VARLEN
 from tests.fixtures.adapted import adapted_model
 from tests.fixtures.children import run_clean
 from tests.fixtures.logs import warnings_of
@@ -60,13 +60,13 @@ def test_a_turn_without_its_padding():
 def test_decoding_reads_own_slots_alone(monkeypatch):
     model = tiny_model(attn_implementation=VARLEN)
     ids, mask = ragged_prompts(LENGTHS)
-    sdpa, seen = attention_semtoken.scaled_dot_product_attention, []
+    sdpa, seen = varlen_semtoken.scaled_dot_product_attention, []
 
     def spy(query, key, value, *args, **kwargs):
         seen.append((query.shape[2], key.shape[2]))
         return sdpa(query, key, value, *args, **kwargs)
 
-    monkeypatch.setattr(attention_semtoken, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(varlen_semtoken, "scaled_dot_product_attention", spy)
     generate(model, ids, mask, max_new_tokens=3, min_new_tokens=3)
     layers, groups = model.config.num_hidden_layers, 2
     assert seen[: len(SLOTS)] == [(n, n) for n in SLOTS]
@@ -78,13 +78,13 @@ def test_decoding_reads_own_slots_alone(monkeypatch):
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_no_mask_is_made(monkeypatch, chunk):
     """Of all packed slots by all packed slots, it would be the largest tensor of the call."""
-    attend, masks = attention_semtoken.varlen_attention_forward, []
+    attend, masks = varlen_semtoken.varlen_attention_forward, []
 
     def spy(module, query, key, value, attention_mask, **kwargs):
         masks.append((kwargs["ragged_attention"] is not None, attention_mask))
         return attend(module, query, key, value, attention_mask, **kwargs)
 
-    monkeypatch.setitem(type(attention_semtoken.ALL_ATTENTION_FUNCTIONS)._global_mapping, VARLEN, spy)
+    monkeypatch.setitem(type(varlen_semtoken.ALL_ATTENTION_FUNCTIONS)._global_mapping, VARLEN, spy)
     model = tiny_model(attn_implementation=VARLEN)
     cache = generate(model, *ragged_prompts(LENGTHS), prefill_chunk_size=chunk).past_key_values
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_another_revision_in_the_same_process_changes_nothing(monkeypatch):
     """The last one registered serves both, and its kernels may differ."""
     model, prompts = tiny_model(attn_implementation=VARLEN), ragged_prompts(LENGTHS)
     expected = generate(model, *prompts)
-    spec = importlib.util.spec_from_file_location("semtoken_hf.other_revision", attention_semtoken.__file__)
+    spec = importlib.util.spec_from_file_location("semtoken_hf.other_revision", varlen_semtoken.__file__)
     other = importlib.util.module_from_spec(spec)
     registered = dict(AttentionInterface._global_mapping)
     try:
@@ -136,7 +136,7 @@ def test_no_step_waits_for_the_device(compact, monkeypatch):
         assert kwargs["max_length_k"] == key.shape[2]
         return query.transpose(1, 2), None
 
-    monkeypatch.setitem(attention_semtoken.ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash)
+    monkeypatch.setitem(varlen_semtoken.ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash)
     for attention, lengths in ((VARLEN, LENGTHS), ("sdpa", (96, 96)), ("flash_attention_2", (96,))):
         model = tiny_model(**arguments, attn_implementation="sdpa" if attention == "flash_attention_2" else attention)
         ids, mask = ragged_prompts(lengths)

@@ -7,8 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from semtoken_hf import SemTokenCache
-from semtoken_hf.attention_semtoken import VARLEN
-from semtoken_hf.ragged_cache_semtoken import RaggedLayer, RaggedRows, make_ragged, ranges
+from semtoken_hf.varlen_semtoken import VARLEN, RaggedLayer, RaggedRows, make_ragged, ranges
 from tests.fixtures.cached_rows import states_of_row
 from tests.fixtures.tiny import FEW, left_padded, ragged_prompts, random_ids, tiny_model
 

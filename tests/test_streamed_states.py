@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 
-from semtoken_hf.attention_semtoken import VARLEN
+from semtoken_hf.varlen_semtoken import VARLEN
 from tests.fixtures.tiny import ragged_prompts, random_ids, tiny_model
 
 CHUNK = 7

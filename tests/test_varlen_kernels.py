@@ -6,9 +6,8 @@ import types
 import pytest
 import torch
 
-from semtoken_hf import attention_semtoken
-from semtoken_hf.attention_semtoken import VARLEN
-from semtoken_hf.ragged_cache_semtoken import RaggedRows, RaggedStep
+from semtoken_hf import varlen_semtoken
+from semtoken_hf.varlen_semtoken import VARLEN, RaggedRows, RaggedStep
 from tests.fixtures.ragged import LENGTHS, SLOTS, STEPS, assert_same_generation, generate
 from tests.fixtures.tiny import FEW, ragged_prompts, tiny_model
 
@@ -66,14 +65,14 @@ def kernel(request, monkeypatch):
         return lambda *args, **kwargs: calls.append(args[0].shape) or function(*args, **kwargs)
 
     if request.param == "row by row":
-        monkeypatch.setattr(attention_semtoken, "_row_by_row", counted(attention_semtoken._row_by_row))
+        monkeypatch.setattr(varlen_semtoken, "_row_by_row", counted(varlen_semtoken._row_by_row))
     else:
         is_installed = request.param == "flash-attn"
-        monkeypatch.setattr(attention_semtoken, "_is_fit_for_flash", lambda query: True)
-        monkeypatch.setattr(attention_semtoken, "is_flash_attn_2_available", lambda: is_installed)
+        monkeypatch.setattr(varlen_semtoken, "_is_fit_for_flash", lambda query: True)
+        monkeypatch.setattr(varlen_semtoken, "is_flash_attn_2_available", lambda: is_installed)
         module = types.SimpleNamespace(flash_attn_varlen_func=counted(fake_flash))
         monkeypatch.setitem(sys.modules, "flash_attn", module)
-        monkeypatch.setattr(attention_semtoken, "_torch_varlen", lambda: counted(fake_torch))
+        monkeypatch.setattr(varlen_semtoken, "_torch_varlen", lambda: counted(fake_torch))
     yield calls
     assert calls
 
@@ -103,7 +102,7 @@ def test_each_row_reads_its_own_slots(kernel, heads, queries, past):
     for start, length in zip(step.starts, step.lengths, strict=True):
         for states in (keys, values):
             states[start : start + length] = torch.randn(length, heads[1], 8)
-    ours = attention_semtoken.attend_ragged(query.transpose(0, 1)[None], keys, values, step, scaling=0.3)
+    ours = varlen_semtoken.attend_ragged(query.transpose(0, 1)[None], keys, values, step, scaling=0.3)
     assert ours.shape == (1, sum(queries), heads[0], 8)
     end, expected = 0, []
     for count, start, length in zip(queries, step.starts, step.lengths, strict=True):
@@ -141,9 +140,9 @@ def test_every_kernel_through_the_model(kernel, family, positions, chunk):
 
 def test_which_kernel(monkeypatch):
     """FlashAttention where it runs, in half precision and with heads of a size it knows; else that of PyTorch."""
-    choose, half = attention_semtoken._kernel_for, torch.randn(3, 4, 64, dtype=torch.bfloat16)
-    assert choose(half) is attention_semtoken._row_by_row
-    fits = attention_semtoken._is_fit_for_flash
+    choose, half = varlen_semtoken._kernel_for, torch.randn(3, 4, 64, dtype=torch.bfloat16)
+    assert choose(half) is varlen_semtoken._row_by_row
+    fits = varlen_semtoken._is_fit_for_flash
     gpu = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda", 0), shape=(3, 4, 64))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     for change, capability, is_fit in (
@@ -157,20 +156,20 @@ def test_which_kernel(monkeypatch):
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert fits(types.SimpleNamespace(**{**vars(gpu), **change})) == is_fit
-    monkeypatch.setattr(attention_semtoken, "_is_fit_for_flash", lambda query: True)
+    monkeypatch.setattr(varlen_semtoken, "_is_fit_for_flash", lambda query: True)
     for is_installed, varlen, name in (
         (True, None, "_flash_attention"),
         (False, fake_torch, "_torch_attention"),
         (False, None, "_row_by_row"),
     ):
-        monkeypatch.setattr(attention_semtoken, "is_flash_attn_2_available", lambda found=is_installed: found)
-        monkeypatch.setattr(attention_semtoken, "_torch_varlen", lambda found=varlen: found)
-        assert choose(half) is getattr(attention_semtoken, name)
+        monkeypatch.setattr(varlen_semtoken, "is_flash_attn_2_available", lambda found=is_installed: found)
+        monkeypatch.setattr(varlen_semtoken, "_torch_varlen", lambda found=varlen: found)
+        assert choose(half) is getattr(varlen_semtoken, name)
 
 
 def test_the_kernel_of_pytorch_is_asked_for_its_arguments(monkeypatch):
     """It came in 2.10 with fewer; a version without one of them is not used."""
-    find = attention_semtoken._torch_varlen.__wrapped__
+    find = varlen_semtoken._torch_varlen.__wrapped__
     for function in (fake_torch, lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False: None):
         module = types.SimpleNamespace(varlen_attn=function)
         monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)

@@ -15,8 +15,8 @@ from transformers import AutoModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .cached_turn import mask_of_turn
-from .logging_semtoken import log_prefill
+from .cache_semtoken import mask_of_turn
+from .compression import log_prefill
 from .pretrained_semtoken import PlainTuple, SemTokenHeadMixin
 from .read_positions import KeptPositions
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache_semtoken import cache_bytes
 from .configuration_semtoken import base_merge_mode
-from .learned_merger import LearnedMerger
-from .logging_semtoken import get_logger
+from .logging_semtoken import fallbacks, get_logger
 from .semantic_encoder import SemanticEncoder
-from .span_merging import merge_spans
+from .span_merging import LearnedMerger, merge_spans
 from .span_planner import SpanPlan, plan_spans
 
 logger = get_logger(__name__)
@@ -224,4 +225,26 @@ def _warn_of_merging(config: Any, position_mode: str, budgets_met: bool) -> None
         )
 
 
-__all__ = ["CompressedPrompt", "PromptOrigin", "compress_prompt", "slot_positions"]
+def log_prefill(prompt: Any, cache: Any = None) -> None:
+    """At level info: tokens, slots and bytes, and what the budget could not honour. Else nothing, without a wait.
+
+    Args:
+        prompt: the CompressedPrompt that was read.
+        cache: that holds its slots by now; None: none, or pages that others own.
+    """
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    tokens, slots = int(prompt.original_lengths.sum()), sum(prompt.slot_counts)
+    held = f"; the KV cache takes {cache_bytes(cache):,} bytes" if hasattr(cache, "layers") else ""
+    plain = f"; {fallbacks.total():,} calls before it ran plain, as their warnings say" if fallbacks else ""
+    ratio = f"{tokens / max(slots, 1):.2f} per slot"
+    logger.info(f"SemToken read {tokens:,} tokens in {slots:,} slots ({ratio}){held}{plain}.")
+    for row, (kept, budget) in enumerate(zip(prompt.slot_counts, prompt.budgets.tolist(), strict=True)):
+        if kept > budget:
+            logger.info(
+                f"Row {row} keeps {kept:,} slots of a budget of {budget:,}: its protected tokens and "
+                "`max_span_length` forbid fewer."
+            )
+
+
+__all__ = ["CompressedPrompt", "PromptOrigin", "compress_prompt", "log_prefill", "slot_positions"]

@@ -103,7 +103,7 @@ class SemTokenConfigMixin:
             merges what lies between; "greedy" is the paper's anchor clustering with its entropy budget; "boundary" cuts
             between the most dissimilar neighbours; "uniform" makes equal spans without an encoder.
         merge_mode: "mean" of the span's embeddings, its "representative" token, or "learned": one of the two with a
-            trained residual (see `learned_merger.py`).
+            trained residual (see `span_merging.py`).
         merger_base: what the residual is added to, "mean" or "representative".
         merger_rank: width of the residual's hidden layer, at most 8,192.
         adapter_subfolder: folder inside the checkpoint with a PEFT adapter that acts on compressed rows alone.

@@ -21,14 +21,19 @@ from transformers import DynamicCache, GenerationMixin, QuantizedCache, StaticCa
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.masking_utils import create_masks_for_generate
 
-from .cache_bytes import is_quantized
-from .cache_semtoken import SemTokenCache, is_semtoken_cache
-from .cached_turn import begin_behind_prefix, check_chunk_size
+from .cache_semtoken import (
+    SemTokenCache,
+    begin_behind_prefix,
+    check_chunk_size,
+    is_prefix,
+    is_quantized,
+    is_semtoken_cache,
+    is_static_cache,
+)
 from .configuration_semtoken import validate_compression_fields
 from .logging_semtoken import get_logger
-from .prefix_semtoken import is_prefix
 from .pretrained_semtoken import PAGED
-from .static_cache_semtoken import SemTokenStaticCache, is_static_cache
+from .static_cache_semtoken import SemTokenStaticCache
 
 logger = get_logger(__name__)
 

@@ -12,16 +12,14 @@ from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
 from .adapter_semtoken import load_adapter, remembering_rows, save_adapter, saves_adapter, without_adapter
-from .cache_semtoken import is_semtoken_cache
-from .cached_turn import mask_of_turn
+from .cache_semtoken import is_semtoken_cache, is_static_cache, mask_of_turn
 from .compression import CompressedPrompt, compress_prompt
 from .configuration_semtoken import check_fields_together, check_query_weight, check_ratio
-from .learned_merger import LearnedMerger
 from .logging_semtoken import warn_of_fallback
 from .read_positions import read_mask_of
 from .semantic_encoder import SemanticEncoder
+from .span_merging import LearnedMerger
 from .span_planner import check_ids
-from .static_cache_semtoken import is_static_cache
 
 # Of `from_pretrained`, for the files that are fetched beside the model's own.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")

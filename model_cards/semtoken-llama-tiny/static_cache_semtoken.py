@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import StaticCache
 
-from .cache_bytes import cache_bytes
-from .cache_semtoken import SemTokenCache
+from .cache_semtoken import SemTokenCache, cache_bytes
 
 
 class SemTokenStaticCache(StaticCache):
@@ -154,9 +153,4 @@ def _fill(layer: Any, source: Any, length: int) -> None:
         layer.cumulative_length_int = length
 
 
-def is_static_cache(cache: Any) -> bool:
-    """Whether `cache` is a SemTokenStaticCache; by its interface, since remote code may define it a second time."""
-    return hasattr(cache, "mask_of_columns")
-
-
-__all__ = ["SemTokenStaticCache", "is_static_cache"]
+__all__ = ["SemTokenStaticCache"]

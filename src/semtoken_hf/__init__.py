@@ -4,9 +4,8 @@ from .cache_semtoken import SemTokenCache
 from .compression import CompressedPrompt
 from .families import register_all
 from .prefix_semtoken import CompressedPrefix
-from .standalone_planner import SpanPlanner
 from .static_cache_semtoken import SemTokenStaticCache
-from .tokenization_semtoken_fast import SemTokenFastTokenizer
+from .tokenization_semtoken_fast import SemTokenFastTokenizer, SpanPlanner
 
 _CLASSES = register_all()
 globals().update(_CLASSES)

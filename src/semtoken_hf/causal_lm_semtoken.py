@@ -16,14 +16,12 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .cached_turn import apply_past_mask, check_chunk_size
-from .compression import CompressedPrompt
+from .cache_semtoken import apply_past_mask, check_chunk_size, is_prefix
+from .compression import CompressedPrompt, log_prefill
 from .generation_semtoken import SemTokenGenerationMixin
-from .logging_semtoken import log_prefill
-from .prefix_semtoken import SemTokenPrefixMixin, is_prefix
+from .prefix_semtoken import SemTokenPrefixMixin
 from .pretrained_semtoken import PlainTuple, SemTokenHeadMixin, slot_step_of
-from .read_positions import KeptPositions, LabelledPositions, align_to_step
-from .replaced_forward import reads_of, telling_base
+from .read_positions import KeptPositions, LabelledPositions, align_to_step, reads_of, telling_base
 
 
 @dataclass
@@ -149,6 +147,8 @@ class SemTokenForCausalLMMixin(SemTokenGenerationMixin, SemTokenPrefixMixin, Sem
             options: the ratio and the weight of the question.
             given: masks and plan of the prompt, which `generate` passes to every call.
         """
+        if getattr(call["input_ids"], "shape", (0, 0))[1:] == (1,):  # a step of decoding
+            return None
         read = self._read_mask(call, reads_of(call))
         if read is None:
             return None

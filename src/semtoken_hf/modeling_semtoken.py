@@ -16,19 +16,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .adapter_semtoken import adapter_acts_on
-from .attention_semtoken import flash_attention_kwargs
-from .cache_semtoken import SemTokenCache, is_semtoken_cache
-from .cached_turn import Turn, append_plain, apply_past_mask, check_chunk_size, counts_of_turn
-from .compression import CompressedPrompt
-from .learned_merger import LearnedMerger
-from .logging_semtoken import get_logger, log_prefill
+from .cache_semtoken import (
+    SemTokenCache,
+    Turn,
+    append_plain,
+    apply_past_mask,
+    check_chunk_size,
+    counts_of_turn,
+    is_semtoken_cache,
+    is_static_cache,
+)
+from .compression import CompressedPrompt, log_prefill
+from .logging_semtoken import get_logger
 from .pretrained_semtoken import PlainTuple, SemTokenPreTrainedMixin, packing_argument, slot_step_of
-from .ragged_cache_semtoken import ranges
-from .ragged_modeling_semtoken import SemTokenRaggedMixin
-from .read_positions import token_states
-from .replaced_forward import READING, reads_of
+from .read_positions import READING, reads_of, token_states
 from .semantic_encoder import SemanticEncoder
-from .static_cache_semtoken import is_static_cache
+from .span_merging import LearnedMerger
+from .varlen_semtoken import SemTokenRaggedMixin, ranges
 
 logger = get_logger(__name__)
 
@@ -97,7 +101,7 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
             target_ratio, span_ids, protected_mask, query_mask, query_weight, read_mask: as in `compress`.
             prefill_chunk_size: run the layers over this many columns at a time, to bound the working memory.
             slot_reading: what the head reads of a prompt that it has compressed (see `read_positions.py`).
-            head_reads: what another head reads (see `replaced_forward.py`).
+            head_reads: what another head reads (see `read_positions.py`).
 
         Returns:
             `last_hidden_state` [B, T, H] and no `span_ids` where nothing merged; else [B, M, H] over the slots, what
@@ -247,6 +251,8 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         """The family's forward over a turn, padded or ragged; states before the `last_columns` are freed, unless 0."""
         if turn.counts is not None:
             return self._run_ragged(turn, last_columns, use_cache, chunk_size, **kwargs)
+        if self.config.adapter_subfolder is None:
+            return self._run_layers(turn, last_columns, use_cache, chunk_size, **kwargs)
         with adapter_acts_on(turn.adapted):
             return self._run_layers(turn, last_columns, use_cache, chunk_size, **kwargs)
 
@@ -284,6 +290,32 @@ class SemTokenModelMixin(SemTokenRaggedMixin, SemTokenPreTrainedMixin):
         return outputs
 
 
+def flash_attention_kwargs(
+    attn_implementation: str | None, batch_size: int, query_length: int, key_length: int, device: torch.device
+) -> dict[str, Any]:
+    """Variable-length arguments that keep FlashAttention from reading gapped positions as packed sequences.
+
+    Transformers infers packing from `position_ids` when the batch is 1 and no mask is left; explicit cumulative
+    lengths take priority. Empty for other backends: SDPA and eager would ignore them.
+
+    Returns:
+        `cu_seq_lens_q`, `cu_seq_lens_k` (int32 [2]), `max_length_q`, `max_length_k` (int), or nothing.
+    """
+    if batch_size != 1 or not (attn_implementation or "").startswith(("flash_attention", "kernels-community/")):
+        return {}
+
+    def cumulative(length: int) -> Tensor:
+        # Made on the device: a copy of a list would wait for it, in every step.
+        return torch.arange(2, dtype=torch.int32, device=device) * length
+
+    return {
+        "cu_seq_lens_q": cumulative(query_length),
+        "cu_seq_lens_k": cumulative(key_length),
+        "max_length_q": query_length,
+        "max_length_k": key_length,
+    }
+
+
 def _warn_of_length(config: Any, prompt: CompressedPrompt, cache: Any) -> None:
     """Warn once where slots stand at positions that the model was not trained for, padding included."""
     limit = getattr(config, "max_position_embeddings", None)
@@ -300,4 +332,4 @@ def _warn_of_length(config: Any, prompt: CompressedPrompt, cache: Any) -> None:
     )
 
 
-__all__ = ["SemTokenModelMixin", "SemTokenModelOutputWithPast"]
+__all__ = ["SemTokenModelMixin", "SemTokenModelOutputWithPast", "flash_attention_kwargs"]

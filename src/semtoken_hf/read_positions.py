@@ -1,7 +1,16 @@
-"""Which positions somebody reads, and where their logits come from once tokens share slots (law 2)."""
+"""Which positions somebody reads, and where their logits come from once tokens share slots (law 2).
+
+Others put a forward of their own on a model, as the fused heads of trainers do, and it calls the base model by itself:
+the base model then learns what the call reads from `head_reads`, which that forward hands on with the arguments that
+it does not know (`telling_base`).
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +18,8 @@ import torch
 from torch import Tensor
 
 IGNORED_LABEL = -100
+# Arguments of a head that say which positions are read.
+READING = ("labels", "shift_labels", "logits_to_keep")
 
 
 def read_mask_of(
@@ -201,12 +212,44 @@ def align_to_step(values: Tensor | None, name: str, start: int, tokens: int, dra
     raise ValueError(f"`{name}` has {length} columns, but this call has {tokens} tokens behind {start} in the cache")
 
 
+def reads_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a call says of the positions that are read; empty where it says nothing of them."""
+    return {name: arguments[name] for name in READING if name in arguments}
+
+
+def telling_base(model: Any, forward: Any) -> Any:
+    """`forward` with `head_reads` among its arguments; unchanged if it is the model's own, or takes no others."""
+    function = forward.__func__ if getattr(forward, "__self__", None) is model else None
+    if function is type(model).forward or not _takes_any_argument(forward):
+        return forward
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs["head_reads"] = reads_of(kwargs) or {"labels": None}
+        # A copy of the model runs its own.
+        return forward(*args, **kwargs) if function is None else function(self, *args, **kwargs)
+
+    return types.MethodType(run, model)
+
+
+def _takes_any_argument(function: Callable[..., Any]) -> bool:
+    try:
+        # What it is called with, not what it says to stand for.
+        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
 __all__ = [
     "IGNORED_LABEL",
     "KeptPositions",
     "LabelledPositions",
+    "READING",
     "align_to_step",
     "read_mask_of",
+    "reads_of",
     "slot_columns",
+    "telling_base",
     "token_states",
 ]

@@ -8,7 +8,7 @@ from semtoken_hf.benchmarking.models import build_model, load_planner, plain_twi
 from semtoken_hf.benchmarking.shapes import ModelShape
 from semtoken_hf.benchmarking.variants import PADDED, PLAIN_M, PLAIN_N, RAGGED, list_variants
 from semtoken_hf.benchmarking.workloads import make_batch
-from semtoken_hf.standalone_planner import SpanPlanner
+from semtoken_hf.tokenization_semtoken_fast import SpanPlanner
 from tests.fixtures import tiny
 
 SMALL = ModelShape(32, 48, 1, 4, 2, vocab_size=400)

@@ -229,7 +229,7 @@ def test_attention_is_what_will_run(monkeypatch):
     assert checks["ragged batch"].found == "semtoken_varlen: SDPA, row by row"
     assert "need a GPU" in checks["ragged batch"].advice
     assert checks["prefill, a row"].found == "sdpa: PyTorch's FlashAttention"
-    torch_attention = sys.modules["semtoken_hf.attention_semtoken"]._torch_attention
+    torch_attention = sys.modules["semtoken_hf.varlen_semtoken"]._torch_attention
     monkeypatch.setattr(attention, "_kernel_for", lambda query: torch_attention)
     assert check_attention(shape, torch.device("cpu"))[-1].found == "semtoken_varlen: PyTorch's varlen_attn"
 
@@ -253,7 +253,7 @@ class FakeQuery:
     ],
 )
 def test_why_that_kernel(monkeypatch, dtype, head_dim, flash, says):
-    module = sys.modules["semtoken_hf.attention_semtoken"]
+    module = sys.modules["semtoken_hf.varlen_semtoken"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(module, "is_flash_attn_2_available", lambda: flash)
     monkeypatch.setattr(module, "_torch_varlen", lambda: None)
@@ -280,7 +280,7 @@ def test_upgrade_rewrites_an_old_folder_in_place(tmp_path):
         fields[old] = fields.pop(new)
     del fields["auto_map"]["AutoModelForSequenceClassification"]
     (folder / "config.json").write_text(json.dumps({**fields, "keep_last": 7, "text_markers": None}))
-    (folder / "slot_counts.py").write_text("# of an earlier version\n")
+    (folder / "span_planner.py").write_text("# of an earlier version\n")
     (folder / "gone.py").write_text("# of an earlier version\n")
     weights = (folder / "model.safetensors").read_bytes()
     assert diagnosed(folder)["modules"]["status"] != "ok"

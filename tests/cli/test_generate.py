@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from semtoken_hf.cache_bytes import cache_bytes
+from semtoken_hf.cache_semtoken import cache_bytes
 from semtoken_hf.cli.reading import encode, load, read_on
 from tests.fixtures.command_line import run_command, run_json
 from tests.fixtures.tiny import plain_twin, tiny_model, tiny_tokenizer

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from semtoken_hf.cache_bytes import cache_bytes
+from semtoken_hf.cache_semtoken import cache_bytes
 from semtoken_hf.evaluation.continuation import score_target
 from semtoken_hf.evaluation.methods import METHODS, Compressed
 from semtoken_hf.evaluation.methods.compressed import changed_fields

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from semtoken_hf.attention_semtoken import VARLEN
 from semtoken_hf.gpu_suite.equivalence import CASES, FIELDS, SHAPE, Backend, available_backends, read_and_decode
 from semtoken_hf.gpu_suite.models import build_model
 from semtoken_hf.gpu_suite.parts import attention
+from semtoken_hf.varlen_semtoken import VARLEN
 
 # Grouped heads and masks rule kernels out: then SDPA says so.
 BACKENDS = {

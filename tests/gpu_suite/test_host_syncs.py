@@ -56,5 +56,5 @@ def test_every_setting_is_counted(context, monkeypatch):
     assert ("compress", "transformer encoder, ragged batch") in calls
     assert {row["waits"] for row in context.rows if row["setting"] == "sdpa, one row"} == {0}
     assert {row["waits"] for row in context.rows if row["call"] == "compress"} == {1}
-    assert all("slot_counts.py" in row["places"] for row in context.rows if row["call"] == "compress")
+    assert all("span_planner.py" in row["places"] for row in context.rows if row["call"] == "compress")
     assert all(context.checks.values())

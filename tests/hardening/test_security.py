@@ -26,7 +26,7 @@ SHIPPED = {
         "import_module(peft.tuners.lora)",
     },
     # The kernels of attention that there are, and their arguments.
-    "attention_semtoken.py": {
+    "varlen_semtoken.py": {
         "import importlib.import_module",
         "import inspect",
         "import_module(flash_attn)",
@@ -43,11 +43,11 @@ SHIPPED = {
         "setattr",
     },
     # What was not written whole is removed.
-    "prefix_file_semtoken.py": {".unlink"},
+    "prefix_semtoken.py": {".unlink"},
     # Whether a forward of others takes any argument.
-    "replaced_forward.py": {"import inspect"},
+    "read_positions.py": {"import inspect"},
     # A type of paths.
-    "standalone_planner.py": {"import os"},
+    "tokenization_semtoken_fast.py": {"import os"},
 }
 # On the developer's machine.
 DEVELOPMENT = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from semtoken_hf.chat_semtoken import content_spans
+from semtoken_hf.tokenization_semtoken_fast import content_spans
 from tests.fixtures.tiny import ragged_prompts, random_ids, tiny_model, tiny_tokenizer
 
 # As Llama 3's, ChatML with default system text, and Llama 2's, which puts the system text into the first user turn.

@@ -14,7 +14,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from semtoken_hf import SemTokenCache
-from semtoken_hf.cache_bytes import cache_bytes
+from semtoken_hf.cache_semtoken import cache_bytes
 from tests.fixtures.logs import warnings_of
 from tests.fixtures.tiny import FEW, left_padded, plain_twin, ragged_prompts, random_ids, tiny_model
 

@@ -16,7 +16,7 @@ from ..configuration_semtoken_llama import SemTokenLlamaConfig
 from ..conversion.planner import planner_on_vocabulary
 from ..modeling_semtoken_llama import SemTokenLlamaForCausalLM
 from ..semantic_encoder import SemanticEncoder
-from ..standalone_planner import SpanPlanner
+from ..tokenization_semtoken_fast import SpanPlanner
 from .shapes import ModelShape, dtype_of
 
 COMPRESSION = tuple(field.name for field in fields_of(SemTokenConfigMixin))

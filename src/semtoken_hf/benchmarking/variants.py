@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from ..attention_semtoken import VARLEN
-from ..cache_bytes import cache_bytes
-from ..cache_semtoken import is_semtoken_cache
+from ..cache_semtoken import cache_bytes, is_semtoken_cache
+from ..varlen_semtoken import VARLEN
 from .clock import TokenStamps, peak_extra_bytes, seconds_of
 from .workloads import Batch
 

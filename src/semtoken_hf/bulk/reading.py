@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..prefix_file_semtoken import check_identity, identity_of
-from ..prefix_semtoken import CompressedPrefix, prompt_of_slots
+from ..prefix_semtoken import CompressedPrefix, check_identity, identity_of, prompt_of_slots
 from ..serving.prompt_embeds import ExportedPrompt
 from .manifest import missing_shards, read_manifest
 from .settings import PREFIXES, PROMPT_EMBEDS

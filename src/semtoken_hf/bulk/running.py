@@ -13,7 +13,7 @@ from ..conversion.source import check_semtoken, resolve_folder
 from ..conversion.staging import remove_stale, scratch_folder
 from ..evaluation.configuration import checkpoint_stamp
 from ..evaluation.files import only_run_in
-from ..prefix_file_semtoken import identity_of
+from ..prefix_semtoken import identity_of
 from ..serving.prompt_embeds import check_config
 from .engines import ENGINES
 from .manifest import (

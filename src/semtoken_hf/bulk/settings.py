@@ -59,7 +59,7 @@ class WorkerSettings:
         revision: commit of a Hub id.
         kind, target_ratio, dtype: as in `BulkOptions`.
         folder: of the shards.
-        identity: of the model that will read them, as `prefix_file_semtoken.identity_of` has it.
+        identity: of the model that will read them, as `prefix_semtoken.identity_of` has it.
     """
 
     checkpoint: str

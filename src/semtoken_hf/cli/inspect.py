@@ -14,7 +14,7 @@ from ..inspection.page import prompt_page, token_pieces
 from ..inspection.planning import default_ratios, plan_ratios
 from ..inspection.summary import notes_on, summarise
 from ..inspection.terminal import show_plans
-from ..standalone_planner import SpanPlanner
+from ..tokenization_semtoken_fast import SpanPlanner
 from .generate import read_prompt
 from .main import CONTEXT
 from .options import NUMBER, Fields, Json, Quiet, SpreadingCommand, fields_of

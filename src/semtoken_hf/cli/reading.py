@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ..cache_bytes import cache_bytes
+from ..cache_semtoken import cache_bytes
 from ..conversion.source import check_semtoken
 from ..evaluation.side_by_side import wait_for_device
 from .texts import FIELDS

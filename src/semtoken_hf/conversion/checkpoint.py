@@ -25,8 +25,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration_semtoken import ENCODER_DTYPES, RENAMED, SemTokenConfigMixin, SemTokenStaticEncoderConfig
 from ..pretrained_semtoken import auto_map_of
-from ..standalone_planner import SpanPlannerConfig
-from ..tokenization_semtoken_fast import SemTokenFastTokenizer
+from ..tokenization_semtoken_fast import SemTokenFastTokenizer, SpanPlannerConfig
 from .encoder import build_encoder, in_dtype
 from .source import FAMILY_PREFIX, convertible_types, plain_source, read_model_type, resolve_folder
 from .staging import check_output, remove_stale, staged_folder

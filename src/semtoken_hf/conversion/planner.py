@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..semantic_encoder import SemanticEncoder
-from ..standalone_planner import SpanPlanner, SpanPlannerConfig
+from ..tokenization_semtoken_fast import SpanPlanner, SpanPlannerConfig
 from .encoder import build_encoder
 from .source import resolve_folder
 from .text_markers import text_markers

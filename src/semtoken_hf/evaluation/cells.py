@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import semtoken_hf  # noqa: F401 (registers the classes)
 
-from ..cache_bytes import cache_bytes
+from ..cache_semtoken import cache_bytes
 from ..configuration_semtoken import encoder_positions
 from ..conversion.source import check_semtoken
 from .ablations import ABLATIONS, NEEDS_TRANSFORMER

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from ..cache_bytes import cache_bytes
-from ..cache_semtoken import is_semtoken_cache
+from ..cache_semtoken import cache_bytes, is_semtoken_cache
 
 # A text to go on with, or the messages of a chat.
 Prompt = str | list[dict[str, str]]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..cache_bytes import cache_bytes
+from ..cache_semtoken import cache_bytes
 from .cells import load_model, load_tokenizer
 from .configuration import EvaluationConfig, chosen
 from .continuation import Prefill, decode_greedily

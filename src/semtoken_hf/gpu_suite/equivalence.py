@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from ..attention_semtoken import VARLEN
 from ..benchmarking.shapes import ModelShape
+from ..varlen_semtoken import VARLEN
 from .machine import has_flash_attention
 from .models import build_model, prompts
 from .parts import Context, attention, free_memory

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..attention_semtoken import VARLEN
+from ..varlen_semtoken import VARLEN
 from .equivalence import CASES, FIELDS, RATIO, SHAPE, available_backends
 from .models import build_model
 from .parts import Context, attention

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..attention_semtoken import VARLEN
 from ..benchmarking.shapes import ModelShape, shape_of
 from ..configuration_semtoken import SemTokenStaticEncoderConfig
+from ..varlen_semtoken import VARLEN
 from .machine import has_flash_attention, has_torch_varlen
 from .measuring import RATIO
 from .models import build_model

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from ..compression import PromptOrigin, slot_positions
 from ..configuration_semtoken import base_merge_mode
 from ..span_merging import representative_tokens
-from ..standalone_planner import SpanPlanner
 from ..token_layout import TokenLayout
+from ..tokenization_semtoken_fast import SpanPlanner
 from .details import SpanDetails, describe
 
 DEFAULT_RATIOS = (1.5, 2.0, 2.4, 3.0, 4.0, 6.0, 8.0)

@@ -13,9 +13,9 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 
-from ..compression import CompressedPrompt
+from ..compression import CompressedPrompt, log_prefill
 from ..generation_semtoken import GENERATION_FIELDS
-from ..logging_semtoken import get_logger, log_prefill
+from ..logging_semtoken import get_logger
 from .slot_table import SlotStep, SlotTable, moving_rope_types
 
 logger = get_logger(__name__)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cached_turn import Turn
+from ..cache_semtoken import Turn
 from ..compression import compress_prompt
 from .distillation import DistillationModel
 from .packed_attention import chunk_views, use_packed_attention

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from ...attention_semtoken import VARLEN, _is_fit_for_flash, _kernel_for, _torch_varlen
+from ...varlen_semtoken import VARLEN, _is_fit_for_flash, _kernel_for, _torch_varlen
 from .checks import Check
 
 GROUP = "Attention"

@@ -11,7 +11,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
 
-from ...attention_semtoken import _torch_varlen
+from ...varlen_semtoken import _torch_varlen
 from .checks import Check
 
 INSTALLED, DEVICE = "Installed", "Device"
