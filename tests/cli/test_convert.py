@@ -35,6 +35,8 @@ def test_what_it_says_to_machines_is_what_was_written(make_llama, encoder_folder
     config = json.loads((out / "config.json").read_text())
     assert record["fields"].pop("protected_tokens") == len(config["protected_token_ids"])
     assert record["fields"]["target_ratio"] == 3
+    counted = {kind: len(ids) for kind, ids in config["text_markers"].items()}
+    assert record["fields"].pop("text_markers") == counted
     assert record["fields"] == {name: config[name] for name in record["fields"]}
     assert config["encoder_config"]["num_hidden_layers"] == 1
 

@@ -20,8 +20,10 @@ def size_text(nbytes: float) -> str:
 
 
 def compression_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Of a config.json; the ids that never merge are too many to show, and counted."""
+    """Of a config.json; ids that never merge, and those of text markers, are too many to show, and counted."""
     found = {name: config[name] for name in FIELDS if name in config}
     if "protected_token_ids" in found:
         found["protected_tokens"] = len(found.pop("protected_token_ids") or [])
+    if found.get("text_markers"):
+        found["text_markers"] = {kind: len(ids) for kind, ids in found["text_markers"].items()}
     return found
