@@ -165,7 +165,7 @@ def test_no_step_waits_for_the_device(compact, monkeypatch):
 
 @pytest.mark.parametrize("reason", ["gradients", "training", "window", "window of no layer", "quantised"])
 def test_padded_where_rows_cannot_be_ragged(reason, caplog):
-    """Bit for bit the padded road, with a warning where the user could have expected otherwise."""
+    """Bit for bit the padded code path, with a warning where the user could have expected otherwise."""
     fields = {"family": "mistral", "sliding_window": 16} if "window" in reason else {}
     ours, theirs = (tiny_model(**fields, attn_implementation=name) for name in (VARLEN, "sdpa"))
     ids, mask = ragged_prompts(LENGTHS)

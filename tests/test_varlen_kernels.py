@@ -128,7 +128,7 @@ def test_lengths_of_a_kernel():
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("family", FEW)
 def test_every_kernel_through_the_model(kernel, family, positions, chunk):
-    """Against the padded road of SDPA."""
+    """Against the padded code path of SDPA."""
     ours, theirs = (
         tiny_model(family=family, position_mode=positions, attn_implementation=name) for name in (VARLEN, "sdpa")
     )

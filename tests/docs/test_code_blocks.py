@@ -18,7 +18,7 @@ from tests.fixtures.children import ROOT
 BLOCKS = {document: read_blocks(document) for document in documents()}
 # Blocks for a server, for an environment of their own, or that are modules, each with the test that runs them.
 SERVERS = {
-    "openai.OpenAI(": "roads/test_serve.py",
+    "openai.OpenAI(": "integrations/test_serve.py",
     "LLM(": "serving/test_prompt_embeds.py",
     "compress_dataset(": "bulk/test_compress_dataset.py",
     "from .configuration_semtoken": "test_families.py",

@@ -1,8 +1,8 @@
-"""The axes of the matrix of laws, said once: families x attention x position mode x merge mode x road.
+"""The axes of the matrix of laws, said once: families x attention x position mode x merge mode x code path.
 
-The shipped default on Llama meets every attention, position mode and road; the other families, merge modes and windows
-are spread over them pairwise. A model, its plain twin and what a road comes to are made once for each case; no test may
-change them.
+The shipped default on Llama meets every attention, position mode and code path; the other families, merge modes and
+windows are spread over them pairwise. A model, its plain twin and what a code path comes to are made once for each
+case; no test may change them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import modeling_utils
 
 from tests.fixtures.tiny import FAMILIES, WITH_WINDOWS, plain_twin, tiny_model
 
-from .roads import ROADS, Outcome
+from .code_paths import CODE_PATHS, Outcome
 
 NEWEST = version.parse("5.23")
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
@@ -105,13 +105,13 @@ def spread_cases() -> list[Case]:
     return llama + list(itertools.islice(other_cases(), len(OTHERS)))
 
 
-def cells(roads: Iterable[str], everything: bool = False) -> list[Any]:
-    """`pytest.param(case, road)`: every road on Llama, with `everything` in all its cases (with the newest Transformers
-    alone), and every other family on a fifth of the roads, in turn."""
+def cells(code_paths: Iterable[str], everything: bool = False) -> list[Any]:
+    """`pytest.param(case, code_path)`: every code path on Llama, with `everything` in all its cases (with the newest
+    Transformers alone), and every other family on a fifth of the code paths, in turn."""
     everything = everything and version.parse(transformers.__version__) >= NEWEST
-    chosen, others, roads = [], other_cases(), list(roads)
-    for number, name in enumerate(roads):
-        cases = spread_cases() if ROADS[name].is_decoding else every_case()
+    chosen, others, code_paths = [], other_cases(), list(code_paths)
+    for number, name in enumerate(code_paths):
+        cases = spread_cases() if CODE_PATHS[name].is_decoding else every_case()
         llama = [case for case in cases if case.family == "llama"]
         chosen += [(case, name) for case in (llama if everything else [llama[number % len(llama)]])]
         turn = [next(others) for _ in OTHERS]
@@ -123,8 +123,8 @@ def each_case(cases: Iterable[Case]) -> Any:
     return pytest.mark.parametrize("case", list(cases), ids=str)
 
 
-def each_cell(roads: Iterable[str], everything: bool = False) -> Any:
-    return pytest.mark.parametrize(("case", "road"), cells(roads, everything))
+def each_cell(code_paths: Iterable[str], everything: bool = False) -> Any:
+    return pytest.mark.parametrize(("case", "code_path"), cells(code_paths, everything))
 
 
 @functools.cache
@@ -160,16 +160,16 @@ def plain_of(case: Case) -> Any:
 
 
 @functools.cache
-def outcome_of(case: Case, road: str) -> Outcome:
-    """What the compressed model comes to on the road's batch."""
-    return ROADS[road].run(model_of(case), *ROADS[road].batch())
+def outcome_of(case: Case, code_path: str) -> Outcome:
+    """What the compressed model comes to on the code path's batch."""
+    return CODE_PATHS[code_path].run(model_of(case), *CODE_PATHS[code_path].batch())
 
 
 @functools.cache
-def plain_outcome(case: Case, road: str) -> Outcome:
+def plain_outcome(case: Case, code_path: str) -> Outcome:
     """What the plain twin comes to on the same batch."""
     case = case_of(case.family, case.attention, dtype=case.dtype)
-    return ROADS[road].run(plain_of(case), *ROADS[road].batch())
+    return CODE_PATHS[code_path].run(plain_of(case), *CODE_PATHS[code_path].batch())
 
 
 def assert_identical(ours: Outcome, theirs: Outcome) -> None:

@@ -1,4 +1,4 @@
-"""Law 1: with compression off, every road is bit-identical to the family's plain model."""
+"""Law 1: with compression off, every code path is bit-identical to the family's plain model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .cases import (
     plain_outcome,
     spread_cases,
 )
-from .roads import ROADS
+from .code_paths import CODE_PATHS
 
 # How compression is switched off: configuration fields, and arguments of the call.
 OFF = {
@@ -48,34 +48,36 @@ def off_model(case, off):
 
 
 def off_cells():
-    """Every road on Llama with the argument in every attention, and with every other switch; other families, dtypes
-    and switches on a fifth of the roads, in turn: no layer sees how the switch was thrown."""
+    """Every code path on Llama with the argument in every attention, and with every other switch; other families,
+    dtypes and switches on a fifth of them, in turn: no layer sees how the switch was thrown."""
     dtypes, switches = itertools.cycle([torch.float32, torch.bfloat16]), itertools.cycle(OFF)
     others = (replace(case, dtype=next(dtypes)) for case in other_cases())
-    for number, road in enumerate(ROADS):
+    for number, code_path in enumerate(CODE_PATHS):
         chosen = [(case, "argument") for case in spread_cases() if case.family == "llama" and case.merge != "mean"]
         chosen += [(Case("llama"), off) for off in OFF if off != "argument"]
         turn = [(next(others), next(switches)) for _ in OTHERS]
         chosen += [pair for place, pair in enumerate(turn) if (place + number) % 5 == 0]
         for case, off in chosen:
             # The configuration refuses to read again what is too short to be merged.
-            if (off, road) != ("short prompt", "recompressed"):
-                yield pytest.param(case, off, road, id=f"{case}-{off}-{road}")
+            if (off, code_path) != ("short prompt", "recompressed"):
+                yield pytest.param(case, off, code_path, id=f"{case}-{off}-{code_path}")
 
 
-@pytest.mark.parametrize(("case", "off", "road"), off_cells())
-def test_off_is_the_plain_model(case, off, road, caplog):
-    ours = ROADS[road].run(off_model(case, off), *ROADS[road].batch(), **OFF[off][1])
-    assert_identical(ours, plain_outcome(case, road))
+@pytest.mark.parametrize(("case", "off", "code_path"), off_cells())
+def test_off_is_the_plain_model(case, off, code_path, caplog):
+    ours = CODE_PATHS[code_path].run(off_model(case, off), *CODE_PATHS[code_path].batch(), **OFF[off][1])
+    assert_identical(ours, plain_outcome(case, code_path))
     # `generate` picks its cache before it sees how short the prompt is.
     assert off == "short prompt" or not warnings_of(caplog)
 
 
-@each_cell([name for name, road in ROADS.items() if road.compresses and name not in ("pipeline", "all logits")])
-def test_on_is_not_off(case, road):
-    """The comparisons above are not empty: these roads compress once nothing forbids it."""
-    ours = ROADS[road].run(model_of(case), *ROADS[road].batch())
-    theirs = plain_outcome(case, road)
+@each_cell(
+    [name for name, code_path in CODE_PATHS.items() if code_path.compresses and name not in ("pipeline", "all logits")]
+)
+def test_on_is_not_off(case, code_path):
+    """The comparisons above are not empty: these code paths compress once nothing forbids it."""
+    ours = CODE_PATHS[code_path].run(model_of(case), *CODE_PATHS[code_path].batch())
+    theirs = plain_outcome(case, code_path)
     name = next(n for n in ("logits", "loss", "sequences_scores") if n in ours.tensors())
     assert not torch.equal(ours.tensors()[name], theirs.tensors()[name])
     if ours.cache is not None:

@@ -17,7 +17,7 @@ from .cases import (
     plain_outcome,
     spread_cases,
 )
-from .roads import ROADS, read_by_labels
+from .code_paths import CODE_PATHS, read_by_labels
 from .slots import Part, read_parts
 
 LENGTHS = (120, 77)
@@ -79,23 +79,23 @@ def test_all_logits_merge_nothing(case):
 
 
 @each_cell(["kept logits", "labels"], everything=True)
-def test_what_is_read_is_a_slot_of_its_own(case, road):
+def test_what_is_read_is_a_slot_of_its_own(case, code_path):
     """Its logits are those of the plain model over the slots; nobody else's can be read."""
-    outcome, (ids, mask) = outcome_of(case, road), ROADS[road].batch()
+    outcome, (ids, mask) = outcome_of(case, code_path), CODE_PATHS[code_path].batch()
     real, span_ids = mask.bool(), outcome.others["span_ids"]
-    read = read_by_labels(ids, mask) if road == "labels" else read_positions(3, ids.shape[1], len(ids))
+    read = read_by_labels(ids, mask) if code_path == "labels" else read_positions(3, ids.shape[1], len(ids))
     assert own_slot(span_ids)[read].all()
     assert (span_ids.amax(1)[:2] < real.sum(1)[:2] - 5).all()
-    if road == "labels":
+    if code_path == "labels":
         logits = outcome.others["raw"]
         assert logits[read].isfinite().all()
         assert logits[~read].isnan().all()
-    for row, row_ids in enumerate(ROADS[road].rows()):
+    for row, row_ids in enumerate(CODE_PATHS[code_path].rows()):
         mine = read[row, real[row]]
         slots, lengths = read_parts(case, [Part(row_ids, RATIO, mine)])
         assert torch.equal(span_ids[row, real[row]].bincount(), lengths)
         expected = slots[lengths.cumsum(0).unsqueeze(1).eq(mine.nonzero()[:, 0] + 1).nonzero()[:, 0]]
-        got = logits[row, read[row]] if road == "labels" else outcome.by_row["logits"][row]
+        got = logits[row, read[row]] if code_path == "labels" else outcome.by_row["logits"][row]
         torch.testing.assert_close(got, expected, **CLOSE)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.fixtures.tiny import BERT, VOCAB_SIZE, random_ids, tiny_model
 
 from .cases import CLOSE, RATIO, each_case, each_cell, every_case, model_of, outcome_of
-from .roads import ROADS, labels_of
+from .code_paths import CODE_PATHS, labels_of
 
 TOKENS = 160
 SETTINGS = {
@@ -79,7 +79,7 @@ def assert_same_until(ours, theirs, end):
 @each_case(every_case())
 def test_scored_text_is_not_seen(case):
     """Other words where labels score, and behind them: plan and readable logits before them stay."""
-    model, (ids, mask) = model_of(case), ROADS["labels"].batch()
+    model, (ids, mask) = model_of(case), CODE_PATHS["labels"].batch()
     outcome = outcome_of(case, "labels")
     labels = labels_of(ids, mask)
     width = ids.shape[1]
@@ -93,13 +93,19 @@ def test_scored_text_is_not_seen(case):
             torch.testing.assert_close(out.logits[:, :place], outcome.others["raw"][:, :place], **CLOSE, equal_nan=True)
 
 
-@each_cell([name for name, road in ROADS.items() if road.compresses and road.is_decoding and name != "pipeline"])
-def test_what_is_generated_does_not_change_the_slots_of_the_prompt(case, road):
+@each_cell(
+    [
+        name
+        for name, code_path in CODE_PATHS.items()
+        if code_path.compresses and code_path.is_decoding and name != "pipeline"
+    ]
+)
+def test_what_is_generated_does_not_change_the_slots_of_the_prompt(case, code_path):
     """Drafts, answers, later turns and reading again leave the plan of the prompt as `compress` makes it."""
-    ids, mask = ROADS[road].batch()
+    ids, mask = CODE_PATHS[code_path].batch()
     prompt = model_of(case).compress(ids, mask, target_ratio=RATIO)
-    expected = prompt.slot_lengths.repeat_interleave(len(outcome_of(case, road).cache.slot_lengths) // len(ids), 0)
-    assert torch.equal(outcome_of(case, road).cache.slot_lengths[:, : expected.shape[1]], expected)
+    expected = prompt.slot_lengths.repeat_interleave(len(outcome_of(case, code_path).cache.slot_lengths) // len(ids), 0)
+    assert torch.equal(outcome_of(case, code_path).cache.slot_lengths[:, : expected.shape[1]], expected)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -10,7 +10,7 @@ from tests.fixtures.cached_rows import states_of_row
 from tests.fixtures.tiny import BERT, WITH_WINDOWS, left_padded, ragged_prompts, random_ids, tiny_model
 
 from .cases import CLOSE, Case, each_cell, model_of, outcome_of, plain_of, plain_outcome
-from .roads import ROADS, coupled_draws
+from .code_paths import CODE_PATHS, coupled_draws
 
 # The last row is too short to be compressed at all.
 LENGTHS = (96, 70, 18, 11)
@@ -54,10 +54,10 @@ def generate(model, ids, mask=None, **arguments):
 @pytest.mark.parametrize("family", WITH_WINDOWS)
 def test_a_window_counts_padding_inside_a_row(family):
     """The limit that the chats above leave out is the plain model's own."""
-    case, road = Case(family), ROADS["chat"]
+    case, code_path = Case(family), CODE_PATHS["chat"]
     together = plain_outcome(case, "chat").by_row["logits"]
-    ids = road.rows()[2][None]
-    alone = road.run(plain_of(case), ids, torch.ones_like(ids)).by_row["logits"]
+    ids = code_path.rows()[2][None]
+    alone = code_path.run(plain_of(case), ids, torch.ones_like(ids)).by_row["logits"]
     assert (together[2] - alone[0]).abs().max() > 1e-3
 
 
@@ -90,27 +90,27 @@ def assert_same_slots(case, together, row, alone):
         torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
-@each_cell(ROADS, everything=True)
-def test_rows_are_those_of_single_prompts(case, road):
+@each_cell(CODE_PATHS, everything=True)
+def test_rows_are_those_of_single_prompts(case, code_path):
     """A batch behind padding, one row of it too short to be compressed, against its rows alone without padding."""
-    name, road, model = road, ROADS[road], model_of(case)
-    if case.family == "gpt2" and not road.compresses:
+    name, code_path, model = code_path, CODE_PATHS[code_path], model_of(case)
+    if case.family == "gpt2" and not code_path.compresses:
         pytest.skip("plain GPT-2 learns the positions of columns, padding included")
 
     def run(ids, mask):
-        if not road.samples:
-            return road.run(model, ids, mask)
-        with coupled_draws(road.copies):
-            return road.run(model, ids, mask)
+        if not code_path.samples:
+            return code_path.run(model, ids, mask)
+        with coupled_draws(code_path.copies):
+            return code_path.run(model, ids, mask)
 
     # A window counts columns, and padding inside a row is one, for the plain model as well.
     is_short = case.is_sliding and name == "chat"
-    rows, sums = road.rows()[:1] if is_short else road.rows(), []
-    together = run(*road.batch(rows)) if road.samples or is_short else outcome_of(case, name)
+    rows, sums = code_path.rows()[:1] if is_short else code_path.rows(), []
+    together = run(*code_path.batch(rows)) if code_path.samples or is_short else outcome_of(case, name)
     for row, ids in enumerate(rows):
         alone = run(ids[None], torch.ones_like(ids[None]))
         for key, value in together.by_row.items():
-            assert_same_values(value[row * road.copies : (row + 1) * road.copies], alone.by_row[key], key)
+            assert_same_values(value[row * code_path.copies : (row + 1) * code_path.copies], alone.by_row[key], key)
         for key, value in together.by_token.items():
             assert_same_values(value[row : row + 1, -len(ids) :], alone.by_token[key], key)
         sums.append(alone.sums)

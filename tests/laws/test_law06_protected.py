@@ -8,11 +8,15 @@ import torch
 from tests.fixtures.tiny import LLAMA, ragged_prompts, random_ids, tiny_model
 
 from .cases import RATIO, Case, build, each_cell, model_of, outcome_of
-from .roads import ROADS
+from .code_paths import CODE_PATHS
 
 NUM_SINK_TOKENS, RECENT_WINDOW = 2, 4
-DECODING = [name for name, road in ROADS.items() if road.compresses and road.is_decoding and name != "pipeline"]
-# Roads that take what is given for the prompt: masks of a chat cover one turn or all of it.
+DECODING = [
+    name
+    for name, code_path in CODE_PATHS.items()
+    if code_path.compresses and code_path.is_decoding and name != "pipeline"
+]
+# Code paths that take what is given for the prompt: masks of a chat cover one turn or all of it.
 MARKED = [name for name in DECODING if name not in ("chat",)]
 
 
@@ -33,21 +37,21 @@ def assert_whole_where_it_must(slot_lengths, ids, marked=None):
         assert (sizes > 1).any()
 
 
-@each_cell([name for name in DECODING if not ROADS[name].is_drafting])
-def test_special_ids_and_both_ends(case, road):
-    cache, rows = outcome_of(case, road).cache, ROADS[road].rows()
+@each_cell([name for name in DECODING if not CODE_PATHS[name].is_drafting])
+def test_special_ids_and_both_ends(case, code_path):
+    cache, rows = outcome_of(case, code_path).cache, CODE_PATHS[code_path].rows()
     copies = len(cache.slot_lengths) // len(rows)
     for number, lengths in enumerate(cache.slot_lengths):
         assert_whole_where_it_must(lengths, rows[number // copies])
 
 
 @each_cell(MARKED)
-def test_what_the_caller_marks(case, road):
-    """The mask reaches every road."""
-    rows = ROADS[road].rows()
-    ids, mask = ROADS[road].batch()
+def test_what_the_caller_marks(case, code_path):
+    """The mask reaches every code path."""
+    rows = CODE_PATHS[code_path].rows()
+    ids, mask = CODE_PATHS[code_path].batch()
     marked = torch.arange(ids.shape[1]).expand_as(ids) % 7 == 3
-    cache = ROADS[road].run(model_of(case), ids, mask, protected_mask=marked & (mask != 0)).cache
+    cache = CODE_PATHS[code_path].run(model_of(case), ids, mask, protected_mask=marked & (mask != 0)).cache
     copies = len(cache.slot_lengths) // len(rows)
     for number, lengths in enumerate(cache.slot_lengths):
         row = rows[number // copies]

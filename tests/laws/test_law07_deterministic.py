@@ -13,15 +13,17 @@ from transformers import AutoModelForCausalLM
 from tests.fixtures.tiny import BERT, random_ids, tiny_model
 
 from .cases import assert_identical, each_case, each_cell, every_case, model_of, outcome_of
-from .roads import ROADS
+from .code_paths import CODE_PATHS
 
 IDS = random_ids(2, 48)
 
 
-@each_cell(ROADS)
-def test_twice(case, road):
-    """Nothing of a call stays behind: other roads ran on this model in between."""
-    assert_identical(ROADS[road].run(model_of(case), *ROADS[road].batch()), outcome_of(case, road))
+@each_cell(CODE_PATHS)
+def test_twice(case, code_path):
+    """Nothing of a call stays behind: other code paths ran on this model in between."""
+    assert_identical(
+        CODE_PATHS[code_path].run(model_of(case), *CODE_PATHS[code_path].batch()), outcome_of(case, code_path)
+    )
 
 
 @functools.cache
@@ -30,30 +32,32 @@ def copy_of(case):
 
 
 @each_cell(["labels", "training step", "greedy", "beams"])
-def test_on_a_copied_model(case, road):
+def test_on_a_copied_model(case, code_path):
     """What is copied are weights: neither attention nor positions have any."""
-    assert_identical(ROADS[road].run(copy_of(case), *ROADS[road].batch()), outcome_of(case, road))
+    assert_identical(
+        CODE_PATHS[code_path].run(copy_of(case), *CODE_PATHS[code_path].batch()), outcome_of(case, code_path)
+    )
 
 
 @each_case([case for case in every_case() if case.attention == "eager"])
 def test_after_saving(case, tmp_path):
     model_of(case).save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=case.attention).eval()
-    for road in ("labels", "greedy"):
-        assert_identical(ROADS[road].run(loaded, *ROADS[road].batch()), outcome_of(case, road))
+    for code_path in ("labels", "greedy"):
+        assert_identical(CODE_PATHS[code_path].run(loaded, *CODE_PATHS[code_path].batch()), outcome_of(case, code_path))
 
 
 @each_case(every_case())
 def test_one_plan_for_every_dtype(case):
-    """Slots, positions and what reaches the cache, by two roads."""
+    """Slots, positions and what reaches the cache, by two code paths."""
     half = model_of(replace(case, dtype=torch.bfloat16))
-    ids, mask = ROADS["greedy"].batch()
+    ids, mask = CODE_PATHS["greedy"].batch()
     ours, theirs = half.compress(ids, mask), model_of(case).compress(ids, mask)
     assert ours.inputs_embeds.dtype == torch.bfloat16
     assert {p.dtype for p in half.base_model.semantic_encoder.parameters()} == {torch.float32}
     for name in ("span_ids", "slot_lengths", "position_ids", "kept_lengths"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    slots = ROADS["kept logits"].run(half, ids, mask).cache.slot_lengths
+    slots = CODE_PATHS["kept logits"].run(half, ids, mask).cache.slot_lengths
     assert torch.equal(slots, outcome_of(case, "kept logits").cache.slot_lengths)
 
 

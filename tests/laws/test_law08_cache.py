@@ -1,4 +1,4 @@
-"""Law 8: the cache tells the truth, whatever road filled it; operations and chats have files of their own."""
+"""Law 8: the cache tells the truth, whatever code path filled it; operations and chats have files of their own."""
 
 from __future__ import annotations
 
@@ -10,36 +10,40 @@ import torch
 from tests.fixtures.cached_rows import states_of_row
 
 from .cases import CLOSE, RATIO, WINDOW, each_case, each_cell, model_of, outcome_of, spread_cases
-from .roads import LONG_STEPS, RECOMPRESS_EVERY, ROADS, generate, second_turn
+from .code_paths import CODE_PATHS, LONG_STEPS, RECOMPRESS_EVERY, generate, second_turn
 from .slots import Part, read_parts
 
-CACHED = [name for name, road in ROADS.items() if road.compresses and road.is_decoding and name != "pipeline"]
+CACHED = [
+    name
+    for name, code_path in CODE_PATHS.items()
+    if code_path.compresses and code_path.is_decoding and name != "pipeline"
+]
 RECENT_WINDOW = 4
 # The call that reads generated text again ends with a token that is still to be read.
 AGAIN = RECOMPRESS_EVERY + RECENT_WINDOW
 
 
-def results(case, road):
-    """(number, prompt int64 [n], its generated tokens) of every row of what a road came to."""
-    outcome, rows = outcome_of(case, road), ROADS[road].rows()
+def results(case, code_path):
+    """(number, prompt int64 [n], its generated tokens) of every row of what a code path came to."""
+    outcome, rows = outcome_of(case, code_path), CODE_PATHS[code_path].rows()
     copies = len(outcome.by_row["tokens"]) // len(rows)
     for number, tokens in enumerate(outcome.by_row["tokens"]):
         yield number, rows[number // copies], tokens
 
 
 @each_cell(CACHED)
-def test_books(case, road):
+def test_books(case, code_path):
     """Lengths in tokens of the original sequence, columns and bytes as somebody else counts them."""
-    cache, outcome = outcome_of(case, road).cache, outcome_of(case, road)
-    rows, (ids, _) = ROADS[road].rows(), ROADS[road].batch()
+    cache, outcome = outcome_of(case, code_path).cache, outcome_of(case, code_path)
+    rows, (ids, _) = CODE_PATHS[code_path].rows(), CODE_PATHS[code_path].batch()
     # The last token of an answer is chosen but not read.
     read = outcome.by_row["tokens"].shape[1] - 1
     turns, width = [0] * len(rows), 0
-    if road == "chat":
+    if code_path == "chat":
         answer = outcome.by_row["first tokens"].shape[1]
         turns = [answer + len(row) // 2 for row in rows]
         width = max(turns)
-    if road == "recompressed":
+    if code_path == "recompressed":
         # Where the text begins that the next reading again would take.
         assert cache.generated.start == ids.shape[1] + RECOMPRESS_EVERY
     copies = len(cache.slot_lengths) // len(rows)
@@ -70,15 +74,15 @@ def test_books(case, road):
         assert layer.keys.shape[0] == len(cache.slot_lengths)
 
 
-def parts_of(road, prompt, tokens, first):
+def parts_of(code_path, prompt, tokens, first):
     """What was read, and which of its last columns predict which of `tokens`: [(parts, first token, columns)]."""
     opening, count = Part(prompt, RATIO), len(tokens)
-    if road == "chat":
+    if code_path == "chat":
         turn = second_turn(prompt[None], torch.ones_like(prompt[None]))[0]
         # The last token of the answer is read with the next turn.
         behind = [Part(first[:-1]), Part(torch.cat([first[-1:], turn]), RATIO), Part(tokens[:-1])]
         return [([opening, *behind], 0, count), ([opening, Part(first[:-1])], None, 0)]
-    if road == "recompressed":
+    if code_path == "recompressed":
         ratio = AGAIN / (math.ceil(RECOMPRESS_EVERY / RATIO) + RECENT_WINDOW)
         again = [Part(tokens[:AGAIN], ratio), Part(tokens[AGAIN:-1])]
         whole = [opening, Part(tokens[: AGAIN - 1])]
@@ -87,13 +91,13 @@ def parts_of(road, prompt, tokens, first):
 
 
 @each_cell(CACHED, everything=True)
-def test_decoding_is_one_pass_over_the_slots(case, road):
+def test_decoding_is_one_pass_over_the_slots(case, code_path):
     """Every step's logits are those of the plain model that reads slots and answer at once, without a cache."""
-    outcome = outcome_of(case, road)
-    chat_padding = case.is_sliding and road == "chat"
-    for number, prompt, tokens in list(results(case, road))[: 1 if chat_padding else None]:
-        first = outcome.by_row["first tokens"][number] if road == "chat" else None
-        for parts, start, count in parts_of(road, prompt, tokens, first):
+    outcome = outcome_of(case, code_path)
+    chat_padding = case.is_sliding and code_path == "chat"
+    for number, prompt, tokens in list(results(case, code_path))[: 1 if chat_padding else None]:
+        first = outcome.by_row["first tokens"][number] if code_path == "chat" else None
+        for parts, start, count in parts_of(code_path, prompt, tokens, first):
             logits = read_parts(case, parts)[0]
             if start is None:
                 expected = outcome.by_row["first logits"][number]
@@ -108,28 +112,28 @@ def test_decoding_is_one_pass_over_the_slots(case, road):
 
 
 @each_cell(["by hand", "chunked prefill"], everything=True)
-def test_other_ways_to_greedy_text(case, road):
-    ours, theirs = outcome_of(case, road), outcome_of(case, "greedy")
+def test_other_ways_to_greedy_text(case, code_path):
+    ours, theirs = outcome_of(case, code_path), outcome_of(case, "greedy")
     assert torch.equal(ours.by_row["tokens"], theirs.by_row["tokens"])
     torch.testing.assert_close(ours.by_row["logits"], theirs.by_row["logits"], **CLOSE)
     assert torch.equal(ours.cache.slot_lengths, theirs.cache.slot_lengths)
 
 
-@each_cell([name for name, road in ROADS.items() if road.is_drafting], everything=True)
-def test_drafts_change_nothing(case, road):
+@each_cell([name for name, code_path in CODE_PATHS.items() if code_path.is_drafting], everything=True)
+def test_drafts_change_nothing(case, code_path):
     """Rejected drafts are cropped away: tokens and slots are those of greedy decoding."""
-    outcome = outcome_of(case, road)
-    greedy = generate(model_of(case), *ROADS[road].batch(), steps=outcome.by_row["tokens"].shape[1])
+    outcome = outcome_of(case, code_path)
+    greedy = generate(model_of(case), *CODE_PATHS[code_path].batch(), steps=outcome.by_row["tokens"].shape[1])
     assert torch.equal(outcome.by_row["tokens"], greedy.by_row["tokens"])
     assert torch.equal(outcome.cache.slot_lengths, greedy.cache.slot_lengths)
 
 
 @each_cell(["chat", "recompressed", "beams"])
-def test_what_is_held_stays_bit_identical(case, road):
+def test_what_is_held_stays_bit_identical(case, code_path):
     """Later turns, reading again and beams leave the keys of the prompt as the first call wrote them."""
     if case.is_sliding:
         pytest.skip("a window forgets")
-    cache, first = outcome_of(case, road).cache, outcome_of(case, "greedy").cache
+    cache, first = outcome_of(case, code_path).cache, outcome_of(case, "greedy").cache
     copies = len(cache.slot_lengths) // len(first.slot_lengths)
     for row in range(len(cache.slot_lengths)):
         for ours, theirs in zip(states_of_row(cache, row), states_of_row(first, row // copies), strict=True):
@@ -143,7 +147,7 @@ def test_what_is_held_stays_bit_identical(case, road):
 def test_chunks_of_any_size(case, chunk):
     """Cut behind the plan: what one go gives."""
     theirs = outcome_of(case, "greedy")
-    ours = generate(model_of(case), *ROADS["chunked prefill"].batch(), prefill_chunk_size=chunk)
+    ours = generate(model_of(case), *CODE_PATHS["chunked prefill"].batch(), prefill_chunk_size=chunk)
     assert torch.equal(ours.by_row["tokens"], theirs.by_row["tokens"])
     torch.testing.assert_close(ours.by_row["logits"], theirs.by_row["logits"], **CLOSE)
     assert torch.equal(ours.cache.slot_lengths, theirs.cache.slot_lengths)

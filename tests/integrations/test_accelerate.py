@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from semtoken_hf import SemTokenLlamaForCausalLM
 from tests.fixtures.adapted import adapted_model
 from tests.fixtures.tiny import BERT, ragged_prompts, random_ids, tiny_model
-from tests.roads.pretend_devices import place_of, spread
+from tests.integrations.pretend_devices import place_of, spread
 
 TRANSFORMER = {"encoder_config": dict(BERT), "encoder_window": 48}
 LEARNED = {"merge_mode": "learned", "merger_rank": 4}

@@ -1,4 +1,4 @@
-"""The roads into lm-eval: `hf` on the code that a checkpoint carries, the command line, and what is refused."""
+"""How lm-eval is entered: `hf` on the code that a checkpoint carries, the command line, and what is refused."""
 
 import json
 import sys

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 from tests.fixtures.adapted import adapted_model
 from tests.fixtures.children import run_ranks
 from tests.fixtures.tiny import BERT, FEW, plain_twin, random_ids, tiny_model
-from tests.roads.parallel_child import __name__ as child
-from tests.roads.parallel_child import prompts, read, train
+from tests.integrations.parallel_child import __name__ as child
+from tests.integrations.parallel_child import prompts, read, train
 
 LEARNED = {"merge_mode": "learned", "merger_rank": 4}
 TRANSFORMER = {"encoder_config": dict(BERT), "encoder_window": 48}
@@ -42,9 +42,9 @@ def ranks(tmp_path_factory):
     return folder, run_ranks(child, folder, "tensor_parallel", "pipeline_parallel")
 
 
-def of_road(ranks, road, name=None):
-    """What each rank found on a road."""
-    return [facts[road] if name is None else facts[road][name] for facts in ranks[1]]
+def of_code_path(ranks, code_path, name=None):
+    """What each rank found on a code path."""
+    return [facts[code_path] if name is None else facts[code_path][name] for facts in ranks[1]]
 
 
 def load(ranks, name, path="plain"):
@@ -55,7 +55,7 @@ def load(ranks, name, path="plain"):
 def test_every_rank_reads_as_one_process_does(ranks, name):
     expected = read(load(ranks, name))
     assert (expected["plan"].amax(1) + 1 < prompts()[1].sum(1)).all()
-    for facts in of_road(ranks, "tensor_parallel", name):
+    for facts in of_code_path(ranks, "tensor_parallel", name):
         assert torch.equal(facts["plan"], expected["plan"])
         for key in ("logits", "off", "slots"):
             torch.testing.assert_close(facts[key], expected[key], **CLOSE)
@@ -65,7 +65,7 @@ def test_every_rank_reads_as_one_process_does(ranks, name):
             # Each rank holds the keys and values of its heads.
             assert facts[way]["bytes"] * 2 == expected[way]["bytes"]
     # Bit for bit what the other rank has, logits included.
-    first, second = of_road(ranks, "tensor_parallel", name)
+    first, second = of_code_path(ranks, "tensor_parallel", name)
     assert torch.equal(first["logits"], second["logits"])
     assert torch.equal(first["slots"], second["slots"])
 
@@ -74,7 +74,7 @@ def test_every_rank_reads_as_one_process_does(ranks, name):
 def test_every_rank_trains_as_one_process_does(ranks, name):
     expected = train(load(ranks, name))
     assert (expected["kept"] < 70).all()
-    for facts in of_road(ranks, "tensor_parallel", name):
+    for facts in of_code_path(ranks, "tensor_parallel", name):
         torch.testing.assert_close(facts["loss"], expected["loss"], **CLOSE)
         assert facts["gradients"].keys() == expected["gradients"].keys()
         for parameter, gradient in expected["gradients"].items():
@@ -87,7 +87,7 @@ def test_every_rank_trains_as_one_process_does(ranks, name):
 
 @pytest.mark.parametrize("name", ["llama encoder", "gpt_neox", "adapter"])
 def test_the_plan_shards_the_decoder_and_never_the_encoder(ranks, name):
-    for facts in of_road(ranks, "tensor_parallel", name):
+    for facts in of_code_path(ranks, "tensor_parallel", name):
         sharded = {key.removesuffix(".weight").split(".lora_")[0] for key in facts["sharded"]}
         sharded = {key.removesuffix(".base_layer") for key in sharded}
         if name != "gpt_neox":
@@ -108,6 +108,6 @@ def test_saved_tensors_are_whole(ranks, name):
 def test_pipeline_stages_are_refused(ranks):
     """Later stages see no tokens. Without compression they run, and are exactly Llama."""
     expected = plain_twin(MODELS["learned"]).generate(random_ids(1, 96), max_new_tokens=4, do_sample=False)
-    for facts in of_road(ranks, "pipeline_parallel"):
+    for facts in of_code_path(ranks, "pipeline_parallel"):
         assert "tensor parallelism" in facts["refusal"]
         assert torch.equal(facts["tokens"], expected)

@@ -1,4 +1,4 @@
-"""What every rank of `test_tensor_parallel.py` and `test_data_parallel.py` does: `python -m ... folder road ..`."""
+"""What each rank of `test_tensor_parallel.py` and `test_data_parallel.py` does: `python -m ... folder name ..`."""
 
 from __future__ import annotations
 
@@ -138,11 +138,13 @@ def pipeline_parallel(folder: Path) -> dict[str, Any]:
     return {"refusal": refusal, "tokens": model.generate(ids, max_new_tokens=4, do_sample=False)}
 
 
-ROADS = {road.__name__: road for road in (tensor_parallel, data_parallel, fully_sharded, pipeline_parallel)}
+CODE_PATHS = {
+    code_path.__name__: code_path for code_path in (tensor_parallel, data_parallel, fully_sharded, pipeline_parallel)
+}
 
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.manual_seed(RANK)
-    write_facts(Path(sys.argv[1]), {road: ROADS[road](Path(sys.argv[1])) for road in sys.argv[2:]})
+    write_facts(Path(sys.argv[1]), {code_path: CODE_PATHS[code_path](Path(sys.argv[1])) for code_path in sys.argv[2:]})
     dist.barrier()
     dist.destroy_process_group()

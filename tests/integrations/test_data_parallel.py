@@ -6,8 +6,8 @@ import torch
 from semtoken_hf import SemTokenLlamaForCausalLM
 from tests.fixtures.children import run_ranks
 from tests.fixtures.tiny import BERT, tiny_model
-from tests.roads.parallel_child import __name__ as child
-from tests.roads.parallel_child import gradients, prompts, training_rows
+from tests.integrations.parallel_child import __name__ as child
+from tests.integrations.parallel_child import gradients, prompts, training_rows
 
 FIELDS = {"merge_mode": "learned", "merger_rank": 4, "encoder_config": dict(BERT), "encoder_window": 48}
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}

@@ -1,4 +1,4 @@
-"""Every road through a model: a ragged batch goes in, what the laws compare comes out. For plain models, too."""
+"""Every code path through a model: a ragged batch goes in, what the laws compare comes out. For plain models, too."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OWN_PARAMETERS = ("semantic_encoder", "learned_merger")
 
 @dataclass
 class Outcome:
-    """What a road came to, for B prompts of T columns and R = B x copies results.
+    """What a code path came to, for B prompts of T columns and R = B x copies results.
 
     Attributes:
         by_row: [R, ...] each; "tokens" int64 [R, n] and "logits" [R, n, V] of generated text.
@@ -51,7 +51,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Road:
+class CodePath:
     """A way to run a model.
 
     Attributes:
@@ -233,24 +233,24 @@ def text_pipeline(model: Any, ids: Tensor, mask: Tensor, **own: Any) -> Outcome:
     return Outcome({"tokens": torch.tensor([row[0]["generated_token_ids"][-STEPS:] for row in out])})
 
 
-ROADS: dict[str, Road] = {
-    "all logits": Road(all_logits, is_decoding=False, compresses=False),
-    "kept logits": Road(kept_logits, is_decoding=False),
-    "labels": Road(labels, is_decoding=False),
-    "training step": Road(training_step, is_decoding=False),
-    "by hand": Road(by_hand),
-    "greedy": Road(generate),
-    "sampling": Road(generating(do_sample=True, temperature=0.8, top_k=50), samples=True),
-    "beams": Road(generating(num_beams=3)),
-    "beams with returns": Road(generating(num_beams=3, num_return_sequences=2), copies=2),
-    "sampled returns": Road(generating(do_sample=True, num_return_sequences=2), copies=2, samples=True),
-    "prompt lookup": Road(generating(prompt_lookup_num_tokens=3, steps=8), is_drafting=True),
-    "assistant": Road(assisted, is_drafting=True),
-    "chunked prefill": Road(generating(prefill_chunk_size=7)),
-    "chat": Road(chat),
-    "recompressed": Road(recompressed),
-    "pipeline": Road(text_pipeline),
-    "without cache": Road(generating(use_cache=False), compresses=False),
+CODE_PATHS: dict[str, CodePath] = {
+    "all logits": CodePath(all_logits, is_decoding=False, compresses=False),
+    "kept logits": CodePath(kept_logits, is_decoding=False),
+    "labels": CodePath(labels, is_decoding=False),
+    "training step": CodePath(training_step, is_decoding=False),
+    "by hand": CodePath(by_hand),
+    "greedy": CodePath(generate),
+    "sampling": CodePath(generating(do_sample=True, temperature=0.8, top_k=50), samples=True),
+    "beams": CodePath(generating(num_beams=3)),
+    "beams with returns": CodePath(generating(num_beams=3, num_return_sequences=2), copies=2),
+    "sampled returns": CodePath(generating(do_sample=True, num_return_sequences=2), copies=2, samples=True),
+    "prompt lookup": CodePath(generating(prompt_lookup_num_tokens=3, steps=8), is_drafting=True),
+    "assistant": CodePath(assisted, is_drafting=True),
+    "chunked prefill": CodePath(generating(prefill_chunk_size=7)),
+    "chat": CodePath(chat),
+    "recompressed": CodePath(recompressed),
+    "pipeline": CodePath(text_pipeline),
+    "without cache": CodePath(generating(use_cache=False), compresses=False),
 }
 
 
