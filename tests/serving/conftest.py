@@ -15,8 +15,8 @@ from tests.fixtures.evaluation_data import EMBEDDED
 if not all(map(find_spec, ("starlette", "uvicorn", "httpx", "prometheus_client"))):
     collect_ignore = ["test_proxy.py", "test_vllm_plugin.py"]
 TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    "{% for m in messages %}<s>{{ m['role'] }}:\n{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:\n{% endif %}"
 )
 
 

@@ -31,6 +31,8 @@ CHAT_FIELDS = (
 )
 # Of those, what the template is given.
 TEMPLATE_FIELDS = ("add_generation_prompt", "continue_final_message", "documents", "reasoning_effort")
+# Of those, what concerns the end of the chat alone.
+OF_LAST_TURN = ("add_generation_prompt", "continue_final_message")
 # What a client may not set by `chat_template_kwargs`: the arguments of rendering itself.
 RENDERING = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents"}
 RENDERING |= {"protect_template", "return_query_mask", "mark_question"}

@@ -105,16 +105,16 @@ def check_config(config: Any) -> None:
         )
 
 
-def prompt_embeds_of(prompt: CompressedPrompt, dtype: torch.dtype | None = None) -> Tensor:
-    """The slots [M, H] of one prompt, on the CPU.
+def prompt_embeds_of(prompt: CompressedPrompt, dtype: torch.dtype | None = None, start: int = 0) -> Tensor:
+    """The slots [M, H] of one prompt, on the CPU; `start`: slots before it.
 
     Raises:
-        ValueError: several rows, or positions other than 0..m-1.
+        ValueError: several rows, or positions other than start..start+m-1.
     """
     rows, slots = prompt.position_ids.shape
     if rows != 1:
         raise ValueError(f"prompts are exported one by one, got {rows} rows: the engine takes no padding")
-    if not torch.equal(prompt.position_ids[0].cpu(), torch.arange(slots)):
+    if not torch.equal(prompt.position_ids[0].cpu(), torch.arange(start, start + slots)):
         raise ValueError(
             "the slots carry original positions, and the engine counts 0..m-1: compress with `position_mode='compact'`"
         )

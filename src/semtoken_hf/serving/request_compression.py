@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from ..logging_semtoken import get_logger
-from .chat_requests import completion_of_chat, encode_chat, plain_chat_reason
+from .chat_requests import OF_LAST_TURN, completion_of_chat, encode_chat, plain_chat_reason
+from .chat_turns import chat_pieces, export_pieces
 from .prompt_embeds import check_config, export_prompt
 from .request_fields import OWN_FIELDS, BadRequest, own_fields, read_body, read_prompts, refuse_embeds, token_field_of
 
@@ -115,11 +116,22 @@ class RequestCompressor:
         return RewrittenRequest(COMPLETIONS, content, tokens, slots, path == CHAT, time.perf_counter() - begin)
 
     def _compress(self, path: str, body: dict[str, Any], ratio: float | None) -> list[Any]:
-        encodings = [encode_chat(self.tokenizer, self.config, body)] if path == CHAT else self._encode(body)
         try:
-            return [export_prompt(self.model, self.tokenizer, encoding, ratio) for encoding in encodings]
+            if path == CHAT:
+                return [export_pieces(self.model, self._encode_chat(body), ratio)]
+            return [export_prompt(self.model, self.tokenizer, encoding, ratio) for encoding in self._encode(body)]
         except ValueError as error:
             raise BadRequest(str(error)) from error
+
+    def _encode_chat(self, body: dict[str, Any]) -> list[Any]:
+        """The encodings of a chat's pieces."""
+
+        def encode(messages: list[dict[str, Any]]) -> Any:
+            is_whole = len(messages) == len(body["messages"])
+            rest = body if is_whole else {n: v for n, v in body.items() if n not in OF_LAST_TURN}
+            return encode_chat(self.tokenizer, self.config, {**rest, "messages": messages})
+
+        return chat_pieces(encode, body["messages"], max(2, self.config.min_prompt_length))
 
     def _encode(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         """An encoding for each prompt of a completion."""
