@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Time to the first token and throughput of an OpenAI-compatible server, compressed and plain in turn.
+"""Time to the first token, throughput and KV memory of an OpenAI-compatible server, compressed and plain in turn.
 
     python scripts/vllm_benchmark.py http://127.0.0.1:8000 --model my-plain --clients 8 20 50
 
 The server compresses: vLLM with the plugin, or `semtoken serve`. Plain requests go to the same server, with
 `"compression": false`. Every client sends one prompt of its own, all at once, and reads the stream to its end. The
-prompts are one chapter, begun at another place by each client, so that no prefix cache helps.
+prompts are one chapter, begun at another place by each client, so that no prefix cache helps. The KV peak is the most
+positions that the requests held at once, by vLLM's /metrics; other servers do not tell.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -75,8 +77,11 @@ async def measure(url: str, texts: list[str], **fields: Any) -> dict[str, Any]:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=1800, limits=limits, trust_env=False) as client:
         begin = time.perf_counter()
+        watch = asyncio.create_task(watch_cache(client))
         answers = await asyncio.gather(*(ask(client, body) for body in bodies))
         seconds = time.perf_counter() - begin
+        watch.cancel()
+        peak = (await asyncio.gather(watch))[0]
     first = sorted(answer.first for answer in answers)
     return {
         "clients": len(texts),
@@ -86,13 +91,33 @@ async def measure(url: str, texts: list[str], **fields: Any) -> dict[str, Any]:
         "seconds": seconds,
         "new_tokens_per_s": sum(answer.usage["completion_tokens"] for answer in answers) / seconds,
         "requests_per_s": len(texts) / seconds,
+        "kv_peak": peak,
     }
+
+
+async def watch_cache(client: httpx.AsyncClient) -> int:
+    """The most positions that a vLLM holds in its KV cache until this is cancelled; 0: the server does not tell."""
+    peak = 0
+    with contextlib.suppress(asyncio.CancelledError):
+        while True:
+            text = (await client.get("/metrics")).text
+            used = re.findall(r"^vllm:kv_cache_usage_perc\{.*\} (\S+)$", text, re.MULTILINE)
+            sizes = re.findall(r"^vllm:cache_config_info\{(.*)\} ", text, re.MULTILINE)
+            for share, labels in zip(used, sizes, strict=False):
+                block, blocks = (
+                    int(re.findall(rf'{name}="(\d+)"', labels)[0]) for name in ("block_size", "num_gpu_blocks")
+                )
+                peak = max(peak, round(float(share) * block * blocks))
+            await asyncio.sleep(0.5)
+    return peak
 
 
 def benchmark(url: str, model: str, clients: list[int], max_tokens: int) -> list[dict[str, Any]]:
     """The rows of the table, each printed as soon as it is known."""
-    print("| clients | prompt | positions | first token, median | last | all done | new tokens/s | requests/s |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| clients | prompt | positions | KV peak | first token, median | last | all done | new tokens/s | requests/s |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     rows, fields = [], {"model": model, "max_tokens": max_tokens}
     for this_round, number in enumerate(clients):
         texts = prompts(number, len(clients), this_round)
@@ -100,9 +125,9 @@ def benchmark(url: str, model: str, clients: list[int], max_tokens: int) -> list
             row = asyncio.run(measure(url, texts, compression=is_compressed, **fields))
             rows.append({"prompt": name, **row})
             print(
-                f"| {number} | {name} | {row['prompt_tokens']:,.0f} | {row['first_token_median_s']:.1f} s "
-                f"| {row['first_token_last_s']:.1f} s | {row['seconds']:.1f} s | {row['new_tokens_per_s']:.1f} "
-                f"| {row['requests_per_s']:.2f} |",
+                f"| {number} | {name} | {row['prompt_tokens']:,.0f} | {row['kv_peak']:,} "
+                f"| {row['first_token_median_s']:.1f} s | {row['first_token_last_s']:.1f} s | {row['seconds']:.1f} s "
+                f"| {row['new_tokens_per_s']:.1f} | {row['requests_per_s']:.2f} |",
                 flush=True,
             )
     print(f"\n{circumstances(url)}", flush=True)

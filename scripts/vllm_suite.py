@@ -38,6 +38,7 @@ from semtoken_hf.conversion.plain import export_plain
 NEW, FIGURE_TOKENS = 64, 16
 CHAPTER_TEXT = CHAPTER.read_text(encoding="utf-8")
 CHAT = [{"role": "user", "content": f"{CHAPTER_TEXT}\n\nWhat musical instrument does Applegarth play?"}]
+FOLLOW_UP = [{"role": "user", "content": "Does he play well?"}]
 MODEL = "my-plain"
 ENGINE = ["--served-model-name", MODEL, "--enable-prompt-embeds", "--enforce-eager", "--dtype", "float32"]
 ENGINE += ["--max-model-len", "4096", "--host", "127.0.0.1"]
@@ -180,6 +181,17 @@ def check_leaving(front: str, url: str, engine: str) -> None:
         say(f"ok: {front}, a client that leaves {'a stream' if stream else 'before the answer'}")
 
 
+def check_chat_reuse(front: str, url: str, engine: str) -> None:
+    """A chat's second request finds the slots of its first in the prefix cache."""
+    for turns in (CHAT, [*CHAT, {"role": "assistant", "content": "The violin."}, *FOLLOW_UP]):
+        before = metric(engine, "vllm:prefix_cache_hits_total")
+        body = {"model": MODEL, "messages": turns, "max_tokens": 4, "temperature": 0, "target_ratio": 3.0}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=1800).raise_for_status().json()
+        hits, slots = metric(engine, "vllm:prefix_cache_hits_total") - before, answer["usage"]["prompt_tokens"]
+        say(f"{front}, a chat of {len(turns)} messages: {hits:.0f} of {slots} slots were in the cache")
+    check("earlier turns are reused", hits > 0.9 * slots, True)
+
+
 def check_bad_requests(front: str, url: str) -> None:
     bodies: list[dict[str, Any]] = [{"prompt": "x", "target_ratio": 0.5}, {"prompt_embeds": "AAAA"}, {"prompt": []}]
     for body in bodies:
@@ -207,6 +219,7 @@ def run_plugin(
         check_equality("plugin", url, expected)
         check_many("plugin", url)
         check("equal prompts hit the prefix cache", metric(url, "vllm:prefix_cache_hits_total") > 0, True)
+        check_chat_reuse("plugin", url, url)
         check_bad_requests("plugin", url)
         check_leaving("plugin", url, url)
         if clients:
