@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Plugin and proxy with the real vLLM: equality with `generate`, clients that leave, a killed engine, and figures.
+"""Plugin and proxy with the real vLLM: equality with `generate`, clients that leave, a killed engine, several workers,
+and figures.
 
     bash scripts/vllm_suite.sh                                    # makes vLLM's environment and runs this in it
     python scripts/vllm_suite.py --checkpoint my-semtoken --clients 8 20 50
@@ -16,6 +17,7 @@ import contextlib
 import datetime
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,6 +42,12 @@ CHAPTER_TEXT = CHAPTER.read_text(encoding="utf-8")
 CHAT = [{"role": "user", "content": f"{CHAPTER_TEXT}\n\nWhat musical instrument does Applegarth play?"}]
 FOLLOW_UP = [{"role": "user", "content": "Does he play well?"}]
 MODEL = "my-plain"
+FRONTS = ("plugin", "proxy", "parallel")
+EMBEDDED = Path(__file__).parents[1] / "model_cards" / "semtoken-llama-tiny"
+TINY_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}:\n{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:\n{% endif %}"
+)
 ENGINE = ["--served-model-name", MODEL, "--enable-prompt-embeds", "--enforce-eager", "--dtype", "float32"]
 ENGINE += ["--max-model-len", "4096", "--host", "127.0.0.1"]
 # The build for CPUs has another name than vLLM, which then does not know what it runs on.
@@ -239,10 +247,29 @@ def run_proxy(checkpoint: str, engine: list[str], logs: Path, expected: dict[str
         check_killed(proxy, process)
 
 
+def run_parallel(logs: Path) -> None:
+    """Two workers, on the embedded checkpoint, whose heads divide: the answers are those of `generate`."""
+    checkpoint = logs / "tiny"
+    shutil.copytree(EMBEDDED, checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config |= {"position_mode": "compact", "adapted_for": None}
+    (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (checkpoint / "chat_template.jinja").write_text(TINY_TEMPLATE, encoding="utf-8")
+    plain, expected = export_plain(checkpoint, logs / "tiny-plain", progress=False), expected_tokens(str(checkpoint))
+    engine = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(plain), *ENGINE, "--max-model-len", "2048"]
+    # A core each; by itself vLLM looks for a NUMA node each.
+    plugged = {"VLLM_PLUGINS": "semtoken", "SEMTOKEN_CHECKPOINT": str(checkpoint), "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    for name in ("tensor", "data"):
+        command = [*engine, f"--{name}-parallel-size", "2"]
+        with server(command, logs / f"{name}.log", **plugged) as (url, _):
+            check_equality(f"two workers, {name} parallel", url, expected)
+            check_many(f"two workers, {name} parallel", url)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a SemToken folder in compact positions, with a template")
-    parser.add_argument("--front", nargs="+", choices=("plugin", "proxy"), default=["plugin", "proxy"])
+    parser.add_argument("--front", nargs="+", choices=FRONTS, default=FRONTS)
     parser.add_argument("--clients", type=int, nargs="*", default=[8, 20, 50], help="of the figures, at once; or none")
     arguments = parser.parse_args()
     checkpoint, expected = arguments.checkpoint, expected_tokens(arguments.checkpoint)
@@ -253,6 +280,8 @@ def main() -> None:
             run_plugin(checkpoint, engine, logs, expected, arguments.clients)
         if "proxy" in arguments.front:
             run_proxy(checkpoint, engine, logs, expected)
+        if "parallel" in arguments.front:
+            run_parallel(logs)
     say("all is as it should be")
 
 

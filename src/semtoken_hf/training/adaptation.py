@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from ..conversion.source import check_semtoken
 from ..conversion.staging import check_output, remove_stale, staged_folder
@@ -42,7 +43,7 @@ from .corpus import list_text_files, weights_by_file
 from .distillation import DistillationModel
 from .instruction_data import InstructionBlocks
 from .packed_objective import PackedDistillationModel
-from .trainable_parts import choose_trainable, leave_casts_to_autocast
+from .trainable_parts import check_installed, choose_trainable, leave_casts_to_autocast
 
 
 def load_student(arguments: AdaptationArguments) -> Any:
@@ -67,7 +68,13 @@ def load_student(arguments: AdaptationArguments) -> Any:
     if arguments.objective == "packed":
         # No slot holds more tokens than those that it learns to read.
         fields.setdefault("max_span_length", min(config.max_span_length, max(arguments.span_lengths)))
-    return AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=dtype, **fields)
+    verbosity = logging.get_verbosity()
+    if config.merge_mode != "learned":
+        logging.set_verbosity_error()  # that the merger is new is no news
+    try:
+        return AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=dtype, **fields)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def build_trainer(arguments: AdaptationArguments, training: AdaptationTrainingArguments) -> AdaptationTrainer:
@@ -78,6 +85,7 @@ def build_trainer(arguments: AdaptationArguments, training: AdaptationTrainingAr
         ValueError: lengths do not fit the model or the text, or a weight stands for no file.
         ImportError: PEFT or `datasets` is needed and missing.
     """
+    check_installed(arguments.trainable)
     set_seed(training.seed)
     weights = weights_by_file(arguments.file_weights(), _text_files(arguments))
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)

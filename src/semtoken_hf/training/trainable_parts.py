@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,14 @@ def lora_targets(model: Any) -> str:
     return rf"({model.base_model_prefix}\.)?{name}\.\d+\.({'|'.join(map(re.escape, sorted(kinds)))})"
 
 
+def check_installed(trainable: str) -> None:
+    """Raise ImportError if what is to be trained needs PEFT and it is not installed."""
+    if trainable == "lora" and find_spec("peft") is None:
+        raise ImportError(
+            "--trainable lora needs PEFT: install `peft` (pip install 'semtoken-hf[adapt]'), or train merger or full"
+        )
+
+
 def choose_trainable(model: Any, trainable: str, lora_rank: int, lora_alpha: int) -> None:
     """Set `requires_grad` on a model with a learned merger, adding the adapter where one is asked for.
 
@@ -28,10 +37,9 @@ def choose_trainable(model: Any, trainable: str, lora_rank: int, lora_alpha: int
     """
     model.requires_grad_(trainable == "full")
     if trainable == "lora":
-        try:
-            from peft import LoraConfig
-        except ImportError as error:
-            raise ImportError("trainable='lora' needs PEFT: install `peft`") from error
+        check_installed(trainable)
+        from peft import LoraConfig
+
         lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=lora_targets(model), task_type="CAUSAL_LM")
         add_adapter(model, lora)
     model.base_model.learned_merger.requires_grad_(True)
