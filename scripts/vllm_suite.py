@@ -128,7 +128,9 @@ def expected_tokens(checkpoint: str) -> dict[str, list[int]]:
     check("positions of the checkpoint", model.config.position_mode, "compact")
     tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
     model.generation_config.eos_token_id = None  # as many tokens are compared as were asked for
-    chat = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    chat = tokenizer.apply_chat_template(
+        CHAT, add_generation_prompt=True, return_query_mask=True, return_dict=True, return_tensors="pt"
+    )
     tokens = {}
     for name, encoding in (("text", tokenizer(CHAPTER_TEXT, return_tensors="pt")), ("chat", chat)):
         out = model.generate(**encoding, max_new_tokens=NEW, do_sample=False)
