@@ -163,7 +163,7 @@ def _check_modules(folder: Path) -> Check:
     found = f"{len(compared.same)} as in this version; {compared.describe() or 'no others'}"
     if compared.missing or not (compared.same or compared.changed):
         return Check(GROUP, "modules", "fault", found, AGAIN)
-    advice = "of another version, or changed by hand: read them before trust_remote_code, or save the checkpoint again"
+    advice = "of another version, or changed by hand: read them before trust_remote_code, or renew them with --upgrade"
     return Check(GROUP, "modules", "warning", found, advice)
 
 
