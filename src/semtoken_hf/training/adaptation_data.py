@@ -183,7 +183,10 @@ def load_blocks(
     window = length if window_length is None else window_length
     held_out = [side["held_out"] for side in sides.values() if len(side["held_out"]) >= window]
     if not held_out:
-        raise ValueError(f"no held-out document of {window} tokens: raise held_out_share or add text")
+        raise ValueError(
+            f"the held-out documents of no file have {window} tokens together: raise --held-out-share, lower "
+            "--context-length, or add text"
+        )
     blocks = BlockSampler({str(i): ids for i, ids in enumerate(held_out)}, window, {}, seed)
     rows = torch.from_numpy(np.stack([blocks[i] for i in range(len(blocks))]))
     rows[:, 0] = bos_id
