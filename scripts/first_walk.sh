@@ -29,7 +29,7 @@ step "4. Adapt: ${STEPS:-30} steps on the text of the documents, to show how; a 
 install_once adapt -c "$constraints" -e "$root[adapt]"
 semtoken adapt --checkpoint "$folder/my-semtoken" --text "$root/docs" --output-dir "$folder/adapt" --quiet \
     --max-steps "${STEPS:-30}" --sequence-length 1024 --held-out-share 0.3 \
-    --context-length 768 --target-length 128 --evaluation-windows 2
+    --per-device-train-batch-size 1 --context-length 768 --target-length 128 --evaluation-windows 2
 semtoken generate "$folder/adapt/model" --file "$chapter" --question "$question" --max-new-tokens 20
 
 step "5. Serve: an OpenAI-compatible server, asked once"

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from semtoken_hf.adapter_semtoken import has_adapter
 from semtoken_hf.training.adaptation import adapt, build_trainer
+from semtoken_hf.training.adaptation_arguments import AdaptationTrainingArguments
 from semtoken_hf.training.adapted_parts import apply_parts, extract_parts
 from tests.fixtures.children import run_script
 from tests.fixtures.tiny import random_ids
@@ -211,3 +212,10 @@ def test_the_parts_of_a_run_make_its_checkpoint_again(run, inputs, tmp_path):
     assert torch.equal(ours.logits, theirs.logits)
     with pytest.raises(FileNotFoundError, match=r"fields\.json"):
         apply_parts(inputs / "checkpoint", adapted, again)
+
+
+@pytest.mark.parametrize("native", [torch.bfloat16, torch.float32], ids=str)
+def test_mixed_precision_is_where_the_device_multiplies_it(monkeypatch, tmp_path, native):
+    monkeypatch.setattr("semtoken_hf.training.adaptation_arguments.native_dtype", lambda device: native)
+    assert AdaptationTrainingArguments(output_dir=str(tmp_path), use_cpu=True).bf16 is (native == torch.bfloat16)
+    assert not AdaptationTrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False).bf16

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..evaluation.named_values import read_fields, read_numbers
+from ..semantic_encoder import native_dtype
 from .adaptation_data import BatchShape, PackedShape
 from .task_schedule import TaskSchedule
 
@@ -197,7 +198,9 @@ class AdaptationTrainingArguments(TrainingArguments):
     warmup_steps: float = 20
     lr_scheduler_type: str = "cosine"
     weight_decay: float = 0.0
-    bf16: bool = field(default=True)
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "mixed precision; if unset, where the device multiplies bfloat16"}
+    )
     logging_steps: float = 10
     eval_strategy: str = "steps"
     eval_steps: float | None = 100
@@ -210,6 +213,9 @@ class AdaptationTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         # Transformers refuses bf16 on a machine without an accelerator unless it is told that this is meant.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 is None:
+            device = torch.device("cpu") if self.use_cpu else torch.accelerator.current_accelerator()
+            self.bf16 = not self.fp16 and device is not None and native_dtype(device) == torch.bfloat16
         super().__post_init__()
         if self.load_best_model_at_end:
             raise ValueError("load_best_model_at_end is not supported: the last model is the adapted one")
