@@ -4,6 +4,7 @@
   cache of its own with those keys and values, so that a further question costs the reading of the question.
 - Prefixes that were compressed apart are joined as slots and read together: keys that were made apart have seen nothing
   of the texts before them, and only some rotary embeddings could move them.
+- Its file is safetensors, with what the model must have in common with the one that made it.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from .compression import CompressedPrompt
 from .logging_semtoken import get_logger
 from .read_positions import KeptPositions
 
-# Of one layer, [1, H_kv, M, D] each; layers with a sliding window hold the last columns alone.
-KeysAndValues = tuple[Tensor, Tensor]
 logger = get_logger(__name__)
 
+# Of one layer, [1, H_kv, M, D] each; layers with a sliding window hold the last columns alone.
+KeysAndValues = tuple[Tensor, Tensor]
 FORMAT, VERSION = "semtoken_prefix", "1"
 # Of the configuration. Which tokens merge is settled in the file: the ratio, protection and the encoder may differ.
 FIELDS = (
@@ -41,6 +42,7 @@ REMEDIES = {
     "position_mode": "set `config.position_mode` to the file's",
     "weights": "load the weights that made it (a fine-tuned, quantised or differently adapted model is another one)",
 }
+# Numbers of each weight that its digest reads.
 SAMPLES = 16
 
 

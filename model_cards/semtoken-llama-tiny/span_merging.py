@@ -21,6 +21,7 @@ from .token_layout import indices_where
 TIE = 1e-5
 # Merged slots at a time that get their residual: bounds the tokens' embeddings that are held for it.
 SLOTS_PER_CALL = 1024
+# Of a span that are averaged apart, in order.
 PARTS = 4
 # Tokens that are read of a span, evenly spaced: all of up to so many, and some of them more than once.
 READ_TOKENS = 32
