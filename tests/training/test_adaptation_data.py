@@ -110,7 +110,7 @@ def test_load_blocks(tmp_path):
 
 def test_load_blocks_says_what_is_missing(tmp_path):
     folder, tokenizer = text_folder(tmp_path), tiny_tokenizer()
-    with pytest.raises(ValueError, match=r"held-out .*64 tokens.*held_out_share"):
+    with pytest.raises(ValueError, match=r"held-out .*64 tokens.*--held-out-share"):
         load_blocks(folder, tokenizer, tmp_path / "cache", 64, {}, 0.0, 0)
     with pytest.raises(ValueError, match="shorten the blocks"):
         load_blocks(folder, tokenizer, tmp_path / "cache", 10**6, {}, 0.3, 0)
