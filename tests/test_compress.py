@@ -145,6 +145,14 @@ def test_nothing_merges(short):
     assert prompt.budget_met.all()
 
 
+def test_a_mask_of_floating_point_is_one_of_ones_and_zeros(model):
+    ids, mask = ragged_prompts([40, 64])
+    expected = model.compress(ids, attention_mask=mask)
+    assert torch.equal(model.compress(ids, attention_mask=mask.float()).span_ids, expected.span_ids)
+    with pytest.raises(ValueError, match="attention_mask"):
+        model.compress(ids, attention_mask=(mask == 0) * -1e9)
+
+
 def test_given_positions():
     model, ids = tiny_model(), random_ids(2, 96)
     counted = model.compress(ids)
