@@ -43,7 +43,8 @@ Place = tuple[int, int, str]
 
 def places_of(path: Path) -> Iterator[Place]:
     """Where a module can be changed; annotations and what is raised are left alone."""
-    source, tree = path.read_bytes(), ast.parse(path.read_bytes())
+    source = path.read_bytes()
+    tree = ast.parse(source)
     offsets = [0]
     for line in source.splitlines(keepends=True):
         offsets.append(offsets[-1] + len(line))

@@ -45,6 +45,14 @@ def package_folder(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def cache_folder() -> Path:
+    """Where converted models are kept, apart for each release of Transformers: 5.17 finds no padding token in a GGUF
+    file, others do."""
+    return cached_assets_path(
+        "semtoken_hf", namespace="reference", subfolder=f"transformers-{transformers.__version__}"
+    )
+
+
 def made_once(folder: Path, make: Callable[[Path], Any]) -> Path:
     """`folder`, made if it is not there or carries other modules than this package's; one process at a time."""
     with FileLock(f"{folder}.lock"):
@@ -64,13 +72,10 @@ def reference_model(encoder: str = "static", progress: bool = True) -> Path:
         ModuleNotFoundError: a package that carries the weights is not installed.
     """
     model, minilm = package_folder(MODEL_PACKAGE), package_folder(ENCODER_PACKAGE) / "model"
-    # Releases of Transformers read the tokenizer in a GGUF file differently: 5.17 finds no padding token in it.
-    cache = cached_assets_path(
-        "semtoken_hf", namespace="reference", subfolder=f"transformers-{transformers.__version__}"
-    )
     options = {"encoder_kind": ENCODERS[encoder], "overwrite": True, "progress": progress}
     return made_once(
-        cache / f"smollm2-135m-instruct-{encoder}", lambda folder: convert_checkpoint(model, minilm, folder, **options)
+        cache_folder() / f"smollm2-135m-instruct-{encoder}",
+        lambda folder: convert_checkpoint(model, minilm, folder, **options),
     )
 
 

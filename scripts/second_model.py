@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import transformers
-from huggingface_hub import cached_assets_path
-from reference_model import ENCODER_PACKAGE, made_once, package_folder
+from reference_model import ENCODER_PACKAGE, cache_folder, made_once, package_folder
 from transformers.utils import logging
 
 from semtoken_hf import convert_checkpoint
@@ -73,15 +70,12 @@ def join_parts(parts: Parts, output: Path) -> Path:
 
 def second_model(name: str) -> Path:
     """The folder of a model with MiniLM, converted if it is not there."""
-    cache = cached_assets_path(
-        "semtoken_hf", namespace="reference", subfolder=f"transformers-{transformers.__version__}"
-    )
+    cache = cache_folder()
 
     def make(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             file = join_parts(MODELS[name], Path(scratch) / f"{name}-q4_k_m.gguf")
-            shutil.rmtree(folder, ignore_errors=True)
-            convert_checkpoint(file, package_folder(ENCODER_PACKAGE) / "model", folder)
+            convert_checkpoint(file, package_folder(ENCODER_PACKAGE) / "model", folder, overwrite=True)
 
     return made_once(cache / f"{name}-minilm", make)
 

@@ -13,9 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache_semtoken import SemTokenCache, append_plain
-from .prompt_embeds import ENCODING_FIELDS, ExportedPrompt, check_config, prompt_embeds_of
-
 # Of a chat, int64 or bool [1, T] each.
 Encoding = Mapping[str, Tensor]
 
@@ -46,36 +43,7 @@ def chat_pieces(
 
 
 def _columns(encoding: Encoding, start: int) -> dict[str, Tensor]:
-    return {name: encoding[name][:, start:] for name in ENCODING_FIELDS if name in encoding}
+    return {name: values[:, start:] for name, values in encoding.items()}
 
 
-def export_pieces(model: Any, pieces: list[Encoding], target_ratio: float | None = None) -> ExportedPrompt:
-    """Compress the pieces of one chat, each behind the slots of those before it.
-
-    Args:
-        model: a SemToken model, with or without its head.
-        pieces: from `chat_pieces`.
-        target_ratio: tokens per slot, instead of the configuration's.
-
-    Raises:
-        ValueError: as in `export_prompt`.
-    """
-    check_config(model.config)
-    cache, embeds, is_met = SemTokenCache(), [], True
-    with torch.no_grad():
-        for piece in pieces:
-            ids = piece["input_ids"]
-            if len(pieces) > 1 and ids.shape[1] < max(2, model.config.min_prompt_length):
-                append_plain(cache, ids, None, None, "compact")
-                embeds.append(model.get_input_embeddings()(ids)[0])
-                continue
-            # Of a prompt, every token is real.
-            fields = {name: values for name, values in piece.items() if name != "attention_mask"}
-            prompt = model.compress(**fields, target_ratio=target_ratio, position_mode="compact", past_key_values=cache)
-            embeds.append(prompt_embeds_of(prompt, start=sum(map(len, embeds))))
-            cache.record(prompt.slot_lengths, ids.shape[1], compressed=prompt.is_merged, padded=False)
-            is_met &= bool(prompt.budget_met)
-    return ExportedPrompt(torch.cat(embeds).cpu(), cache.get_seq_length(), is_met)
-
-
-__all__ = ["chat_pieces", "export_pieces"]
+__all__ = ["chat_pieces"]

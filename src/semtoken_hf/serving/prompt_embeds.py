@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache_semtoken import SemTokenCache
 from ..compression import CompressedPrompt
 
 # What vLLM reads; it casts to the dtype that it runs the model in.
@@ -84,16 +85,38 @@ def export_prompt(
         encoding = tokenizer.apply_chat_template(
             prompt, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-    fields = {name: encoding[name].to(model.device) for name in ENCODING_FIELDS if name in encoding}
-    if not fields["input_ids"].numel():
-        raise ValueError("the prompt is empty")
-    with torch.no_grad():
-        compressed = model.compress(**fields, target_ratio=target_ratio, position_mode="compact")
-    return ExportedPrompt(
-        prompt_embeds=prompt_embeds_of(compressed, dtype),
-        original_length=int(compressed.original_lengths),
-        budget_met=bool(compressed.budget_met),
-    )
+    return export_pieces(model, [encoding], target_ratio, dtype)
+
+
+def export_pieces(
+    model: Any,
+    pieces: list[Mapping[str, Any]],
+    target_ratio: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> ExportedPrompt:
+    """Compress the encodings of one prompt's pieces, each behind the slots of those before it.
+
+    Args:
+        model, target_ratio, dtype: as in `export_prompt`.
+        pieces: see `chat_turns.chat_pieces`; a short one stays whole.
+
+    Raises:
+        ValueError: as in `export_prompt`.
+    """
+    check_config(model.config)
+    cache, is_met, tokens = SemTokenCache(), True, 0
+    embeds: list[Tensor] = []
+    for piece in pieces:
+        fields = {name: piece[name].to(model.device) for name in ENCODING_FIELDS if name in piece}
+        if not fields["input_ids"].numel():
+            raise ValueError("the prompt is empty")
+        with torch.no_grad():
+            prompt = model.compress(**fields, target_ratio=target_ratio, position_mode="compact", past_key_values=cache)
+        embeds.append(prompt_embeds_of(prompt, dtype, start=sum(map(len, embeds))))
+        cache.record(prompt.slot_lengths, fields["input_ids"].shape[1], prompt.is_merged, prompt.is_padded)
+        tokens += int(prompt.original_lengths)
+        is_met &= bool(prompt.budget_met)
+    return ExportedPrompt(torch.cat(embeds), tokens, is_met)
 
 
 def check_config(config: Any) -> None:
@@ -158,6 +181,7 @@ __all__ = [
     "check_config",
     "decode_prompt_embeds",
     "encode_prompt_embeds",
+    "export_pieces",
     "export_prompt",
     "prompt_embeds_of",
 ]

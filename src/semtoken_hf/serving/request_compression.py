@@ -23,8 +23,8 @@ from transformers.utils import logging
 
 from ..logging_semtoken import get_logger
 from .chat_requests import OF_LAST_TURN, completion_of_chat, encode_chat, plain_chat_reason
-from .chat_turns import chat_pieces, export_pieces
-from .prompt_embeds import check_config, export_prompt
+from .chat_turns import chat_pieces
+from .prompt_embeds import check_config, export_pieces, export_prompt
 from .request_fields import OWN_FIELDS, BadRequest, own_fields, read_body, read_prompts, refuse_embeds, token_field_of
 
 logger = get_logger(__name__)
@@ -131,7 +131,7 @@ class RequestCompressor:
             rest = body if is_whole else {n: v for n, v in body.items() if n not in OF_LAST_TURN}
             return encode_chat(self.tokenizer, self.config, {**rest, "messages": messages})
 
-        return chat_pieces(encode, body["messages"], max(2, self.config.min_prompt_length))
+        return chat_pieces(encode, body["messages"], self.config.min_prompt_length)
 
     def _encode(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         """An encoding for each prompt of a completion."""
