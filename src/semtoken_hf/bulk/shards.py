@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
+from ..conversion.encoder import quiet_loading
 from ..conversion.staging import staged_file
 from ..serving.prompt_embeds import export_prompt
 from .settings import PREFIXES, WorkerSettings
@@ -81,13 +81,9 @@ def compress_document(text: str, settings: WorkerSettings) -> tuple[dict[str, Te
 def load(checkpoint: str, revision: str | None, kind: str, dtype: str | None) -> tuple[Any, Any]:
     """What compression needs of a checkpoint, once a process: embeddings, encoder, merger and tokenizer, no layers."""
     auto = AutoModelForCausalLM if kind == PREFIXES else AutoModel
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the layers that stay unread are no news
-    try:
-        options: dict[str, Any] = {"num_hidden_layers": 0, "adapter_subfolder": None, "dtype": dtype or "auto"}
+    options: dict[str, Any] = {"num_hidden_layers": 0, "adapter_subfolder": None, "dtype": dtype or "auto"}
+    with quiet_loading(True):  # the layers that stay unread are no news
         model = auto.from_pretrained(checkpoint, revision=revision, **options).eval()
-    finally:
-        logging.set_verbosity(verbosity)
     if torch.cuda.is_available():
         model.to("cuda")
     return model, AutoTokenizer.from_pretrained(checkpoint, revision=revision)

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.utils import logging
 
+from ..conversion.encoder import quiet_loading
 from ..logging_semtoken import get_logger
 from .chat_requests import OF_LAST_TURN, completion_of_chat, encode_chat, plain_chat_reason
 from .chat_turns import chat_pieces
@@ -68,12 +68,8 @@ class RequestCompressor:
     def __init__(self, checkpoint: str):
         self.config: Any = AutoConfig.from_pretrained(checkpoint)
         check_for_engine(self.config, checkpoint)
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # the layers that stay unread are no news
-        try:
+        with quiet_loading(True):  # the layers that stay unread are no news
             self.model: Any = AutoModel.from_pretrained(checkpoint, num_hidden_layers=0).eval()
-        finally:
-            logging.set_verbosity(verbosity)
         self._tokenizer, self._threads = AutoTokenizer.from_pretrained(checkpoint), threading.local()
 
     @property

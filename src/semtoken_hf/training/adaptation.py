@@ -22,8 +22,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
 
+from ..conversion.encoder import quiet_loading
 from ..conversion.source import check_semtoken
 from ..conversion.staging import check_output, remove_stale, staged_folder
 from ..evaluation.files import only_run_in, write_text
@@ -68,13 +68,8 @@ def load_student(arguments: AdaptationArguments) -> Any:
     if arguments.objective == "packed":
         # No slot holds more tokens than those that it learns to read.
         fields.setdefault("max_span_length", min(config.max_span_length, max(arguments.span_lengths)))
-    verbosity = logging.get_verbosity()
-    if config.merge_mode != "learned":
-        logging.set_verbosity_error()  # that the merger is new is no news
-    try:
+    with quiet_loading(config.merge_mode != "learned"):  # that the merger is new is no news
         return AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=dtype, **fields)
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def build_trainer(arguments: AdaptationArguments, training: AdaptationTrainingArguments) -> AdaptationTrainer:
