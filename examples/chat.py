@@ -1,6 +1,6 @@
 """A chat of several turns: each turn compresses what is new, and the cache keeps the slots of the earlier ones.
 
-python examples/chat.py --checkpoint "$(bash scripts/reference_model.sh)"    # SmolLM2-135M-Instruct
+python examples/chat.py --checkpoint "$(bash scripts/reference_model.sh minilm)"    # SmolLM2-135M-Instruct
 python examples/chat.py --checkpoint llama-3.2-1b-semtoken --document report.txt
 """
 
@@ -20,9 +20,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+# About the beginning of the document; about what follows; about the beginning again, which only the cache still holds.
+QUESTIONS = [
+    "Where did Sherwood and Applegarth dine?",
+    "What instrument does Applegarth play?",
+    "And where did they dine together?",
+]
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--checkpoint", required=True, help="folder or Hub id of a SemToken checkpoint")
 parser.add_argument("--document", type=Path, default=ROOT / "scripts" / "quickstart_chapter.txt")
+parser.add_argument("--questions", nargs=3, metavar="QUESTION", default=QUESTIONS, help="one a turn")
 parser.add_argument("--max-new-tokens", type=int, default=24)
 options, _ = parser.parse_known_args()  # a notebook has arguments of its own
 
@@ -36,9 +43,9 @@ if tokenizer.chat_template is None:  # a base model, such as the one that ships
 document = options.document.read_text(encoding="utf-8").strip()
 third = len(document) // 3
 TURNS = [
-    f"Here is the beginning of a story.\n\n{document[:third]}\n\nWho is in the room?",
-    f"It goes on:\n\n{document[third : 2 * third]}\n\nWhat do they want to buy?",
-    "Say it in one sentence.",
+    f"{document[:third]}\n\n{options.questions[0]}",
+    f"{document[third : 2 * third]}\n\n{options.questions[1]}",
+    options.questions[2],
 ]
 
 # %% [markdown]

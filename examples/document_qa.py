@@ -1,6 +1,6 @@
 """Questions about a long document: the question decides which sentences stay whole.
 
-python examples/document_qa.py --checkpoint "$(bash scripts/reference_model.sh)"    # SmolLM2-135M-Instruct
+python examples/document_qa.py --checkpoint "$(bash scripts/reference_model.sh minilm)"    # SmolLM2-135M-Instruct
 python examples/document_qa.py --checkpoint llama-3.2-1b-semtoken --document report.txt --target-ratio 4
 """
 

@@ -1,6 +1,6 @@
 """Retrieval-augmented generation: several passages, and a question that decides which of them stay whole.
 
-python examples/rag.py --checkpoint "$(bash scripts/reference_model.sh)"    # SmolLM2-135M-Instruct
+python examples/rag.py --checkpoint "$(bash scripts/reference_model.sh minilm)"    # SmolLM2-135M-Instruct
 python examples/rag.py --checkpoint llama-3.2-1b-semtoken --passages retrieved.txt --question "Who built it?"
 """
 
@@ -37,17 +37,13 @@ passages = options.passages.read_text(encoding="utf-8").strip().split("\n\n")
 
 # %% [markdown]
 # ## The chat
-# The passages may stand in a turn before the question's, or before it in the same turn.
+# The passages stand before the question in the user's turn; a turn of their own before it works, too.
 
 # %%
-messages = [
-    {"role": "system", "content": "\n\n".join(passages)},
-    {"role": "user", "content": options.question},
-]
+messages = [{"role": "user", "content": "\n\n".join([*passages, options.question])}]
 chat = tokenizer.apply_chat_template(
     messages,
     add_generation_prompt=True,
-    protect_template=True,
     return_query_mask=True,  # needed only where the checkpoint was converted without a chat template
     tokenizer_kwargs={"return_offsets_mapping": True},
     return_tensors="pt",
@@ -74,10 +70,9 @@ def slots_of_passages(query_weight: float) -> list[tuple[int, int]]:
 
 # %%
 print(
-    f"question: {options.question}\n\n{'passage':<14}{'tokens':>8}"
-    + "".join(f"{f'weight {w:g}':>12}" for w in (0, 1, 4))
+    f"question: {options.question}\n\n{'passage':<14}{'tokens':>8}" + "".join(f"{f'weight {w:g}':>12}" for w in (0, 1))
 )
-tables = [slots_of_passages(weight) for weight in (0.0, 1.0, 4.0)]
+tables = [slots_of_passages(weight) for weight in (0.0, 1.0)]
 for number, passage in enumerate(passages):
     title, tokens = passage.splitlines()[0], tables[0][number][0]
     print(f"{title[:13]:<14}{tokens:>8}" + "".join(f"{table[number][1]:>6} slots" for table in tables))
@@ -91,8 +86,12 @@ print(
 # ## The answer
 # The same inputs go into `generate`.
 
+
 # %%
-tokens = model.generate(
-    **chat, target_ratio=options.target_ratio, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id
-)
-print("\nanswer:", tokenizer.decode(tokens[0, chat["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+def answer(**how: object) -> str:
+    tokens = model.generate(**chat, **how, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return tokenizer.decode(tokens[0, chat["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+print("\nplain:   ", answer(compression=False))
+print("SemToken:", answer(target_ratio=options.target_ratio))

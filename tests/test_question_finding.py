@@ -11,9 +11,10 @@ from tests.conversion.checkpoints import word_tokenizer
 from tests.fixtures.tiny import random_ids, tiny_model
 from tests.test_granularity import segments_of
 
-BREAK, OPENING, ENDING = 3, [4, 5], [6]
-MARKERS = {"sentence_ends": [BREAK, 9], "line_breaks": [BREAK], "turn_opening": OPENING, "turn_ending": ENDING}
-# Lines of the last user turn, by their lengths, and which of them the question is: a slice of the turn's tokens.
+BREAK, OPENING, ENDING, STOP = 3, [4, 5], [6], 9
+MARKERS = {"sentence_ends": [BREAK, STOP], "line_breaks": [BREAK], "turn_opening": OPENING, "turn_ending": ENDING}
+# Lines of the last user turn, by their lengths, and which of them the question is: slices of the turn's tokens. A line
+# of negative length ends a sentence.
 TURNS = {
     "a short turn is the question": ([20, 30], slice(0, 51)),
     "the last line of a long turn": ([100, 60, 12], slice(162, 174)),
@@ -21,6 +22,8 @@ TURNS = {
         [150, 9, LEAST - 2],
         slice(151, 151 + 9 + 1 + LEAST - 2),
     ),
+    "a short sentence is a question by itself": ([3, 150, -3], slice(155, 158)),
+    "a few words behind a paragraph come with the first line": ([14, 150, 3], [*range(15), *range(166, 169)]),
     "the first line, where the last is a paragraph": ([14, 100, MOST + 1], slice(0, 15)),
     "the end of the text, where nothing is short": (
         [MOST + 2, MOST + 1],
@@ -30,12 +33,14 @@ TURNS = {
 
 
 def turn_of(lines: list[int]) -> list[int]:
-    return [token for n, length in enumerate(lines) for token in [BREAK] * (n > 0) + [20 + n] * length]
+    rows = [[20 + n] * length if length > 0 else [20 + n] * (-length - 1) + [STOP] for n, length in enumerate(lines)]
+    return [token for n, row in enumerate(rows) for token in [BREAK] * (n > 0) + row]
 
 
 def found_in(ids: list[int], lengths: list[int] | None = None) -> torch.Tensor:
     row = torch.tensor(ids)
-    return find_question(row, row == BREAK, OPENING, ENDING, segments_of(lengths or [len(ids)]))
+    ends = torch.isin(row, torch.tensor(MARKERS["sentence_ends"]))
+    return find_question(row, row == BREAK, ends, OPENING, ENDING, segments_of(lengths or [len(ids)]))
 
 
 @pytest.mark.parametrize("name", TURNS)
@@ -44,7 +49,7 @@ def test_which_part_of_the_turn_is_the_question(name: str) -> None:
     turn = turn_of(lines)
     before = [8] * 5 + OPENING + [15] * 7 + ENDING + [8] * 3 + OPENING
     found = found_in([*before, *turn, BREAK, *ENDING, 8, 8])
-    place = range(len(turn))[wanted]
+    place = range(len(turn))[wanted] if isinstance(wanted, slice) else wanted
     assert found.nonzero().flatten().tolist() == [len(before) + i for i in place]
 
 

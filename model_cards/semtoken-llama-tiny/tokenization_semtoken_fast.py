@@ -21,7 +21,7 @@ from transformers import BatchEncoding, PreTrainedConfig, PreTrainedTokenizerFas
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .configuration_semtoken import OLD_FIELDS, SemTokenConfigMixin
-from .question_finding import question_of_turn
+from .question_finding import is_sentence_end, question_of_turn
 from .semantic_encoder import SemanticEncoder
 from .span_planner import SpanPlan, always_protected, needs_encoder, plan_spans
 
@@ -410,9 +410,10 @@ def _question_of(of_turn: list[int], texts: list[str]) -> list[int]:
     if 1 not in of_turn:
         return of_turn
     begin, end = of_turn.index(1), len(of_turn) - of_turn[::-1].index(1)
-    ends_line = torch.tensor(["\n" in text for text in texts])
+    breaks = torch.tensor(["\n" in text for text in texts])
+    ends = torch.tensor([is_sentence_end(text) for text in texts])
     bounds = (torch.tensor([begin]), torch.tensor([end]))
-    return question_of_turn(*bounds, ends_line, torch.zeros(len(of_turn), dtype=torch.long)).long().tolist()
+    return question_of_turn(*bounds, breaks, ends, torch.zeros(len(of_turn), dtype=torch.long)).long().tolist()
 
 
 __all__ = ["SemTokenFastTokenizer", "SpanPlanner", "SpanPlannerConfig", "chat_masks", "content_spans"]

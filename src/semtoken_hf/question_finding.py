@@ -1,8 +1,9 @@
 """Where the question of a chat stands, if nobody says: at the end of the last turn of the user.
 
 The turn lies between the tokens that the chat template puts before and behind it (found at conversion). A short turn is
-the question as a whole; of a long one, which holds a document as well, the last lines are, or, where the last line is
-as long as a paragraph, the first. A text without such a turn asks nothing.
+the question as a whole; of a long one, which holds a document as well, the last line is, or, where the last line is as
+long as a paragraph, the first. A few words that end no sentence, such as "Answer:" or "origin of coffee", come with the
+line before them, or with the first line where that one is a paragraph. A text without such a turn asks nothing.
 """
 
 from __future__ import annotations
@@ -12,18 +13,31 @@ from torch import Tensor
 
 from .token_layout import TokenLayout
 
-# In tokens. A line of fewer than LEAST, such as "Answer:", is no question by itself.
+# In tokens. A last line of fewer than LEAST that ends no sentence is not all of the question.
 LEAST, MOST = 8, 128
+# Of Latin and of Chinese text.
+END_MARKS = (".", "!", "?", "…", "\u3002", "\uff01", "\uff1f")
+CLOSING = "\"')]}»”’"
+
+
+def is_sentence_end(text: str) -> bool:
+    """Whether the text of a token ends a sentence, also before a closing quotation mark or bracket."""
+    return text.rstrip().rstrip(CLOSING).endswith(END_MARKS)
 
 
 def find_question(
-    input_ids: Tensor, ends_line: Tensor, turn_opening: list[int], turn_ending: list[int], layout: TokenLayout
+    input_ids: Tensor,
+    ends_line: Tensor,
+    ends_sentence: Tensor,
+    turn_opening: list[int],
+    turn_ending: list[int],
+    layout: TokenLayout,
 ) -> Tensor:
     """The tokens of the question of every segment.
 
     Args:
         input_ids: int64 [N].
-        ends_line: bool [N], tokens that break the line.
+        ends_line, ends_sentence: bool [N], tokens that break the line, and that end a sentence.
         turn_opening: ids that the chat template puts before the text of a user; empty: nothing is found.
         turn_ending: ids that it puts behind it; a turn without them goes on to the end of its segment.
         layout: the segments, which are searched each by itself.
@@ -37,14 +51,14 @@ def find_question(
     begin = _last(opens, segment, ends) + len(turn_opening)
     found = begin >= len(turn_opening)
     end = _first(_begins(input_ids, turn_ending, ends[segment]) & (place >= begin[segment]), segment, ends)
-    return question_of_turn(begin, end, ends_line, segment) & found[segment]
+    return question_of_turn(begin, end, ends_line, ends_sentence, segment) & found[segment]
 
 
-def question_of_turn(begin: Tensor, end: Tensor, ends_line: Tensor, segment: Tensor) -> Tensor:
+def question_of_turn(begin: Tensor, end: Tensor, ends_line: Tensor, ends_sentence: Tensor, segment: Tensor) -> Tensor:
     """The tokens of the question in the turn from `begin` to before `end`, int64 [S] each, of every segment.
 
     Args:
-        ends_line: bool [N], tokens that break the line.
+        ends_line, ends_sentence: bool [N], tokens that break the line, and that end a sentence.
         segment: int64 [N], segment of each token.
 
     Returns:
@@ -57,15 +71,20 @@ def question_of_turn(begin: Tensor, end: Tensor, ends_line: Tensor, segment: Ten
     inside &= place < end[segment]
     opens_line = inside & ~ends_line
     opens_line[1:] &= ends_line[:-1]
-    last_line = _last(opens_line & (end[segment] - place >= LEAST), segment, end).maximum(begin)
+    last_line = _last(opens_line, segment, end).maximum(begin)
+    last_lines = _last(opens_line & (end[segment] - place >= LEAST), segment, end).maximum(begin)
+    is_question = ends_sentence[(end - 1).clamp(min=0)] | (last_lines == last_line)
+    last_lines = last_line.where(is_question, last_lines)
     second_line = _first(opens_line & (place > begin[segment]), segment, end)
 
-    is_short, first_is_short = end - last_line <= MOST, second_line - begin <= MOST
-    start = last_line.where(is_short, begin.where(first_is_short, end - MOST // 2))
+    is_short, first_is_short = end - last_lines <= MOST, second_line - begin <= MOST
+    start = last_lines.where(is_short, begin.where(first_is_short, end - MOST // 2))
     stop = end.where(is_short | ~first_is_short, second_line)
     is_whole = end - begin <= MOST
     start, stop = begin.where(is_whole, start), end.where(is_whole, stop)
-    return (place >= start[segment]) & (place < stop[segment])
+    words = last_line.where(~is_question, end)
+    in_lines = (place >= start[segment]) & (place < stop[segment])
+    return in_lines | (inside & (place >= words[segment]))
 
 
 def _begins(input_ids: Tensor, pattern: list[int], end: Tensor) -> Tensor:
@@ -88,4 +107,4 @@ def _first(flags: Tensor, segment: Tensor, otherwise: Tensor) -> Tensor:
     return otherwise.scatter_reduce(0, segment, place.where(flags, len(flags)), "amin")
 
 
-__all__ = ["find_question", "question_of_turn"]
+__all__ = ["find_question", "is_sentence_end", "question_of_turn"]

@@ -205,12 +205,13 @@ def read_text(config: Any, ids: Tensor, query_mask: Tensor | None, layout: Token
     """What the sentence mode reads of a trimmed stream of the ids [N]; `query_mask` bool [B, T] or None."""
     markers = config.text_markers or {}
     opening, query = markers.get("turn_opening") or [], None
+    ends_sentence = is_marker(config, ids, "sentence_ends")
     if query_mask is not None:
         query = query_mask.flatten()[layout.token_index]
     elif opening:
         breaks, ending = is_marker(config, ids, "line_breaks"), markers.get("turn_ending") or []
-        query = find_question(ids, breaks, opening, ending, layout)
-    return Text(ids, is_marker(config, ids, "sentence_ends"), query)
+        query = find_question(ids, breaks, ends_sentence, opening, ending, layout)
+    return Text(ids, ends_sentence, query)
 
 
 def is_marker(config: Any, ids: Tensor, name: str) -> Tensor:

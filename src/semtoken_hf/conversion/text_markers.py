@@ -8,11 +8,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from ..question_finding import is_sentence_end
 from .vocabulary import special_token_ids, token_texts
 
-# Of Latin and of Chinese text.
-END_MARKS = (".", "!", "?", "…", "\u3002", "\uff01", "\uff1f")
-CLOSING = "\"')]}»”’"
 USER_TEXTS = ("Seven", "Nine")
 ASSISTANT_TEXT, SYSTEM_TEXT = "Eight", "Six"
 
@@ -28,7 +26,7 @@ def text_markers(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[st
     """
     texts = list(enumerate(token_texts(tokenizer)))
     breaks = [i for i, text in texts if "\n" in text]
-    ends = {i for i, text in texts if text.rstrip().rstrip(CLOSING).endswith(END_MARKS)}
+    ends = {i for i, text in texts if is_sentence_end(text)}
     opening, ending = user_turn(tokenizer)
     markers = {
         "sentence_ends": sorted({*ends, *breaks, *special_token_ids(tokenizer)}),
