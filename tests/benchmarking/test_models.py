@@ -72,4 +72,8 @@ def test_ways(sources, monkeypatch, name, registered):
     assert variants[PLAIN_N].batch.lengths == batch.lengths
     assert variants[PLAIN_M].batch.lengths == [32] * len(batch.lengths)
     assert variants[PADDED].inspect()["slots"] == [32] * len(batch.lengths)
-    assert variants[PADDED].call == {"target_ratio": 3.0, "prefill_chunk_size": 32}
+    call = variants[PADDED].call
+    assert (call["target_ratio"], call["prefill_chunk_size"]) == (3.0, 32)
+    asked = torch.zeros_like(batch.input_ids)
+    asked[:, -12:] = 1  # an eighth of 96
+    assert torch.equal(call["query_mask"], asked)

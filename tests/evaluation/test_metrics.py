@@ -62,6 +62,14 @@ def test_the_spread_is_the_standard_error_of_the_paired_differences():
     assert "spread" not in summarise(TEXT, records((21.0, 10)), full, {})
 
 
+def test_truncation_at_the_same_ratio_is_what_it_is_compared_with():
+    ours, cut = records((21.0, 10), (27.0, 10), (30.0, 10)), records((22.0, 10), (29.0, 10), (33.0, 10))
+    figures = summarise(TEXT, ours, {}, {}, cut)
+    assert figures["ahead"] == pytest.approx(0.2)
+    assert figures["ahead_spread"] == pytest.approx(0.1 / 3**0.5)
+    assert "ahead" not in summarise(TEXT, ours, {}, {})
+
+
 def test_figures_of_answers():
     ours = records(
         {"nll": 6.0, "scored": 2, "score": 100.0, "question_kept": True, "answer_kept": 0.5},
@@ -126,6 +134,7 @@ def test_everything_that_was_measured_is_collected(tmp_path):
     for cell, rows in (
         (Cell("wikitext", "full", None), FULL),
         (Cell("wikitext", "none", None), NONE),
+        (Cell("wikitext", "truncation", 2.0), FULL),
         (TEXT, OURS),
         (Cell("wikitext", "span_4", 2.0, None, "span"), {"e1": OURS["e1"]}),
         (press, OURS),
@@ -137,8 +146,10 @@ def test_everything_that_was_measured_is_collected(tmp_path):
     speed = [{"title": "SemToken", "length": 64, "encoder_share": 0.5}]
     metrics = collect(config, speed, [{"title": "long"}])
     assert json.loads((config.folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
-    assert [cell["method"] for cell in metrics["cells"]] == ["full", "none", "semtoken", "span_4", press.method]
-    assert metrics["cells"][2] == summarise(TEXT, OURS, FULL, NONE)
+    methods = ["full", "none", "truncation", "semtoken", "span_4", press.method]
+    assert [cell["method"] for cell in metrics["cells"]] == methods
+    assert metrics["cells"][3] == summarise(TEXT, OURS, FULL, NONE, FULL)
+    assert ["ahead" in cell for cell in metrics["cells"]] == [False, False, False, True, True, True]
     assert (metrics["speed"], metrics["long_contexts"]) == (speed, [{"title": "long"}])
     assert len(metrics["alarms"]) == 2  # perplexity and encoder
     assert metrics["config"]["checkpoint"] == "tiny"

@@ -52,7 +52,7 @@ def measure_stage(bench: Bench, length: int, ratio: float) -> dict[str, Any]:
     """
     model, config = bench.model, bench.config
     batch = make_batch("1", bench.ids, length, model.device)
-    stage = partial(model.compress, batch.input_ids, target_ratio=ratio)
+    stage = partial(model.compress, batch.input_ids, target_ratio=ratio, query_mask=batch.query_mask)
     encoder = model.base_model.semantic_encoder
     found: dict[str, Any] = {"seconds": [], "encoder_seconds": [], "stages": []}
     replayed = ReplayedEncoder(encoder, stage)

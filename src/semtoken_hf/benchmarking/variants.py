@@ -92,7 +92,7 @@ def list_variants(
     with torch.no_grad():
         counts = model.compress(batch.input_ids, batch.attention_mask, target_ratio=ratio).kept_lengths.tolist()
     always = {} if chunk_size is None else {"prefill_chunk_size": chunk_size}
-    ours = {"target_ratio": ratio, **always}
+    ours = {"target_ratio": ratio, "query_mask": batch.query_mask, **always}
     variants = [
         Variant(PLAIN_N, plain, batch, attn_implementation, always),
         Variant(PLAIN_M, plain, batch.first_tokens(counts), attn_implementation, always),

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+# Tokens at the end of a long row that SemToken takes for a question: it is for such prompts, and they are more work.
+QUESTION = 32
 # Shares of the longest row.
 BATCHES = {"1": (1.0,), "4": (1.0,) * 4, "skewed": (1.0, 0.125, 0.125, 0.125)}
 
@@ -29,6 +31,13 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
     lengths: list[int]
+
+    @property
+    def query_mask(self) -> Tensor:
+        """int64 [B, T], 1 for the question: an eighth of a short row."""
+        tokens = torch.tensor([min(QUESTION, length // 8) for length in self.lengths])
+        place = torch.arange(self.input_ids.shape[1])
+        return (place >= place.numel() - tokens[:, None]).long().to(self.input_ids.device)
 
     def first_tokens(self, counts: list[int]) -> Batch:
         """The first `counts[b]` tokens of every row b."""

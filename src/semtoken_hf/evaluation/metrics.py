@@ -35,7 +35,9 @@ def collect(config: EvaluationConfig, speed: list[dict[str, Any]], long: list[di
     }
     for cell in [*list_cells(config), *list_press_cells(config)]:
         if records := by_id(cell.path(folder)):
-            cells.append(summarise(cell, records, *references[cell.task]))
+            has_rival = cell.ratio is not None and cell.method != "truncation"
+            cut = by_id(Cell(cell.task, "truncation", cell.ratio).path(folder)) if has_rival else {}
+            cells.append(summarise(cell, records, *references[cell.task], cut))
     metrics = {
         "config": asdict(config),
         "provenance": provenance() | press_provenance(folder),
@@ -71,8 +73,8 @@ def by_id(path: Path) -> Records:
     return {record["id"]: record for record in read_records(path)}
 
 
-def summarise(cell: Cell, records: Records, full: Records, none: Records) -> dict[str, Any]:
-    """The figures of one cell, beside the full context and none on the same examples.
+def summarise(cell: Cell, records: Records, full: Records, none: Records, cut: Records | None = None) -> dict[str, Any]:
+    """The figures of one cell, beside the full context, none and truncation (`cut`) on the same examples.
 
     Returns:
         examples: how many.
@@ -81,6 +83,7 @@ def summarise(cell: Cell, records: Records, full: Records, none: Records) -> dic
         nll: nats per scored token; perplexity where the task is one.
         cost: exp(nll - nll of the full context) - 1, the rise in perplexity of what is scored.
         spread: standard error of that, by the paired differences over examples.
+        ahead, ahead_spread: nats per scored token below truncation at the same ratio, and the standard error of that.
         gain_kept: share of the full context's benefit over none: of perplexity, or of likelihood for answers.
         score, score_lost: of the generated answers, 0 to 100, and points below the full context.
         answer_kept: share of the gold answer's tokens in the context that have a slot of their own.
@@ -99,19 +102,19 @@ def summarise(cell: Cell, records: Records, full: Records, none: Records) -> dic
         "ablation": cell.ablation,
         "title": title_of(cell),
         "ratio": cell.ratio,
-        **_figures(task.is_perplexity, records, full, none),
+        **_figures(task.is_perplexity, records, full, none, cut or {}),
     }
     names = sorted({r["group"] for r in records.values()})
     if len(names) > 1:
         groups = {}
         for name in names:
             part = {key: r for key, r in records.items() if r["group"] == name}
-            groups[name] = _figures(task.is_perplexity, part, full, none)
+            groups[name] = _figures(task.is_perplexity, part, full, none, cut or {})
         figures["groups"] = groups
     return figures
 
 
-def _figures(is_perplexity: bool, records: Records, full: Records, none: Records) -> dict[str, Any]:
+def _figures(is_perplexity: bool, records: Records, full: Records, none: Records, cut: Records) -> dict[str, Any]:
     rows = list(records.values())
     tokens, slots = (sum(r[name] for r in rows) for name in ("tokens", "slots"))
     figures: dict[str, Any] = {
@@ -126,6 +129,11 @@ def _figures(is_perplexity: bool, records: Records, full: Records, none: Records
     }
     if is_perplexity:
         figures["perplexity"] = math.exp(figures["nll"])
+    if all(key in cut for key in records):
+        others = [cut[key] for key in records]
+        figures["ahead"] = _nll(others) - figures["nll"]
+        if len(rows) > 1:
+            figures["ahead_spread"] = _standard_error(rows, others)
     if not all(key in full for key in records):
         return figures
     whole = [full[key] for key in records]

@@ -47,6 +47,11 @@ def score_cell(figures: Figures) -> Cell:
     return Cell(shown(figures.get("score"), ".1f"), "" if lost is None else shown(lost, "+.1f", -1))
 
 
+def ahead_cell(figures: Figures) -> Cell:
+    spread = "" if "ahead_spread" not in figures else f"± {shown(figures['ahead_spread'], '.3f')}"
+    return Cell(shown(figures.get("ahead"), "+.3f"), spread)
+
+
 @dataclass(frozen=True)
 class Aspect:
     """What one table says about the methods.
@@ -87,6 +92,13 @@ ASPECTS = (
         "It says little in a task where the full context hardly helps.",
         lambda f: Cell(percent(f.get("gain_kept"))),
         lambda f: f.get("gain_kept"),
+    ),
+    Aspect(
+        "Against truncation",
+        "Nats per scored token below truncation in the same number of slots: above 0 is better than cutting the prompt. "
+        "Also the standard error, by the paired differences over examples.",
+        ahead_cell,
+        lambda f: f.get("ahead"),
     ),
     SCORE,
     Aspect(

@@ -1,0 +1,92 @@
+#!/usr/bin/env python
+"""Write the tables of quality in the documents from one `metrics.json`, that of the reference model's card.
+
+    python scripts/quality_tables.py            # fills the tables
+    python scripts/quality_tables.py --check    # fails where one is not what the figures say
+
+A table stands between `<!-- quality: ROWS -->` and `<!-- end of quality -->`; ROWS are methods of the evaluation, with
+`.NAME` behind them for a further checkpoint, and `against_truncation`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+METRICS = ROOT / "model_cards" / "smollm2-135m-instruct" / "metrics.json"
+DOCUMENTS = ("README.md", "docs/evaluating.md", "docs/choosing.md")
+TABLE = re.compile(r"(<!-- quality: ([\w. ]+) -->\n).*?(<!-- end of quality -->)", re.DOTALL)
+RATIOS = (2.4, 4.0, 8.0)
+TITLES = {
+    "truncation": "truncation (first + last)",
+    "semtoken": "**SemToken**",
+    "semtoken.static": "SemToken, static encoder",
+    "semtoken.adapted": "SemToken, adapted",
+    "semtoken_paper": "the paper's spans and budget",
+    "random": "random dropping",
+}
+SHORT = {"LongBench, English and code": "LongBench", "needle in a haystack": "needle"}
+
+
+def find(cells: list[dict[str, Any]], task: str, row: str, ratio: float) -> dict[str, Any]:
+    """The cell of a task, a method with its checkpoint, and a ratio; empty where nothing was measured."""
+    method, _, checkpoint = row.partition(".")
+    wanted = (task, method, checkpoint or None, ratio, None)
+    names = ("task", "method", "checkpoint", "ratio", "ablation")
+    return next((c for c in cells if tuple(c[name] for name in names) == wanted), {})
+
+
+def gains(cells: list[dict[str, Any]], task: str, row: str) -> str:
+    """Shares of the gain, in per cent, at the three ratios."""
+    kept = [find(cells, task, row, ratio).get("gain_kept") for ratio in RATIOS]
+    return " / ".join("-" if k is None else f"{100 * k:.0f}".replace("-0", "0") for k in kept) + " %"
+
+
+def ahead(cells: list[dict[str, Any]], task: str) -> str:
+    """Nats by which SemToken is ahead of truncation at the first ratio."""
+    cell = find(cells, task, "semtoken", RATIOS[0])
+    return f"{cell['ahead']:+.2f} ± {cell['ahead_spread']:.2f}"
+
+
+def table(cells: list[dict[str, Any]], rows: list[str]) -> str:
+    tasks = list(dict.fromkeys(c["task"] for c in cells if c["method"] == "semtoken"))
+    heads = [find(cells, task, "semtoken", RATIOS[0]) for task in tasks]
+    titles = [f"{SHORT.get(h['task_title'], h['task_title'])} ({h['examples']})" for h in heads]
+    lines = [f"| gain kept at 2.4 / 4 / 8x | {' | '.join(titles)} |", "|---" * (len(tasks) + 1) + "|"]
+    for row in rows:
+        if row == "against_truncation":
+            title, entries = "nats ahead of truncation at 2.4", [ahead(cells, task) for task in tasks]
+        else:
+            title, entries = TITLES[row], [gains(cells, task, row) for task in tasks]
+        lines.append(f"| {title} | {' | '.join('' if e.strip('-/ %') == '' else e for e in entries)} |")
+    return "\n".join(lines) + "\n"
+
+
+def filled(text: str, cells: list[dict[str, Any]]) -> str:
+    """A document with its tables as the figures say."""
+    return TABLE.sub(lambda found: found[1] + table(cells, found[2].split()) + found[3], text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is not up to date")
+    check = parser.parse_args().check
+    cells = json.loads(METRICS.read_text(encoding="utf-8"))["cells"]
+    stale = []
+    for name in DOCUMENTS:
+        before = (ROOT / name).read_text(encoding="utf-8")
+        if (after := filled(before, cells)) != before:
+            stale.append(name)
+            if not check:
+                (ROOT / name).write_text(after, encoding="utf-8")
+    if check and stale:
+        sys.exit(f"not what {METRICS.relative_to(ROOT)} says: {', '.join(stale)}; run scripts/quality_tables.py")
+
+
+if __name__ == "__main__":
+    main()
