@@ -178,7 +178,9 @@ class SemTokenFastTokenizer(PreTrainedTokenizerFast):
             return torch.tensor([row + [0] * (width - len(row)) for row in values], dtype=torch.long)
 
         if return_protected_mask:
-            protected = {*self.all_special_ids, *self.added_tokens_decoder, *self.planner.protected_token_ids}
+            # Added white space, such as Gemma's line breaks, is text.
+            added = (index for index, token in self.added_tokens_decoder.items() if token.content.strip())
+            protected = {*self.all_special_ids, *added, *self.planner.protected_token_ids}
             outputs["protected_mask"] = [
                 [int(m and i in protected) for i, m in zip(row, mask, strict=True)]
                 for row, mask in zip(rows, masks, strict=True)

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import AutoModel, AutoTokenizer
 
+from semtoken_hf.conversion.text_markers import text_markers
 from semtoken_hf.conversion.vocabulary import (
     frequency_order,
     rare_token_ids,
@@ -28,6 +30,16 @@ def test_texts_of_special_and_undecodable_tokens_are_empty(lm_tokenizer):
     assert texts[lm_tokenizer.convert_tokens_to_ids(lone_byte)] == ""
     newline = "<0x0A>" if "<0x0A>" in lm_tokenizer.get_vocab() else "Ċ"
     assert texts[lm_tokenizer.convert_tokens_to_ids(newline)] == "\n"
+
+
+def test_added_white_space_is_text(lm_tokenizer):
+    """Gemma's line breaks are added tokens."""
+    lm_tokenizer.add_tokens([AddedToken("\n\n", normalized=False), "<table>"])
+    breaks, table = lm_tokenizer.convert_tokens_to_ids(["\n\n", "<table>"])
+    assert [token_texts(lm_tokenizer)[i] for i in (breaks, table)] == ["\n\n", ""]
+    assert table in special_token_ids(lm_tokenizer)
+    assert breaks not in special_token_ids(lm_tokenizer)
+    assert breaks in text_markers(lm_tokenizer, len(lm_tokenizer))["line_breaks"]
 
 
 def test_frequency_order_follows_the_merges_and_not_the_ids():

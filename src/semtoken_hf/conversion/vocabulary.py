@@ -28,15 +28,15 @@ def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         tokenizer: a fast tokenizer; byte-level (`Ġ`) or SentencePiece-style (`▁`, `<0x0A>`).
 
     Returns:
-        One string per id, 0 .. largest id, with its leading space. Empty for special and added tokens, for ids
-        that do not exist, and for bytes that are no character by themselves.
+        One string per id, 0 .. largest id, with its leading space. Empty for special and added tokens, but not for
+        added white space, for ids that do not exist, and for bytes that are no character by themselves.
     """
     decoder = tokenizer.backend_tokenizer.decoder
     added = tokenizer.added_tokens_decoder
     texts = []
     for index in range(max(tokenizer.get_vocab().values()) + 1):
-        token = None if index in added else tokenizer.backend_tokenizer.id_to_token(index)
-        if token is None:
+        token = tokenizer.backend_tokenizer.id_to_token(index)
+        if token is None or (index in added and added[index].content.strip()):
             texts.append("")
             continue
         text = decoder.decode([ANCHOR, token])[len(ANCHOR) :] if decoder is not None else token
@@ -45,8 +45,12 @@ def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of BOS, EOS, PAD and every other special or added token, sorted."""
-    return sorted({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder})
+    """Ids of BOS, EOS, PAD and every other special or added token, sorted.
+
+    Added white space is text: the line breaks of Gemma's tokenizer and the indents of GPT-NeoX's are added tokens.
+    """
+    added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip())
+    return sorted({*tokenizer.all_special_ids, *added})
 
 
 def digit_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

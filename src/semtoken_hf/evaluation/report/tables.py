@@ -95,7 +95,7 @@ ASPECTS = (
     ),
     Aspect(
         "Against truncation",
-        "Nats per scored token below truncation in the same number of slots: above 0 is better than cutting the prompt. "
+        "Nats per scored token below truncation in the same number of slots: above 0 is better than a cut prompt. "
         "Also the standard error, by the paired differences over examples.",
         ahead_cell,
         lambda f: f.get("ahead"),
