@@ -5,7 +5,8 @@
     python scripts/quality_tables.py --check    # fails where one is not what the figures say
 
 A table stands between `<!-- quality: ROWS -->` and `<!-- end of quality -->`; ROWS are methods of the evaluation, with
-`.NAME` behind them for a further checkpoint, and `against_truncation`.
+`.NAME` behind them for a further checkpoint, and `against_truncation`. `<!-- quality of TASKS: ROWS -->` has columns
+for these tasks alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ROOT / "model_cards" / "smollm2-135m-instruct" / "metrics.json"
 DOCUMENTS = ("README.md", "docs/evaluating.md", "docs/choosing.md")
-TABLE = re.compile(r"(<!-- quality: ([\w. ]+) -->\n).*?(<!-- end of quality -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- quality(?: of ([\w ]+))?: ([\w. ]+) -->\n).*?(<!-- end of quality -->)", re.DOTALL)
 RATIOS = (2.4, 4.0, 8.0)
 TITLES = {
     "truncation": "truncation (first + last)",
@@ -29,6 +30,11 @@ TITLES = {
     "semtoken.adapted": "SemToken, adapted",
     "semtoken_paper": "the paper's spans and budget",
     "random": "random dropping",
+    "kvpress_SnapKV": "SnapKV",
+    "kvpress_ExpectedAttention": "ExpectedAttention",
+    "kvpress_TOVA": "TOVA",
+    "kvpress_KeyDiff": "KeyDiff",
+    "kvpress_KVzip": "KVzip",
 }
 SHORT = {"LongBench, English and code": "LongBench", "needle in a haystack": "needle"}
 
@@ -42,9 +48,11 @@ def find(cells: list[dict[str, Any]], task: str, row: str, ratio: float) -> dict
 
 
 def gains(cells: list[dict[str, Any]], task: str, row: str) -> str:
-    """Shares of the gain, in per cent, at the three ratios."""
+    """Shares of the gain, in per cent, at the ratios up to the last one that was measured."""
     kept = [find(cells, task, row, ratio).get("gain_kept") for ratio in RATIOS]
-    return " / ".join("-" if k is None else f"{100 * k:.0f}".replace("-0", "0") for k in kept) + " %"
+    while kept and kept[-1] is None:
+        kept.pop()
+    return " / ".join("-" if k is None else f"{100 * k + 0.0:.0f}" for k in kept) + " %" * bool(kept)
 
 
 def ahead(cells: list[dict[str, Any]], task: str) -> str:
@@ -53,8 +61,9 @@ def ahead(cells: list[dict[str, Any]], task: str) -> str:
     return f"{cell['ahead']:+.2f} ± {cell['ahead_spread']:.2f}"
 
 
-def table(cells: list[dict[str, Any]], rows: list[str]) -> str:
-    tasks = list(dict.fromkeys(c["task"] for c in cells if c["method"] == "semtoken"))
+def table(cells: list[dict[str, Any]], tasks: list[str], rows: list[str]) -> str:
+    """A table of `rows`, a column for each of `tasks`, or for each that SemToken was measured on."""
+    tasks = tasks or list(dict.fromkeys(c["task"] for c in cells if c["method"] == "semtoken"))
     heads = [find(cells, task, "semtoken", RATIOS[0]) for task in tasks]
     titles = [f"{SHORT.get(h['task_title'], h['task_title'])} ({h['examples']})" for h in heads]
     lines = [f"| gain kept at 2.4 / 4 / 8x | {' | '.join(titles)} |", "|---" * (len(tasks) + 1) + "|"]
@@ -63,13 +72,18 @@ def table(cells: list[dict[str, Any]], rows: list[str]) -> str:
             title, entries = "nats ahead of truncation at 2.4", [ahead(cells, task) for task in tasks]
         else:
             title, entries = TITLES[row], [gains(cells, task, row) for task in tasks]
-        lines.append(f"| {title} | {' | '.join('' if e.strip('-/ %') == '' else e for e in entries)} |")
+        lines.append(f"| {title} | {' | '.join(entries)} |")
     return "\n".join(lines) + "\n"
 
 
 def filled(text: str, cells: list[dict[str, Any]]) -> str:
     """A document with its tables as the figures say."""
-    return TABLE.sub(lambda found: found[1] + table(cells, found[2].split()) + found[3], text)
+
+    def written(found: re.Match[str]) -> str:
+        opening, tasks, rows, ending = found.groups()
+        return opening + table(cells, (tasks or "").split(), rows.split()) + ending
+
+    return TABLE.sub(written, text)
 
 
 def main() -> None:

@@ -110,7 +110,8 @@ def test_an_unadapted_merger_can_learn() -> None:
     assert merger.length_vectors.grad.abs().sum() > 0
 
 
-def test_only_lone_tokens_change_no_bit_and_no_tokens_are_none() -> None:
+def test_only_lone_tokens_change_no_bit_and_no_tokens_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("semtoken_hf.span_merging.is_on_host", lambda tensor: False)
     merger, embeddings = trained_merger(), torch.randn(TOKENS, WIDTH).bfloat16()
     alone, states = spans(torch.ones(TOKENS, dtype=torch.long)), fingerprints_of(TOKENS)
     # With a bound of 3, what stands for slots that are not there must change nothing.
@@ -130,6 +131,7 @@ def test_a_merger_without_fingerprints_is_refused() -> None:
 def test_a_bound_of_the_merged_slots_is_as_good_as_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     merger, embeddings, states = trained_merger(), torch.randn(TOKENS, WIDTH), fingerprints_of(TOKENS)
     exact = merged(merger, embeddings)
+    monkeypatch.setattr("semtoken_hf.span_merging.is_on_host", lambda tensor: False)
     monkeypatch.setattr("semtoken_hf.span_merging.SLOTS_PER_CALL", 2)
     bounded, _ = merge_spans(embeddings.__getitem__, spans(), "mean", states, merger, len(LENGTHS))
     torch.testing.assert_close(bounded, exact)

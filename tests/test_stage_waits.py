@@ -1,7 +1,7 @@
 """The host waits for the device once in the whole stage, to learn how many slots there are.
 
 A first run notes what `tolist` returned; the second runs on fake tensors, which have shapes and no values, and is told
-those numbers: whatever else would have to look at a value fails.
+those numbers: whatever else would have to look at a value fails. Both run as on a device: `is_on_host` says no.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
-from semtoken_hf import CompressedPrompt
+from semtoken_hf import CompressedPrompt, span_merging
 from tests.fixtures.tiny import BERT, ragged_prompts, random_ids, tiny_model
 
 THRESHOLD = {"segmentation_mode": "greedy", "target_ratio": None, "similarity_threshold": 0.5}
@@ -30,6 +30,11 @@ CASES = {
     "transformer": {"encoder_config": BERT, "encoder_window": 32, "encoder_overlap": 4},
     "compact": {"position_mode": "compact"},
 }
+
+
+@pytest.fixture(autouse=True)
+def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(span_merging, "is_on_host", lambda tensor: False)
 
 
 def compress_waiting(model: Any, waits: int, ids: Tensor, mask: Tensor | None, **call: Any) -> None:

@@ -65,7 +65,8 @@ def merge_spans(
         base: "mean" or "representative".
         fingerprints: float32 [N, D], for the representative and the merger, which needs them.
         merger: the learned residual; None: the slots are their bases.
-        most_merged: at least as many as the spans of several tokens; None: the host waits to learn it.
+        most_merged: at least as many as the spans of several tokens, so that the host need not wait for the device to
+            count them; None: it counts.
 
     Returns:
         slots [P, H] in the dtype of the embeddings, and anchors int64 [P], the token whose position each slot carries.
@@ -81,6 +82,11 @@ def merge_spans(
     return slots, anchors
 
 
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether looking at its values makes nobody wait."""
+    return tensor.device.type == "cpu"
+
+
 def _with_residual(
     slots: Tensor,
     embed: Callable[[Tensor], Tensor],
@@ -91,7 +97,8 @@ def _with_residual(
 ) -> Tensor:
     """`slots` [P, H] with the residual of those that stand for several tokens."""
     is_merged = spans.lengths > 1
-    count = int(is_merged.sum()) if most_merged is None else most_merged
+    # Few slots are merged where sentences stay whole: on a CPU counting them saves nearly all of the residuals.
+    count = int(is_merged.sum()) if most_merged is None or is_on_host(is_merged) else most_merged
     if not count:
         return slots
     if fingerprints is None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
+import runpy
 
 import pytest
 from transformers import TrainingArguments
@@ -86,3 +88,12 @@ def test_every_message_that_is_quoted_is_said(document):
         for part in re.split(r"\.\.\.", re.sub(r"['\"]", "", message)):
             words = part.strip(" ()[];:,")
             assert words in said, f"{document} quotes {message!r}, but nothing says {words!r}"
+
+
+def test_tables_of_quality_say_what_the_card_s_figures_say():
+    run = runpy.run_path(str(ROOT / "scripts" / "quality_tables.py"))
+    cells = json.loads(run["METRICS"].read_text(encoding="utf-8"))["cells"]
+    for document in run["DOCUMENTS"]:
+        text = (ROOT / document).read_text(encoding="utf-8")
+        assert run["TABLE"].search(text), document
+        assert run["filled"](text, cells) == text, f"{document}: run scripts/quality_tables.py"
