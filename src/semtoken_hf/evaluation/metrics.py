@@ -37,7 +37,8 @@ def collect(config: EvaluationConfig, speed: list[dict[str, Any]], long: list[di
         if records := by_id(cell.path(folder)):
             has_rival = cell.ratio is not None and cell.method != "truncation"
             cut = by_id(Cell(cell.task, "truncation", cell.ratio).path(folder)) if has_rival else {}
-            cells.append(summarise(cell, records, *references[cell.task], cut))
+            full, none = references[cell.task]
+            cells.append(summarise(cell, records, full, none, cut))
     metrics = {
         "config": asdict(config),
         "provenance": provenance() | press_provenance(folder),
