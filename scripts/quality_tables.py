@@ -52,7 +52,7 @@ def gains(cells: list[dict[str, Any]], task: str, row: str) -> str:
     kept = [find(cells, task, row, ratio).get("gain_kept") for ratio in RATIOS]
     while kept and kept[-1] is None:
         kept.pop()
-    return " / ".join("-" if k is None else f"{100 * k + 0.0:.0f}" for k in kept) + " %" * bool(kept)
+    return " / ".join("-" if k is None else str(round(100 * k)) for k in kept) + " %" * bool(kept)
 
 
 def ahead(cells: list[dict[str, Any]], task: str) -> str:
