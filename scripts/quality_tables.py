@@ -36,7 +36,12 @@ TITLES = {
     "kvpress_KeyDiff": "KeyDiff",
     "kvpress_KVzip": "KVzip",
 }
-SHORT = {"LongBench, English and code": "LongBench", "needle in a haystack": "needle"}
+SHORT = {
+    "LongBench, English and code": "LongBench",
+    "WikiTableQuestions": "tables",
+    "key-value retrieval": "keys",
+    "needle in a haystack": "needle",
+}
 
 
 def find(cells: list[dict[str, Any]], task: str, row: str, ratio: float) -> dict[str, Any]:
