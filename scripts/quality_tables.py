@@ -1,8 +1,7 @@
 #!/usr/bin/env python
 """Write the tables of quality in the documents from one `metrics.json`, that of the reference model's card.
 
-    python scripts/quality_tables.py            # fills the tables
-    python scripts/quality_tables.py --check    # fails where one is not what the figures say
+    python scripts/quality_tables.py
 
 A table stands between `<!-- quality: ROWS -->` and `<!-- end of quality -->`; ROWS are methods of the evaluation, with
 `.NAME` behind them for a further checkpoint, and `against_truncation`. `<!-- quality of TASKS: ROWS -->` has columns
@@ -11,12 +10,12 @@ for these tasks alone.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
+
+from semtoken_hf.evaluation.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ROOT / "model_cards" / "smollm2-135m-instruct" / "metrics.json"
@@ -31,9 +30,7 @@ TITLES = {
     "semtoken_paper": "the paper's spans and budget",
     "random": "random dropping",
     "kvpress_SnapKV": "SnapKV",
-    "kvpress_ExpectedAttention": "ExpectedAttention",
     "kvpress_TOVA": "TOVA",
-    "kvpress_KeyDiff": "KeyDiff",
     "kvpress_KVzip": "KVzip",
 }
 SHORT = {
@@ -92,19 +89,9 @@ def filled(text: str, cells: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where a table is not up to date")
-    check = parser.parse_args().check
     cells = json.loads(METRICS.read_text(encoding="utf-8"))["cells"]
-    stale = []
     for name in DOCUMENTS:
-        before = (ROOT / name).read_text(encoding="utf-8")
-        if (after := filled(before, cells)) != before:
-            stale.append(name)
-            if not check:
-                (ROOT / name).write_text(after, encoding="utf-8")
-    if check and stale:
-        sys.exit(f"not what {METRICS.relative_to(ROOT)} says: {', '.join(stale)}; run scripts/quality_tables.py")
+        write_text(ROOT / name, filled((ROOT / name).read_text(encoding="utf-8"), cells))
 
 
 if __name__ == "__main__":

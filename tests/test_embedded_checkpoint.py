@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import semtoken_hf
 from scripts.quickstart import QUESTIONS
-from semtoken_hf.conversion.vocabulary import special_token_ids
+from semtoken_hf.tokenization_semtoken_fast import special_token_ids
 from tests.fixtures.children import ROOT, run_script
 from tests.fixtures.tiny import left_padded, plain_twin
 

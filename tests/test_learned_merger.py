@@ -123,6 +123,14 @@ def test_only_lone_tokens_change_no_bit_and_no_tokens_are_none(monkeypatch: pyte
     assert slots.shape == (0, WIDTH)
 
 
+def test_on_a_cpu_only_merged_slots_are_computed_whatever_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    merger, embeddings, computed = trained_merger(), torch.randn(TOKENS, WIDTH), []
+    forward = merger.forward
+    monkeypatch.setattr(merger, "forward", lambda tokens, *rest: computed.append(len(tokens)) or forward(tokens, *rest))
+    merge_spans(embeddings.__getitem__, spans(), "mean", fingerprints_of(TOKENS), merger, len(LENGTHS))
+    assert sum(computed) == (LENGTHS > 1).sum() < len(LENGTHS)
+
+
 def test_a_merger_without_fingerprints_is_refused() -> None:
     with pytest.raises(ValueError, match="reads fingerprints"):
         merge_spans(torch.randn(TOKENS, WIDTH).__getitem__, spans(), "mean", None, trained_merger())

@@ -178,9 +178,7 @@ class SemTokenFastTokenizer(PreTrainedTokenizerFast):
             return torch.tensor([row + [0] * (width - len(row)) for row in values], dtype=torch.long)
 
         if return_protected_mask:
-            # Added white space, such as Gemma's line breaks, is text.
-            added = (index for index, token in self.added_tokens_decoder.items() if token.content.strip())
-            protected = {*self.all_special_ids, *added, *self.planner.protected_token_ids}
+            protected = {*special_token_ids(self), *self.planner.protected_token_ids}
             outputs["protected_mask"] = [
                 [int(m and i in protected) for i, m in zip(row, mask, strict=True)]
                 for row, mask in zip(rows, masks, strict=True)
@@ -407,6 +405,19 @@ def chat_masks(
     return of_template, _question_of(of_question, [rendered[start:end] for start, end in offsets])
 
 
+def special_token_ids(tokenizer: Any) -> list[int]:
+    """Ids of BOS, EOS, PAD and every other special or added token, sorted.
+
+    Added white space is text: the line breaks of Gemma's tokenizer and the indents of GPT-NeoX's are added tokens.
+    """
+    return sorted({*tokenizer.all_special_ids, *added_markup(tokenizer)})
+
+
+def added_markup(tokenizer: Any) -> set[int]:
+    """Ids of the added tokens that are no white space."""
+    return {index for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+
+
 def _question_of(of_turn: list[int], texts: list[str]) -> list[int]:
     """The question in the tokens of a turn, lists of 0 and 1; `texts` are those of all tokens."""
     if 1 not in of_turn:
@@ -418,4 +429,12 @@ def _question_of(of_turn: list[int], texts: list[str]) -> list[int]:
     return question_of_turn(*bounds, breaks, ends, torch.zeros(len(of_turn), dtype=torch.long)).long().tolist()
 
 
-__all__ = ["SemTokenFastTokenizer", "SpanPlanner", "SpanPlannerConfig", "chat_masks", "content_spans"]
+__all__ = [
+    "SemTokenFastTokenizer",
+    "SpanPlanner",
+    "SpanPlannerConfig",
+    "added_markup",
+    "chat_masks",
+    "content_spans",
+    "special_token_ids",
+]

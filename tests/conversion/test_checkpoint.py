@@ -9,7 +9,8 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoTokenizer, LlamaForCausalLM
 
 from semtoken_hf import SemTokenFastTokenizer, SemTokenLlamaForCausalLM, convert_checkpoint
-from semtoken_hf.conversion.vocabulary import digit_token_ids, rare_token_ids, special_token_ids, transplant_embeddings
+from semtoken_hf.conversion.vocabulary import digit_token_ids, rare_token_ids, transplant_embeddings
+from semtoken_hf.tokenization_semtoken_fast import special_token_ids
 
 from .checkpoints import TOKENIZERS, VOCAB_SIZE, edit_json
 

@@ -4,7 +4,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from semtoken_hf.conversion.distillation import distill_static_encoder, rarity_weights
-from semtoken_hf.conversion.vocabulary import frequency_order, special_token_ids, token_texts
+from semtoken_hf.conversion.vocabulary import frequency_order, token_texts
+from semtoken_hf.tokenization_semtoken_fast import special_token_ids
 
 from .checkpoints import VOCAB_SIZE, word_tokenizer
 

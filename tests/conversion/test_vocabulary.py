@@ -9,10 +9,10 @@ from semtoken_hf.conversion.text_markers import text_markers
 from semtoken_hf.conversion.vocabulary import (
     frequency_order,
     rare_token_ids,
-    special_token_ids,
     token_texts,
     transplant_embeddings,
 )
+from semtoken_hf.tokenization_semtoken_fast import special_token_ids
 
 from .checkpoints import SPECIAL, VOCAB_SIZE, byte_level_tokenizer, metaspace_tokenizer
 

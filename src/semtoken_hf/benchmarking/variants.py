@@ -89,10 +89,11 @@ def list_variants(
     model: Any, plain: Any, batch: Batch, ratio: float, attn_implementation: str, chunk_size: int | None = None
 ) -> list[Variant]:
     """Every way to read a batch at a ratio; for plain Llama over m tokens, each row is cut to its slots."""
+    asked = {"target_ratio": ratio, "query_mask": batch.query_mask}
     with torch.no_grad():
-        counts = model.compress(batch.input_ids, batch.attention_mask, target_ratio=ratio).kept_lengths.tolist()
+        counts = model.compress(batch.input_ids, batch.attention_mask, **asked).kept_lengths.tolist()
     always = {} if chunk_size is None else {"prefill_chunk_size": chunk_size}
-    ours = {"target_ratio": ratio, "query_mask": batch.query_mask, **always}
+    ours = {**asked, **always}
     variants = [
         Variant(PLAIN_N, plain, batch, attn_implementation, always),
         Variant(PLAIN_M, plain, batch.first_tokens(counts), attn_implementation, always),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ..tokenization_semtoken_fast import special_token_ids
 from .checkpoint import convert_checkpoint
 from .distillation import distill_static_encoder
-from .vocabulary import digit_token_ids, rare_token_ids, special_token_ids, token_texts, transplant_embeddings
+from .vocabulary import digit_token_ids, rare_token_ids, token_texts, transplant_embeddings
 
 __all__ = [
     "convert_checkpoint",

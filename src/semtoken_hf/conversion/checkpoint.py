@@ -25,12 +25,12 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration_semtoken import ENCODER_DTYPES, RENAMED, SemTokenConfigMixin, SemTokenStaticEncoderConfig
 from ..pretrained_semtoken import auto_map_of
-from ..tokenization_semtoken_fast import SemTokenFastTokenizer, SpanPlannerConfig
+from ..tokenization_semtoken_fast import SemTokenFastTokenizer, SpanPlannerConfig, special_token_ids
 from .encoder import build_encoder, in_dtype
 from .source import FAMILY_PREFIX, convertible_types, plain_source, read_model_type, resolve_folder
 from .staging import check_output, remove_stale, staged_folder
 from .text_markers import text_markers
-from .vocabulary import digit_token_ids, rare_token_ids, special_token_ids
+from .vocabulary import digit_token_ids, rare_token_ids
 from .weights import StoredTensor, find_tensors, rename_as_loaded, shortened, write_weights
 
 ENCODER_KINDS = ("transformer", "static")

@@ -9,7 +9,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..question_finding import is_sentence_end
-from .vocabulary import special_token_ids, token_texts
+from ..tokenization_semtoken_fast import special_token_ids
+from .vocabulary import token_texts
 
 USER_TEXTS = ("Seven", "Nine")
 ASSISTANT_TEXT, SYSTEM_TEXT = "Eight", "Six"

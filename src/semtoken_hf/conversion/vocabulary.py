@@ -16,6 +16,8 @@ from tokenizers import models
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..tokenization_semtoken_fast import added_markup
+
 # Put before a token while decoding it, since decoders strip the space at the start of a text.
 ANCHOR = "a"
 UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
@@ -32,25 +34,16 @@ def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         added white space, for ids that do not exist, and for bytes that are no character by themselves.
     """
     decoder = tokenizer.backend_tokenizer.decoder
-    added = tokenizer.added_tokens_decoder
+    markup = added_markup(tokenizer)
     texts = []
     for index in range(max(tokenizer.get_vocab().values()) + 1):
         token = tokenizer.backend_tokenizer.id_to_token(index)
-        if token is None or (index in added and added[index].content.strip()):
+        if token is None or index in markup:
             texts.append("")
             continue
         text = decoder.decode([ANCHOR, token])[len(ANCHOR) :] if decoder is not None else token
         texts.append("" if UNDECODABLE in text else text)
     return texts
-
-
-def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of BOS, EOS, PAD and every other special or added token, sorted.
-
-    Added white space is text: the line breaks of Gemma's tokenizer and the indents of GPT-NeoX's are added tokens.
-    """
-    added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip())
-    return sorted({*tokenizer.all_special_ids, *added})
 
 
 def digit_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -173,7 +166,6 @@ __all__ = [
     "digit_token_ids",
     "frequency_order",
     "rare_token_ids",
-    "special_token_ids",
     "token_texts",
     "transplant_embeddings",
 ]

@@ -92,7 +92,7 @@ def summarise(cell: Cell, records: Records, full: Records, none: Records, cut: R
         round_trip: whether decoding the ids gives back every text.
         groups: the same for every group of examples, if there are several.
     """
-    task = TASKS[cell.task]
+    task, cut = TASKS[cell.task], cut or {}
     figures = {
         "task": cell.task,
         "task_title": task.title,
@@ -103,14 +103,14 @@ def summarise(cell: Cell, records: Records, full: Records, none: Records, cut: R
         "ablation": cell.ablation,
         "title": title_of(cell),
         "ratio": cell.ratio,
-        **_figures(task.is_perplexity, records, full, none, cut or {}),
+        **_figures(task.is_perplexity, records, full, none, cut),
     }
     names = sorted({r["group"] for r in records.values()})
     if len(names) > 1:
         groups = {}
         for name in names:
             part = {key: r for key, r in records.items() if r["group"] == name}
-            groups[name] = _figures(task.is_perplexity, part, full, none, cut or {})
+            groups[name] = _figures(task.is_perplexity, part, full, none, cut)
         figures["groups"] = groups
     return figures
 

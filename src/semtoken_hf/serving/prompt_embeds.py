@@ -77,7 +77,6 @@ def export_prompt(
     Raises:
         ValueError: several prompts, an empty one, or a model that reads merged slots through an adapter.
     """
-    check_config(model.config)
     encoding: Any = prompt
     if isinstance(prompt, str):
         encoding = tokenizer(prompt, return_tensors="pt")
